@@ -1,0 +1,5 @@
+"""`python -m tinydiff`."""
+
+from tinydiff.cli import main
+
+main()

@@ -1,0 +1,40 @@
+"""Open a model folder with the runtime that fits it; torch and onnxruntime are imported only when chosen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tinydiff.errors import ModelError
+from tinydiff.pipeline import Backend
+
+SHIPPED = "emoji"
+
+
+def find_model(name: str | None) -> Path:
+    """A model folder from its path, a training run's folder, or the name of a shipped model (the default)."""
+    package = Path(__file__).resolve().parents[1]
+    shipped = next((p for p in (package / "weights", package.parent / "weights") if p.is_dir()), package / "weights")
+    path = Path(name) if name else shipped / SHIPPED
+    for candidate in (path, path / "model", shipped / (name or SHIPPED)):
+        if (candidate / "model_index.json").is_file():
+            return candidate
+    known = ", ".join(sorted(p.name for p in shipped.iterdir() if p.is_dir())) if shipped.is_dir() else "none"
+    if path.is_dir():
+        raise ModelError(
+            f"{path}: no model_index.json; give a model folder, a finished run, or a shipped model ({known})"
+        )
+    raise ModelError(f"{path}: no such model; give a model folder, a finished run, or a shipped model ({known})")
+
+
+def open_backend(path: Path, kind: str = "auto", device: str = "auto") -> Backend:
+    """The model at `path` on onnxruntime where it holds ONNX graphs (or `kind` says so), else on torch."""
+    has_graphs = (path / "unet" / "model.onnx").is_file()
+    if kind == "onnx" and not has_graphs:
+        raise ModelError(f"{path}: holds no ONNX graphs; write them with `tinydiff export {path} -o DIR`")
+    if kind == "onnx" or (kind == "auto" and has_graphs):
+        from tinydiff.backends.onnx import OnnxBackend
+
+        return OnnxBackend(path, device)
+    from tinydiff.backends.pytorch import TorchBackend
+
+    return TorchBackend(path, device)

@@ -1,0 +1,314 @@
+"""The command line: train, generate, export, evaluate, inspect.
+
+Each command loads its configuration, imports what it needs and makes one call. stdout carries results only; a mistake
+is one line on stderr and an exit code. Help and version import neither numpy nor torch nor onnxruntime.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tinydiff import __version__
+from tinydiff.diffusion.samplers import SAMPLERS
+from tinydiff.diffusion.schedules import SPACINGS
+from tinydiff.errors import UsageError, UserError
+
+if TYPE_CHECKING:
+    from tinydiff.pipeline import Backend, Request
+
+app = typer.Typer(
+    name="tinydiff",
+    help="Train a text-to-image model on a folder of captioned images, draw with it, export it to ONNX.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: ALIASES.get(name, name.replace("_", "-")),
+    },
+)
+BACKENDS, DEVICES = ("auto", "torch", "onnx"), ("auto", "cpu", "cuda")
+ALIASES = {
+    "guidance_scale": "cfg-scale",
+    "guidance-scale": "cfg-scale",
+    "num_inference_steps": "steps",
+    "num-inference-steps": "steps",
+}
+Json = Annotated[bool, typer.Option("--json", help="Results as JSON lines on stdout.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"tinydiff {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    os.environ.update({"TINYDIFF_DEBUG": "1"} if debug else {})
+
+
+@app.command()
+def train(
+    config: Annotated[
+        Path | None, typer.Argument(help="A tinydiff.toml; by default the one here, else the built-in.")
+    ] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Where the run lives; runs/NAME by default.")] = None,
+    set_: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a key, such as train.seed=1.")
+    ] = [],  # noqa: B006
+    stage: Annotated[str | None, typer.Option(help="Stop behind this stage: autoencoder or denoiser.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over in a new run directory.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
+) -> None:
+    """Train a model. The same command again goes on where the last one stopped."""
+    from tinydiff import config as configuration
+
+    path = config or (Path("tinydiff.toml") if Path("tinydiff.toml").exists() else None)
+    cfg = configuration.load(path, set_)
+    if stage not in (None, "autoencoder", "denoiser"):
+        raise UsageError(
+            f"--stage: unknown name {stage!r}{configuration.nearest(str(stage), ('autoencoder', 'denoiser'))}"
+        )
+    if dry_run:
+        print(configuration.to_toml(cfg), end="")
+        return
+    from tinydiff.training.memory import keep_pages
+
+    keep_pages()
+    from tinydiff.training.loop import run
+
+    folder = run_dir or Path("runs") / default_name(path)
+    print(run(cfg, unused(folder) if fresh else folder, stage))
+
+
+def default_name(path: Path | None) -> str:
+    """A run's name from its configuration file: the stem, or the folder of a tinydiff.toml."""
+    if path is None or path.name == "tinydiff.toml":
+        return (path.resolve().parent.name if path and path.parent != Path(".") else "") or "default"
+    return path.stem
+
+
+def unused(folder: Path) -> Path:
+    """The folder itself where it is new, else the first of folder-2, folder-3, ... that is."""
+    n, found = 1, folder
+    while found.exists():
+        n += 1
+        found = folder.with_name(f"{folder.name}-{n}")
+    return found
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw; - reads one prompt a line from stdin.")],
+    model: Annotated[str | None, typer.Option("-m", "--model", help="Model folder, run, or shipped name.")] = None,
+    output: Annotated[
+        str, typer.Option("-o", "--output", help="File, pattern ('out/%04d.png'), folder, or - for stdout.")
+    ] = "out.png",
+    negative: Annotated[str, typer.Option("-n", "--negative", help="What not to draw.")] = "",
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "-s", "--seed", min=0, max=2**63 - 1, help="Key of the noise; random by default, always reported."
+        ),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, max=1_000_000, help="Images a prompt, of seeds s, s+1, ...")] = 1,
+    batch_size: Annotated[int | None, typer.Option(min=1, max=4096, help="Images at once.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Sampling steps.")] = None,
+    cfg_scale: Annotated[float | None, typer.Option(min=0, max=100, help="Guidance; 1 is none.")] = None,
+    sampler: Annotated[str | None, typer.Option(help=" | ".join(SAMPLERS))] = None,
+    schedule: Annotated[str | None, typer.Option(help="Noise levels visited: " + " | ".join(SPACINGS))] = None,
+    width: Annotated[int | None, typer.Option("-W", "--width", min=1, max=16384, help="Pixels.")] = None,
+    height: Annotated[int | None, typer.Option("-H", "--height", min=1, max=16384, help="Pixels.")] = None,
+    backend: Annotated[str, typer.Option(help=" | ".join(BACKENDS))] = "auto",
+    device: Annotated[str, typer.Option(help=" | ".join(DEVICES))] = "auto",
+    as_json: Json = False,
+    force: Force = False,
+    no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Leave the settings out of the PNG.")] = False,
+) -> None:
+    """Draw images from prompts."""
+    from tinydiff import drawing
+
+    choose("--backend", backend, BACKENDS)
+    choose("--device", device, DEVICES)
+    sink = drawing.Sink(output, force, many=prompt == "-" or count > 1)
+    prompts = drawing.read_prompts(prompt)
+    opened, request, size = ready(model, backend, device, locals())
+    jobs = drawing.jobs(prompts, seed, count)
+    for image in drawing.draw(opened, jobs, negative, request, size):
+        path = sink.write(image, None if no_metadata else image.settings)
+        say_image(path, image, as_json)
+
+
+def say_image(path: str, image: Any, as_json: bool) -> None:
+    """One image's line: JSON on stdout, or for a person on stderr."""
+    if as_json:
+        print(json.dumps({"path": path, **image.settings, "seconds": round(image.seconds, 4)}), flush=True)
+    else:
+        print(f"{path}: {image.settings['prompt']!r}, seed {image.settings['seed']}", file=sys.stderr)
+
+
+def ready(model: str | None, backend: str, device: str, given: dict[str, Any]) -> tuple[Backend, Request, int]:
+    """Open the model and complete the request with its own defaults: (backend, request, batch size)."""
+    from tinydiff.backends import find_model, open_backend
+    from tinydiff.pipeline import Request, check_size
+
+    for flag, names in (("sampler", SAMPLERS), ("schedule", SPACINGS)):
+        if given.get(flag) is not None:
+            choose(f"--{flag}", given[flag], tuple(names))
+    opened = open_backend(find_model(model), backend, device)
+    d = opened.description
+    values = {
+        k: given[k] if given.get(k) is not None else getattr(d.generate, k)
+        for k in ("steps", "cfg_scale", "sampler", "schedule")
+    }
+    request = Request(**values, width=given.get("width") or d.size, height=given.get("height") or d.size)
+    if request.steps > len(d.schedule):
+        raise UsageError(
+            f"--steps {request.steps}: the model has {len(d.schedule)} noise levels; give at most that many"
+        )
+    check_size(d, request.width, request.height)
+    return opened, request, given.get("batch_size") or d.generate.batch_size
+
+
+def choose(flag: str, value: str, names: tuple[str, ...]) -> None:
+    """UsageError with the nearest name where `value` is none of `names`."""
+    if value not in names:
+        from tinydiff.config import nearest
+
+        raise UsageError(f"{flag}: unknown name {value!r}{nearest(value, names)}")
+
+
+@app.command()
+def export(
+    model: Annotated[str | None, typer.Argument(help="Model folder or run; the shipped model by default.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The bundle's folder.")] = ...,  # type: ignore[assignment]
+    precision: Annotated[str, typer.Option(help="fp32, or fp16 for weights stored at half size.")] = "fp32",
+    opset: Annotated[int | None, typer.Option(help="ONNX operator set.")] = None,
+    atol: Annotated[
+        float, typer.Option(min=0, help="Largest difference from torch, in standard deviations of the output.")
+    ] = 1e-4,
+    as_json: Json = False,
+    force: Force = False,
+) -> None:
+    """Write ONNX graphs, verified against torch before they are kept."""
+    choose("--precision", precision, ("fp32", "fp16"))
+    from tinydiff.backends import find_model
+
+    source = find_model(model)
+    from tinydiff.export import export as write
+
+    rows = write(source, output, precision=precision, atol=atol, replace=force, **({"opset": opset} if opset else {}))
+    for row in rows:
+        text = " ".join(f"{k}={v:.2e}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items())
+        print(json.dumps(row) if as_json else text)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str | None, typer.Argument(help="Model folder, run or shipped name.")] = None,
+    data: Annotated[
+        list[str], typer.Option("--data", help="A folder of captioned images, or shapes; repeat to compare among all.")
+    ] = ...,  # type: ignore[assignment]
+    count: Annotated[int, typer.Option(min=1, max=100_000, help="Images to draw for each.")] = 256,
+    seed: Annotated[int, typer.Option("-s", "--seed", min=0, help="Picks captions and noise.")] = 0,
+    batch_size: Annotated[int | None, typer.Option(min=1, max=4096, help="Images at once.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Sampling steps.")] = None,
+    cfg_scale: Annotated[float | None, typer.Option(min=0, max=100, help="Guidance; 1 is none.")] = None,
+    sampler: Annotated[str | None, typer.Option(help=" | ".join(SAMPLERS))] = None,
+    schedule: Annotated[str | None, typer.Option(help="Noise levels visited: " + " | ".join(SPACINGS))] = None,
+    backend: Annotated[str, typer.Option(help=" | ".join(BACKENDS))] = "auto",
+    device: Annotated[str, typer.Option(help=" | ".join(DEVICES))] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Score a model: the oracle on shapes, the nearest image on a folder."""
+    choose("--backend", backend, BACKENDS)
+    opened, request, size = ready(model, backend, device, locals())
+    from tinydiff import evaluate as scoring
+    from tinydiff.training.progress import Progress
+
+    bar: list[Progress] = []
+
+    def progress(done: int, total: int) -> None:
+        bar[:] = bar or [Progress("drawing", total)]
+        bar[0].update(done)
+
+    for row in scoring.evaluate(opened, request, data, count, seed, size, opened.description.size, progress):
+        print(json.dumps(row) if as_json else scoring.line(row))
+
+
+@app.command()
+def inspect(
+    what: Annotated[
+        str | None, typer.Argument(help="Model, configuration or image; the default configuration without.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a model, a configuration or a generated image is."""
+    from tinydiff import inspect as look
+
+    for text in look.show(what, as_json):
+        print(text)
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn what escapes a command into one line on stderr and the exit code it stands for."""
+    try:
+        yield
+    except UserError as error:
+        fail(str(error), error.code)
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
+    except BrokenPipeError:
+        silence(sys.stdout)
+        raise SystemExit(141) from None
+    except MemoryError:
+        fail("out of memory; lower --batch-size or the image size", 7)
+    except OSError as error:
+        fail(f"{error.filename or 'input/output'}: {error.strerror or error}", 7)
+    except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message(), file=sys.stderr)  # type: ignore[attr-defined]
+            raise SystemExit(2) from None
+        if hasattr(error, "format_message"):  # a click exception; typer carries a click of its own
+            fail(error.format_message(), 2)
+        fail(f"bug: {type(error).__name__}: {error} (`tinydiff --debug ...` shows where)", 1)
+
+
+def fail(message: str, code: int) -> None:
+    """Print one line, or the traceback under --debug, and exit."""
+    if os.environ.get("TINYDIFF_DEBUG"):
+        raise  # noqa: PLE0704
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        print("tinydiff: " + " ".join(message.split()), file=sys.stderr)
+    raise SystemExit(code) from None
+
+
+def silence(stream: Any) -> None:
+    """Point a stream whose reader has gone at nothing, so that the interpreter's last flush does not complain."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def main() -> None:
+    """The console script: the app with errors in one line, and stdout flushed where that can still fail cleanly."""
+    with one_line_errors():
+        code = app(standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    raise SystemExit(code or 0)

@@ -1,0 +1,187 @@
+"""From prompts on the command line or stdin to PNG files: what `tinydiff generate` does between parsing and drawing.
+
+Prompts are drawn in batches as they come in; each image is written as soon as its batch is done.
+"""
+
+from __future__ import annotations
+
+import queue
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinydiff import images, pipeline
+from tinydiff.errors import UsageError
+from tinydiff.files import shown, write_file
+from tinydiff.training.progress import Progress
+
+NUMBERED = "%04d.png"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to draw."""
+
+    index: int
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A finished image: uint8 (H, W, 3), everything needed to draw it again, and its share of the batch's seconds."""
+
+    index: int
+    pixels: np.ndarray
+    settings: dict[str, Any]
+    seconds: float
+
+
+class Sink:
+    """Where images go: stdout (-), a numbered pattern, a folder, or a file (numbered too when there are many)."""
+
+    def __init__(self, output: str, force: bool, many: bool):
+        self.output, self.force = output, force
+        if output == "-":
+            if sys.stdout.isatty():
+                raise UsageError("-o -: PNG bytes do not belong on a terminal; redirect stdout or give a file")
+            return
+        path = Path(output)
+        if "%" in output:
+            self.pattern = output
+        elif output.endswith("/") or path.is_dir():
+            self.pattern = f"{output.rstrip('/')}/{NUMBERED}"
+        else:
+            self.pattern = str(path.with_name(f"{path.stem}-%04d{path.suffix}")) if many else ""
+        first = self.path(0)
+        if first.suffix.lower() != ".png":
+            raise UsageError(f"-o {output}: images are written as PNG; give a name that ends in .png")
+        if first.exists() and not force:
+            raise UsageError(f"{shown(first)}: exists; use --force to replace it, or another -o")
+
+    def path(self, index: int) -> Path:
+        if not self.pattern:
+            return Path(self.output)
+        try:
+            name = self.pattern % index
+        except (TypeError, ValueError):
+            name = self.pattern
+        if name == self.pattern or name == self.pattern % (index + 1):
+            raise UsageError(f"-o {self.output}: no number pattern; write one like out/{NUMBERED}")
+        return Path(name)
+
+    def write(self, image: Drawn, settings: dict[str, Any] | None) -> str:
+        """Write one image; returns its path, '-' for stdout."""
+        data = images.encode_png(image.pixels, settings)
+        if self.output == "-":
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+            return "-"
+        path = self.path(image.index)
+        write_file(path, data, force=self.force)
+        return str(path)
+
+
+def read_prompts(prompt: str) -> Iterator[str | None]:
+    """The prompt, or stdin's lines for '-': None means that no further line is waiting at this moment."""
+    if prompt != "-":
+        if not prompt.strip():
+            raise UsageError("the prompt is empty; say what to draw, such as 'red heart'")
+        return iter([clean(prompt)])
+    return _stdin()
+
+
+def clean(text: str) -> str:
+    """One line of valid Unicode without control characters."""
+    valid = text.encode("utf-8", "replace").decode("utf-8")
+    return " ".join("".join(c if c.isprintable() or c in "\u200d\ufe0f" else " " for c in valid).split())
+
+
+def _stdin() -> Iterator[str | None]:
+    lines: queue.Queue[bytes | None] = queue.Queue(1024)
+
+    def read() -> None:
+        for line in sys.stdin.buffer if sys.stdin else ():
+            lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    waiting = False
+    while True:
+        try:
+            line = lines.get(timeout=0.02 if not waiting else None)
+        except queue.Empty:
+            waiting = True
+            yield None
+            continue
+        waiting = False
+        if line is None:
+            return
+        if text := clean(line.decode("utf-8", "replace").lstrip("\ufeff")):
+            yield text
+
+
+def jobs(prompts: Iterator[str | None], seed: int | None, count: int) -> Iterator[Job | None]:
+    """`count` jobs a prompt; image i of the whole call has seed + i."""
+    start, index = secrets.randbelow(2**31) if seed is None else seed, 0
+    for prompt in prompts:
+        if prompt is None:
+            yield None
+            continue
+        for _ in range(count):
+            yield Job(index, prompt, (start + index) % 2**63)
+            index += 1
+
+
+def batches(items: Iterator[Job | None], size: int) -> Iterator[list[Job]]:
+    """Up to `size` jobs at once, fewer when no more are waiting."""
+    batch: list[Job] = []
+    for job in items:
+        batch += [job] if job else []
+        if batch and (len(batch) == size or job is None):
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def draw(
+    backend: pipeline.Backend, items: Iterator[Job | None], negative: str, request: pipeline.Request, size: int
+) -> Iterator[Drawn]:
+    """Every job's image, in order; prompts that do not fit the model's context are named on stderr."""
+    warned: set[str] = set()
+    negative = clean(negative)
+    for batch in batches(items, size):
+        for text in {negative: 0, **{job.prompt: 0 for job in batch}}:
+            warn_of_cut(backend, text, warned)
+        begun = time.monotonic()
+        pixels = _draw_batch(backend, batch, negative, request)
+        seconds = (time.monotonic() - begun) / len(batch)
+        for job, image in zip(batch, pixels, strict=True):
+            settings = {"prompt": job.prompt, "negative": negative, "seed": job.seed, **asdict(request)}
+            settings |= {"model": backend.description.path.name, "backend": backend.name}
+            yield Drawn(job.index, image, settings, seconds)
+
+
+def _draw_batch(backend: pipeline.Backend, batch: list[Job], negative: str, request: pipeline.Request) -> np.ndarray:
+    bar = Progress(
+        f"image {batch[0].index + 1}" + (f" to {batch[-1].index + 1}" if len(batch) > 1 else ""), request.steps
+    )
+    on_step = bar.update if bar.bar else lambda step: None
+    prompts, seeds = [job.prompt for job in batch], [job.seed for job in batch]
+    return pipeline.generate(backend, prompts, seeds, request, [negative] * len(batch), on_step)
+
+
+def warn_of_cut(backend: pipeline.Backend, text: str, warned: set[str]) -> None:
+    """Name, once, the end of a prompt that the model cannot read."""
+    if text not in warned and (rest := backend.tokenizer.cut(text)):
+        limit = backend.tokenizer.max_length
+        print(f"warning: the model reads {limit} tokens; left out: {rest!r}", file=sys.stderr)
+    warned.add(text)

@@ -1,0 +1,329 @@
+"""Files that last: whole or absent, never half-written, and verified when read.
+
+A folder is built under a temporary name beside its place, synced, given a manifest of sizes and SHA-256, and renamed;
+a single file goes the same way without the manifest. The hashes detect corruption, not a malicious author. This module
+knows no model: a folder is only names and bytes. When the operating system refuses, ResourceError names the file.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+from uuid import uuid4
+
+from tinydiff.errors import BusyError, ModelError, ResourceError, UsageError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+MAX_JSON = 64 * 2**20
+LFS_POINTER = b"version https://git-lfs"
+RESTORE = "copy or download it again"
+FIXES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EFBIG: "raise the file size limit",
+    errno.EACCES: "choose a writable place",
+    errno.EPERM: "choose a writable place",
+    errno.EROFS: "choose a writable place",
+}
+
+
+@contextmanager
+def committed(path: str | Path, *, replace: bool = False, manifest: bool = True) -> Iterator[Path]:
+    """Yields a temporary folder that becomes `path` when the block ends well and vanishes when it does not.
+
+    `replace` swaps an existing tinydiff folder for the new one; until the swap is done the old one is at `path`, or
+    beside it, whence `recover` brings it back. Raises UsageError if `path` exists and may not be replaced, ResourceError
+    for any OSError, the block's own included.
+    """
+    path = Path(os.path.abspath(path))
+    temporary = _temporary(path)
+    with _named(path):
+        recover(path)
+        _check_free(path, replace, manifest)
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            _seal(temporary, manifest)
+            _install(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def recover(path: str | Path) -> None:
+    """Ends a replacement that was killed half-way: the old folder returns if the new one is not in its place."""
+    aside = _aside(Path(path))
+    if os.path.lexists(aside):
+        if os.path.lexists(path):
+            _remove(aside)
+        else:
+            os.rename(aside, path)
+
+
+def verify(folder: str | Path) -> None:
+    """Compares every file with the manifest, by size and SHA-256, and looks for files that it does not list.
+
+    Hidden files are not looked at. A folder without a manifest (any made by diffusers) is searched only for Git LFS
+    pointers. Raises ModelError naming the file and the fix.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        with _named(folder):
+            recover(folder)
+    if not folder.is_dir():
+        raise ModelError(f"{shown(folder)}: no such folder; check the path")
+    try:
+        if os.path.lexists(folder / MANIFEST):
+            _verify_listed(folder, _entries(folder))
+        else:
+            for path in _visible(folder):
+                _refuse_pointer(path)
+    except OSError as error:
+        raise ModelError(f"{shown(error.filename or folder)}: {error.strerror}; make it readable") from error
+
+
+def write_file(path: str | Path, data: bytes, *, force: bool = False) -> None:
+    """Writes `data` to `path`, making its folder; at no moment is there a part of it. `force` overwrites.
+
+    Raises UsageError if `path` exists (also if another process makes it meanwhile), ResourceError for any OSError.
+    """
+    path = Path(os.path.abspath(path))
+    temporary = _temporary(path)
+    if not force and os.path.lexists(path):
+        raise UsageError(f"{shown(path)}: exists; use --force to overwrite it or choose another path")
+    with _named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _write(temporary, data)
+            if force:
+                os.rename(temporary, path)
+            else:
+                _rename_unless_taken(temporary, path)
+            _sync(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file of at most 64 MiB. Raises ModelError when it is missing, damaged or no object."""
+    path = Path(path)
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_JSON:
+            raise ModelError(f"{shown(path)}: not a regular file of at most {MAX_JSON >> 20} MiB; {RESTORE}")
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ModelError(f"{shown(path)}: {error.strerror}; check the path, or {RESTORE}") from error
+    except (ValueError, RecursionError) as error:
+        _refuse_pointer(path)
+        raise ModelError(f"{shown(path)}: damaged, not valid JSON; {RESTORE}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{shown(path)}: holds no JSON object; {RESTORE}")
+    return value
+
+
+@contextmanager
+def lock(folder: str | Path) -> Iterator[None]:
+    """Holds `folder`, made if missing, for this process; a dead holder's lock is free. Raises BusyError if taken."""
+    folder = Path(folder)
+    with _named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    try:
+        with _named(folder / ".lock"):
+            _take(descriptor, folder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def shown(path: str | Path) -> str:
+    """How a message names `path`: as it is, or escaped where a terminal would act on a character or cannot show it."""
+    return str(path) if str(path).isprintable() else ascii(str(path))
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Turns an OSError into a ResourceError that names the file and the fix. A closed pipe is not ours to explain."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        fix = FIXES.get(error.errno or 0, "check the disk")
+        raise ResourceError(f"{shown(error.filename or path)}: {error.strerror or error}; {fix}") from error
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".tmp-{path.name[:50]}-{uuid4().hex}")
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".tinydiff-old-{path.name}")
+
+
+def _check_free(path: Path, replace: bool, manifest: bool) -> None:
+    """Refuses an existing `path`, and even with `replace` one that holds files that tinydiff did not write."""
+    if not os.path.lexists(path):
+        return
+    if not replace:
+        raise UsageError(f"{shown(path)}: exists; use --force to replace it or choose another path")
+    ours = path.is_dir() and ((path / MANIFEST).is_file() or not any(path.iterdir()))
+    if manifest and not ours:
+        raise UsageError(f"{shown(path)}: not a folder that tinydiff wrote; remove it yourself or choose another path")
+
+
+def _seal(folder: Path, manifest: bool) -> None:
+    """Syncs every file, then the manifest, then every folder, innermost first."""
+    entries = {}
+    for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
+        assert path.is_file() and not path.is_symlink(), f"{path} is not a regular file"
+        name = path.relative_to(folder).as_posix()
+        if name != MANIFEST:
+            entries[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+            _sync(path)
+    if manifest:
+        text = json.dumps({"format": FORMAT, "files": entries}, indent=2) + "\n"
+        _write(folder / MANIFEST, text.encode())
+    for path in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
+        _sync(path)
+    _sync(folder)
+
+
+def _install(temporary: Path, path: Path) -> None:
+    """Renames `temporary` to `path`, moving what is there out of the way and, if that fails, back."""
+    aside = _aside(path)
+    try:
+        if os.path.lexists(path):
+            os.rename(path, aside)
+        os.rename(temporary, path)
+    except BaseException:
+        if os.path.lexists(aside) and not os.path.lexists(path):
+            os.rename(aside, path)
+        raise
+    _sync(path.parent)
+    _remove(aside)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    """Removes a folder or file that is no longer needed; what cannot be removed stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _visible(folder: Path) -> Iterator[Path]:
+    """Every file of the folder, links as themselves, but nothing whose path holds a hidden name."""
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not hidden and (path.is_symlink() or not path.is_dir()):
+            yield path
+
+
+def _entries(folder: Path) -> dict[str, dict[str, Any]]:
+    """The manifest's files, its form checked: name -> {"size": int, "sha256": str}."""
+    path = folder / MANIFEST
+    content = read_json(path)
+    version, entries = content.get("format"), content.get("files")
+    if isinstance(version, int) and version > FORMAT:
+        raise ModelError(f"{shown(path)}: format {version} was written by a newer tinydiff; upgrade tinydiff")
+    if version != FORMAT or not isinstance(entries, dict) or not all(map(_is_entry, entries.values())):
+        raise ModelError(f"{shown(path)}: damaged manifest; {RESTORE}")
+    return entries
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and type(entry.get("size")) is int and type(entry.get("sha256")) is str
+
+
+def _verify_listed(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
+    for name, entry in entries.items():
+        _verify_file(folder, name, entry)
+    for path in _visible(folder):
+        if path.relative_to(folder).as_posix() not in {*entries, MANIFEST}:
+            raise ModelError(f"{shown(path)}: not listed in {MANIFEST}; remove it, it is no part of this folder")
+
+
+def _verify_file(folder: Path, name: str, entry: dict[str, Any]) -> None:
+    relative, path = PurePosixPath(name), folder / name
+    if relative.is_absolute() or ".." in relative.parts or not relative.parts or "\0" in name:
+        raise ModelError(f"{shown(folder / MANIFEST)}: {name!a} leads out of the folder; {RESTORE}")
+    if os.path.realpath(path) != os.path.join(os.path.realpath(folder), relative):
+        raise ModelError(f"{shown(path)}: is a link; put the file itself in its place")
+    if not path.is_file():
+        raise ModelError(f"{shown(path)}: missing; {RESTORE}")
+    size = path.stat().st_size
+    if size != entry["size"]:
+        _refuse_pointer(path)
+        raise ModelError(f"{shown(path)}: damaged, {size} bytes where {entry['size']} were written; {RESTORE}")
+    if _sha256(path) != entry["sha256"]:
+        raise ModelError(f"{shown(path)}: damaged, its SHA-256 is not the one written; {RESTORE}")
+
+
+def _refuse_pointer(path: Path) -> None:
+    """Raises ModelError if `path` is what `git clone` leaves in place of a large file when Git LFS is missing."""
+    if not path.is_file() or path.stat().st_size > 1024:
+        return
+    if path.read_bytes().startswith(LFS_POINTER):
+        raise ModelError(f"{shown(path)}: a Git LFS pointer, not the file itself; run `git lfs pull`")
+
+
+def _rename_unless_taken(temporary: Path, path: Path) -> None:
+    """A rename that does not overwrite: of two processes one succeeds. Where there are no hard links, a plain rename."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError as error:
+        raise UsageError(f"{shown(path)}: exists; use --force to overwrite it or choose another path") from error
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        os.rename(temporary, path)
+    else:
+        temporary.unlink()
+
+
+def _take(descriptor: int, folder: Path) -> None:
+    """Locks the open lock file and writes our process id into it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.read(descriptor, 20).decode("ascii", "replace").strip()
+        holder = f"process {holder}" if holder.isdigit() else "another process"
+        raise BusyError(f"{shown(folder)}: in use by {holder}; wait for it, stop it, or use another folder") from error
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"{os.getpid()}\n".encode())

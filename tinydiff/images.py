@@ -1,0 +1,251 @@
+"""Image files to arrays and back: decode safely, uint8 <-> [-1, 1], fit to a square, grids, PNG with settings.
+
+An image is a uint8 array (H, W, 3) in sRGB. Whatever the file holds (palette, alpha, 16 bits, CMYK, a colour profile,
+an EXIF orientation, many frames) is settled here, once, so that nothing else knows file formats. This module knows no
+model, no latents and no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import stat
+import struct
+import warnings
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageColor
+
+from tinydiff.errors import DataError, UsageError
+from tinydiff.files import shown
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+MAX_PIXELS = 64 * 2**20
+MAX_BYTES = 256 * 2**20
+MAX_SETTINGS = 64 * 2**10
+SETTINGS = "tinydiff"
+CROPS = ("center", "pad")
+ORIENTATION = 0x0112
+# EXIF orientation -> the operation that undoes it (EXIF 2.32, section 4.6.4)
+TRANSPOSES = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def open_image(source: Path | bytes, background: str = "#ffffff") -> np.ndarray:
+    """Decodes a PNG, JPEG or WEBP file, or its bytes, to uint8 (H, W, 3), upright, in sRGB, first frame.
+
+    Transparency is composited on `background`. Raises DataError naming the file and the reason (not a regular file,
+    another format, truncated, larger than 64 megapixels) and UsageError for a `background` that is no colour.
+    """
+    colour = _colour(background)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of what is checked here, or raises as well
+        try:
+            image = _upright(_open(source))
+            return np.array(_on_background(_to_srgb(image), colour))
+        except (DataError, MemoryError):
+            raise
+        except Exception as error:  # Pillow's plugins raise many kinds
+            raise DataError(f"{_name(source)}: {_reason(error)}; replace or remove the file") from error
+
+
+def to_pixels(image: np.ndarray) -> np.ndarray:
+    """uint8 (..., H, W, 3) to float32 (..., 3, H, W) in [-1, 1]."""
+    return np.ascontiguousarray(np.moveaxis(image, -1, -3), dtype=np.float32) / np.float32(127.5) - np.float32(1)
+
+
+def to_uint8(pixels: np.ndarray) -> np.ndarray:
+    """Float (..., 3, H, W) to uint8 (..., H, W, 3), clipped to [-1, 1] and rounded: the inverse of `to_pixels`."""
+    levels = np.clip(np.asarray(pixels, dtype=np.float32) / 2 + np.float32(0.5), 0, 1) * 255
+    return np.ascontiguousarray(np.moveaxis(np.rint(levels).astype(np.uint8), -3, -1))
+
+
+def fit(image: np.ndarray, size: int, crop: str = "center", background: str = "#ffffff") -> np.ndarray:
+    """uint8 (H, W, 3) to (size, size, 3), aspect kept: "center" crops the longer side, "pad" fills the shorter one.
+
+    Lanczos, which averages over all that a pixel covers when it reduces. An image of exactly `size` comes back unchanged.
+    Raises UsageError for another `crop`.
+    """
+    if crop not in CROPS:
+        raise UsageError(f'crop is "{crop}"; use one of {", ".join(CROPS)}')
+    height, width = image.shape[:2]
+    if (height, width) == (size, size):
+        return image
+    if crop == "center":
+        side = min(height, width)
+        left, top = (width - side) / 2, (height - side) / 2
+        return _resize(image, (size, size), (left, top, left + side, top + side))
+    scale = size / max(height, width)
+    new_width, new_height = max(1, round(width * scale)), max(1, round(height * scale))
+    canvas = np.full((size, size, 3), _colour(background), dtype=np.uint8)
+    left, top = (size - new_width) // 2, (size - new_height) // 2
+    inside = canvas[top : top + new_height, left : left + new_width]
+    inside[:] = _resize(image, (new_width, new_height), (0, 0, width, height))
+    return canvas
+
+
+def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
+    """uint8 (N, H, W, 3) to one uint8 image, row by row, white between; `columns` defaults to a square arrangement."""
+    count, height, width, _ = images.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=np.uint8)
+    for index, image in enumerate(images):
+        top, left = index // columns * (height + gap), index % columns * (width + gap)
+        sheet[top : top + height, left : left + width] = image
+    return sheet
+
+
+def encode_png(image: np.ndarray, settings: dict[str, Any] | None) -> bytes:
+    """uint8 (H, W, 3) as PNG; `settings` go in as JSON in one iTXt chunk, nothing else does: equal input, equal bytes.
+
+    Settings over 64 KiB are replaced by {"omitted": reason}: the image is worth more than they are.
+    """
+    from PIL.PngImagePlugin import PngInfo
+
+    chunks = PngInfo()
+    if settings is not None:
+        chunks.add_itxt(SETTINGS, _settings_json(settings))
+    file = BytesIO()
+    Image.fromarray(image).save(file, "PNG", pnginfo=chunks)
+    return file.getvalue()
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings that `encode_png` wrote. Raises DataError when the file has none."""
+    try:
+        with warnings.catch_warnings(), _open(path) as image:
+            warnings.simplefilter("ignore")
+            text = image.info[SETTINGS]
+        settings = json.loads(text) if len(text) <= MAX_SETTINGS else None
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{_name(path)}: holds no tinydiff settings; give a PNG that tinydiff generated") from error
+    if not isinstance(settings, dict):
+        raise DataError(f"{_name(path)}: its tinydiff settings are damaged; give a PNG that tinydiff generated")
+    return settings
+
+
+def _open(source: Path | bytes) -> Image.Image:
+    """The image with its header read and judged, not yet decoded."""
+    from PIL import JpegImagePlugin, PngImagePlugin, WebPImagePlugin  # noqa: F401  (else Pillow loads all its plugins)
+
+    image = Image.open(BytesIO(source if isinstance(source, bytes) else _read(source)), formats=FORMATS)
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise DataError(f"{_name(source)}: {width}x{height} is over {MAX_PIXELS >> 20} megapixels; make it smaller")
+    return image
+
+
+def _read(path: Path) -> bytes:
+    """The bytes of a regular file of bearable size; a FIFO or device is never opened."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"{_name(path)}: not a regular file; give a PNG, JPEG or WEBP file")
+    if status.st_size > MAX_BYTES:
+        raise DataError(f"{_name(path)}: {status.st_size} bytes are over {MAX_BYTES >> 20} MiB; make it smaller")
+    return path.read_bytes()
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """`image` turned as its EXIF orientation asks; one that cannot be read counts as none."""
+    image.load()
+    try:
+        operation = TRANSPOSES.get(image.getexif().get(ORIENTATION, 1))
+    except (OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error):
+        operation = None
+    return image if operation is None else image.transpose(operation)
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB or, where there is transparency, RGBA; the colour profile applied if it can be."""
+    profile = image.info.get("icc_profile")
+    if image.mode.startswith("I"):
+        image, profile = _from_16_bit(image), None
+    elif image.mode == "P" or image.has_transparency_data:
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    elif image.mode == "1":
+        image = image.convert("L")
+    if profile:
+        image = _apply_profile(image, profile)
+    return image if image.mode in ("RGB", "RGBA") else image.convert("RGB")
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    """16-bit grey to 8-bit by rounding (Pillow's own conversion clips); a transparent grey level becomes alpha."""
+    wide = np.asarray(image).astype(np.uint32)
+    grey = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
+    if "transparency" not in image.info:
+        return grey
+    alpha = Image.fromarray(np.where(wide == image.info["transparency"], 0, 255).astype(np.uint8))
+    return Image.merge("RGBA", (grey, grey, grey, alpha))
+
+
+def _apply_profile(image: Image.Image, profile: bytes) -> Image.Image:
+    """Colours of an ICC profile to sRGB; a profile that is damaged or does not match the mode is ignored."""
+    from PIL import ImageCms
+
+    try:
+        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(source):
+            return image
+        alpha = image.getchannel("A") if image.mode == "RGBA" else None
+        colours = image.convert("RGB") if alpha else image
+        converted = ImageCms.profileToProfile(colours, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return image
+    assert converted is not None
+    if alpha:
+        converted.putalpha(alpha)
+    return converted
+
+
+def _on_background(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, (*colour, 255)), image).convert("RGB")
+
+
+def _resize(image: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float]) -> np.ndarray:
+    """`box` (left, top, right, bottom) of the image, resampled to `size` (width, height)."""
+    return np.array(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS, box))
+
+
+def _settings_json(settings: dict[str, Any]) -> str:
+    """ASCII JSON without "<", so that neither a terminal nor a web page that shows it raw can be led astray."""
+    text = json.dumps(settings).replace("<", "\\u003c")
+    if len(text) > MAX_SETTINGS:
+        text = json.dumps({"omitted": f"settings of {len(text)} bytes are over {MAX_SETTINGS}"})
+    return text
+
+
+def _colour(text: str) -> tuple[int, int, int]:
+    """ "#rrggbb" or a CSS colour name to (R, G, B). Raises UsageError."""
+    try:
+        return ImageColor.getcolor(text, "RGB")[:3]  # type: ignore[return-value,index]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f'"{text}" is no colour; write it as "#ffffff"') from error
+
+
+def _name(source: Path | bytes) -> str:
+    """How a message names `source`."""
+    return "image" if isinstance(source, bytes) else shown(source)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())[:200] or type(error).__name__

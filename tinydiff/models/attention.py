@@ -1,0 +1,102 @@
+"""Attention and the transformer block of Stable Diffusion, under diffusers' parameter names."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tinydiff.models.layers import zero
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x (B, T, D) to `context` (B, S, context_dim), or to x itself."""
+
+    def __init__(self, dim: int, heads: int, context_dim: int | None = None, qkv_bias: bool = False):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias=qkv_bias)
+        self.to_k = nn.Linear(context_dim or dim, dim, bias=qkv_bias)
+        self.to_v = nn.Linear(context_dim or dim, dim, bias=qkv_bias)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Identity()])
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, N, T, D/N)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        q, k, v = self.split(self.to_q(x)), self.split(self.to_k(context)), self.split(self.to_v(context))
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out[0](y.transpose(1, 2).flatten(2))  # (B, T, D)
+
+
+class GEGLU(nn.Module):
+    """Linear layer gated by GELU of another: (B, T, D) -> (B, T, out) (Shazeer 2020)."""
+
+    def __init__(self, dim: int, out: int):
+        super().__init__()
+        self.proj = nn.Linear(dim, out * 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU and back: (B, T, D) -> (B, T, D), four times as wide inside."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.net = nn.ModuleList([GEGLU(dim, dim * 4), nn.Identity(), nn.Linear(dim * 4, dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the text, perceptron; each pre-normalised and residual."""
+
+    def __init__(self, dim: int, heads: int, context_dim: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.attn2 = Attention(dim, heads, context_dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = FeedForward(dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2DModel(nn.Module):
+    """Transformer blocks over the pixels of a feature map: (B, C, h, w) -> (B, C, h, w)."""
+
+    def __init__(self, channels: int, heads: int, depth: int, context_dim: int, groups: int, linear: bool):
+        super().__init__()
+        self.linear = linear
+        self.norm = nn.GroupNorm(groups, channels, 1e-6)
+        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        blocks = [BasicTransformerBlock(channels, heads, context_dim) for _ in range(depth)]
+        self.transformer_blocks = nn.ModuleList(blocks)
+        self.proj_out = zero(nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        size, y = x.shape[2:], self.norm(x)
+        y = tokens(y) if self.linear else tokens(self.proj_in(y))  # (B, h w, C)
+        y = self.proj_in(y) if self.linear else y
+        for block in self.transformer_blocks:
+            y = block(y, context)
+        y = pixels(self.proj_out(y), size) if self.linear else self.proj_out(pixels(y, size))
+        return x + y
+
+
+def tokens(x: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, h w, C)."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def pixels(x: Tensor, size: tuple[int, ...]) -> Tensor:
+    """(B, h w, C) -> (B, C, h, w)."""
+    return x.transpose(1, 2).unflatten(2, tuple(size))

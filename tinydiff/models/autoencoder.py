@@ -1,0 +1,132 @@
+"""The KL autoencoder of Stable Diffusion, under diffusers' parameter names, at any depth.
+
+`encode(pixels (B, 3, H, W) in [-1, 1]) -> moments (B, 2C, h, w)`: mean and log-variance of each latent value.
+`decode(z (B, C, h, w)) -> pixels (B, 3, H, W)`. Each width after the first halves the resolution.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tinydiff.config import Autoencoder as Config
+from tinydiff.models.attention import Attention, pixels, tokens
+from tinydiff.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
+
+EPS = 1e-6
+
+
+class AttentionBlock(Attention):
+    """Single-head self-attention over the pixels of a feature map, residual."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__(channels, 1, qkv_bias=True)
+        self.group_norm = nn.GroupNorm(groups, channels, EPS)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return x + pixels(super().forward(tokens(self.group_norm(x))), x.shape[2:])
+
+
+class MidBlock(nn.Module):
+    """Residual block, optional attention, residual block."""
+
+    def __init__(self, channels: int, groups: int, attention: bool):
+        super().__init__()
+        self.attentions = nn.ModuleList([AttentionBlock(channels, groups)] if attention else [])
+        self.resnets = nn.ModuleList([ResnetBlock2D(channels, channels, None, groups, EPS) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.resnets[0](x)
+        for attention in self.attentions:
+            x = attention(x)
+        return self.resnets[1](x)
+
+
+class Level(nn.Module):
+    """Residual blocks, then a change of size where there is one."""
+
+    def __init__(self, channels: int, out: int, layers: int, groups: int):
+        super().__init__()
+        pairs = [(channels if i == 0 else out, out) for i in range(layers)]
+        self.resnets = nn.ModuleList([ResnetBlock2D(c, o, None, groups, EPS) for c, o in pairs])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.resnets:
+            x = block(x)
+        for name in ("downsamplers", "upsamplers"):
+            x = getattr(self, name)[0](x) if hasattr(self, name) else x
+        return x
+
+
+class Encoder(nn.Module):
+    """(B, 3, H, W) -> (B, 2C, h, w)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        for i, (before, width) in enumerate(pairwise((widths[0], *widths))):
+            level = Level(before, width, config.layers_per_block, groups)
+            if i < len(widths) - 1:
+                level.downsamplers = nn.ModuleList([Downsample2D(width, 0)])
+            self.down_blocks.append(level)
+        self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    """(B, C, h, w) -> (B, 3, H, W)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = MidBlock(widths[0], groups, config.mid_block_add_attention)
+        self.up_blocks = nn.ModuleList()
+        for i, (before, width) in enumerate(pairwise((widths[0], *widths))):
+            level = Level(before, width, config.layers_per_block + 1, groups)
+            if i < len(widths) - 1:
+                level.upsamplers = nn.ModuleList([Upsample2D(width)])
+            self.up_blocks.append(level)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid_block(self.conv_in(z))
+        for level in self.up_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Autoencoder(nn.Module):
+    """Image <-> latent; `scaling_factor` (latents = factor * z) stays outside, with whoever holds the configuration."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        c = config.latent_channels
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1)
+        self.post_quant_conv = nn.Conv2d(c, c, 1)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.quant_conv(self.encoder(x))
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(z))
+
+
+def mean_and_std(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 2C, h, w) -> mean and standard deviation (B, C, h, w); log-variance clamped to [-30, 20] as diffusers does."""
+    mean, logvar = moments.chunk(2, dim=1)
+    return mean, (logvar.clamp(-30, 20) * 0.5).exp()

@@ -1,0 +1,113 @@
+"""The text half of CLIP (Radford et al. 2021), under transformers' parameter names, at any width and depth.
+
+`forward(input_ids (B, T) int64) -> (last_hidden_state (B, T, D), pooler_output (B, D))`. Causal attention, no padding
+mask: tokens behind the end are part of the context, as Stable Diffusion has it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tinydiff.config import TextEncoder as Config
+
+ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
+
+
+class Embeddings(nn.Module):
+    """Token plus position: (B, T) -> (B, T, D)."""
+
+    def __init__(self, config: Config, vocab_size: int):
+        super().__init__()
+        self.token_embedding = nn.Embedding(vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+
+
+class SelfAttention(nn.Module):
+    """Causal multi-head self-attention: (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, N, T, D/N)
+        return self.out_proj(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Two-layer perceptron: (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class EncoderLayer(nn.Module):
+    """Pre-normalised transformer block."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.self_attn = SelfAttention(config.hidden_size, config.num_attention_heads)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size)
+        self.mlp = MLP(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Encoder(nn.Module):
+    """The stack of blocks."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.layers = nn.ModuleList([EncoderLayer(config) for _ in range(config.num_hidden_layers)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class TextModel(nn.Module):
+    """Embeddings, blocks, final norm."""
+
+    def __init__(self, config: Config, vocab_size: int):
+        super().__init__()
+        self.embeddings = Embeddings(config, vocab_size)
+        self.encoder = Encoder(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.final_layer_norm(self.encoder(self.embeddings(ids)))
+
+
+class TextEncoder(nn.Module):
+    """CLIP's text tower; `end` is the id whose first occurrence is pooled."""
+
+    def __init__(self, config: Config, vocab_size: int, end: int):
+        super().__init__()
+        self.text_model = TextModel(config, vocab_size)
+        self.end = end
+        nn.init.normal_(self.text_model.embeddings.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.text_model.embeddings.position_embedding.weight, std=0.01)
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.text_model(input_ids)
+        first = (input_ids == self.end).int().argmax(dim=-1)
+        return x, x[torch.arange(x.shape[0], device=x.device), first]

@@ -1,0 +1,197 @@
+"""CLIP's byte-pair encoding: captions and prompts to token ids.
+
+The folder format is CLIP's (vocab.json, merges.txt), so a tokenizer trained here opens in transformers' CLIPTokenizer
+and Stable Diffusion's opens here, with equal ids. Text is put in NFC, its white space collapsed and lower-cased, split
+into words, and every byte is a symbol: no text is unknown. Prompt syntax (weights, AND, long prompts) is not known here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as BackendTokenizer
+
+from tinydiff.errors import ModelError, UsageError
+from tinydiff.files import read_json
+
+BOS = "<|startoftext|>"
+EOS = "<|endoftext|>"
+END_OF_WORD = "</w>"
+SPECIAL = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
+CLIP_LENGTH = 77
+SMALLEST_VOCABULARY = 2 * 256 + 2
+WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+class Tokenizer:
+    """Text to ids. `max_length` counts BOS and EOS; `pad` is EOS unless a loaded folder says otherwise (SD 2 does)."""
+
+    def __init__(
+        self,
+        vocab: dict[str, int],
+        merges: Sequence[tuple[str, str]],
+        max_length: int = CLIP_LENGTH,
+        special: dict[str, AddedToken] | None = None,
+    ) -> None:
+        """`vocab` holds every symbol, merge and special token; raises KeyError or ValueError where it does not.
+
+        `special` has the keys of `SPECIAL`, whose tokens are the default.
+        """
+        if max_length < 3:
+            raise ValueError(f"max_length is {max_length}; it holds BOS, EOS and at least one token")
+        self.vocab, self.merges, self.max_length = vocab, list(merges), max_length
+        self.vocab_size = max(vocab.values()) + 1
+        special = special or _special({})
+        self.bos, self.eos, _, self.pad = (vocab[special[key].content] for key in SPECIAL)
+        self._backend = _backend(models.BPE(vocab, self.merges, end_of_word_suffix=END_OF_WORD, unk_token=EOS))
+        self._backend.add_special_tokens(list(special.values()))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Tokenizer:
+        """Reads a CLIP tokenizer folder (vocab.json and merges.txt, or tokenizer.json). Raises ModelError."""
+        folder = Path(folder)
+        config = _config(folder)
+        try:
+            vocab, merges = _vocabulary(folder)
+            length = int(config.get("model_max_length", CLIP_LENGTH))
+            # transformers writes 1e30 for "not set"
+            return cls(vocab, merges, length if length < 10**6 else CLIP_LENGTH, _special(config))
+        except ModelError:
+            raise
+        except Exception as error:  # the tokenizers library raises bare Exception
+            reason = " ".join(str(error).split())[:200]
+            raise ModelError(
+                f"{folder}: not a CLIP tokenizer ({type(error).__name__}: {reason}); restore the folder"
+            ) from error
+
+    @classmethod
+    def train(cls, captions: Iterable[str], vocab_size: int, max_length: int) -> Tokenizer:
+        """Learns merges from `captions`, equal input giving equal output; few captions give fewer than `vocab_size` ids.
+
+        Ids are in CLIP's order: 256 byte symbols, the same ending a word, merges, BOS, EOS. Raises UsageError.
+        """
+        if vocab_size < SMALLEST_VOCABULARY:
+            raise UsageError(f"vocab_size is {vocab_size}; a byte-level vocabulary needs {SMALLEST_VOCABULARY} or more")
+        if max_length < 3:
+            raise UsageError(f"max_length is {max_length}; it holds BOS, EOS and at least one token: use 3 or more")
+        symbols = byte_symbols()
+        alphabet = symbols + [symbol + END_OF_WORD for symbol in symbols]
+        backend = _backend(models.BPE(end_of_word_suffix=END_OF_WORD))
+        # As "special" tokens the alphabet gets its ids first, in this order; ties between merges are broken by id.
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - 2,
+            min_frequency=2,
+            special_tokens=alphabet,
+            end_of_word_suffix=END_OF_WORD,
+            show_progress=False,
+        )
+        backend.train_from_iterator(map(_valid, captions), trainer)
+        state = json.loads(backend.to_str())["model"]
+        tokens = sorted(state["vocab"], key=state["vocab"].__getitem__) + [BOS, EOS]
+        vocab = {token: index for index, token in enumerate(tokens)}
+        return cls(vocab, [(left, right) for left, right in state["merges"]], max_length)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the four files that transformers' CLIPTokenizer reads."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tokens = {token: index for token, index in sorted(self.vocab.items(), key=lambda item: item[1])}
+        names = {index: token for token, index in tokens.items()}
+        bos, eos, pad = names[self.bos], names[self.eos], names[self.pad]
+        special = {"bos_token": bos, "eos_token": eos, "pad_token": pad, "unk_token": EOS}
+        config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.max_length, **special}
+        merges = ["#version: 0.2", *(f"{left} {right}" for left, right in self.merges)]
+        _write(folder / "vocab.json", json.dumps(tokens, ensure_ascii=False))
+        _write(folder / "merges.txt", "\n".join(merges))
+        _write(folder / "tokenizer_config.json", json.dumps(config, indent=2))
+        _write(folder / "special_tokens_map.json", json.dumps(special, indent=2))
+
+    def ids(self, text: str) -> list[int]:
+        """The ids of `text` alone: no BOS, EOS, padding or limit."""
+        return self._backend.encode(_valid(text), add_special_tokens=False).ids
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """(B, max_length) int64: BOS, as many ids as fit, EOS, padding."""
+        rows = np.full((len(texts), self.max_length), self.pad, dtype=np.int64)
+        for row, text in zip(rows, texts, strict=True):
+            ids = [self.bos, *self.ids(text)[: self.max_length - 2], self.eos]
+            row[: len(ids)] = ids
+        return rows
+
+    def length(self, text: str) -> int:
+        """How many tokens `text` has, BOS and EOS counted, whether or not they fit `max_length`."""
+        return len(self.ids(text)) + 2
+
+    def cut(self, text: str) -> str:
+        """The tail of `text` that `encode` drops, as typed; "" when all of it fits."""
+        text = _valid(text)
+        offsets = self._backend.encode(text, add_special_tokens=False).offsets
+        kept = self.max_length - 2
+        return text[offsets[kept][0] :] if len(offsets) > kept else ""
+
+
+def byte_symbols() -> list[str]:
+    """The 256 characters that stand for bytes, in CLIP's order: the printable bytes, then U+0100 and up for the rest."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return [chr(code) for code in [*printable, *range(256, 512 - len(printable))]]
+
+
+def _backend(model: models.BPE) -> BackendTokenizer:
+    """`model` behind CLIP's normalisation and word split."""
+    backend = BackendTokenizer(model)
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    return backend
+
+
+def _valid(text: str) -> str:
+    """`text` with each lone surrogate, which no encoding can hold, replaced by "?"."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """special_tokens_map.json overlaid with tokenizer_config.json, either of which may be missing."""
+    merged: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            merged.update(read_json(folder / name))
+    return merged
+
+
+def _vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges; transformers 5 writes only tokenizer.json, everything before it the two files."""
+    if not (folder / "vocab.json").exists() and (folder / "tokenizer.json").is_file():
+        model = read_json(folder / "tokenizer.json")["model"]
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        return model["vocab"], [(left, right) for left, right in pairs]
+    vocab = read_json(folder / "vocab.json")
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    pairs = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
+    return vocab, [(left, right) for left, right in pairs]
+
+
+def _special(config: dict[str, Any]) -> dict[str, AddedToken]:
+    """The special tokens that `config` names, each as transformers adds it: `added_tokens_decoder` has the last word."""
+    tokens = {key: config.get(key) or text for key, text in SPECIAL.items()}
+    listed = {token["content"]: token for token in config.get("added_tokens_decoder", {}).values()}
+    return {key: _added(listed.get(_added(token).content, token)) for key, token in tokens.items()}
+
+
+def _added(token: str | dict[str, Any]) -> AddedToken:
+    """A special token as the folder describes it: a string, or transformers' AddedToken as a dict."""
+    if isinstance(token, str):
+        return AddedToken(token, special=True, normalized=False)
+    flags = {key: bool(token[key]) for key in ("lstrip", "rstrip", "single_word", "normalized") if key in token}
+    return AddedToken(token["content"], special=True, **flags)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text + "\n", encoding="utf-8", newline="\n")

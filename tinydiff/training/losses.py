@@ -1,0 +1,67 @@
+"""What the two stages minimise. Plain functions of tensors; they know no loop, no data, no optimiser."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tinydiff.config import AutoencoderStage
+
+
+def autoencoder_loss(
+    pixels: Tensor, output: Tensor, mean: Tensor, std: Tensor, cfg: AutoencoderStage
+) -> dict[str, Tensor]:
+    """Named terms, already weighted, whose sum is the loss: absolute and squared error, edges, and KL to N(0, 1).
+
+    pixels, output (B, 3, H, W) in [-1, 1]; mean, std (B, C, h, w). KL is per latent value (Kingma & Welling 2014, appendix B).
+    """
+    error = output - pixels
+    kl = 0.5 * (mean**2 + std**2 - 1) - std.log()
+    terms = {"l1": error.abs().mean(), "kl": cfg.kl_weight * kl.mean()}
+    if cfg.l2_weight:
+        terms["l2"] = cfg.l2_weight * (error**2).mean()
+    if cfg.edge_weight:
+        terms["edges"] = cfg.edge_weight * (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean())
+    return terms
+
+
+def denoising_loss(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Weighted mean squared error: output, target (B, C, h, w), weight (B,)."""
+    each = F.mse_loss(output.float(), target, reduction="none").mean(dim=(1, 2, 3))  # (B,)
+    return (each * weight).mean()
+
+
+def snr_weight(alpha: np.ndarray, sigma: np.ndarray, prediction: str, gamma: float) -> np.ndarray:
+    """Min-SNR-gamma weights (Hang et al. 2023, section 3.4) of a loss on `prediction`; ones where gamma is 0.
+
+    The weight of the squared error of x0 becomes min(SNR, gamma), whatever weight the prediction's own loss gives it.
+    """
+    if not gamma:
+        return np.ones_like(alpha)
+    snr = (alpha / sigma) ** 2
+    own = {
+        "epsilon": snr,
+        "sample": np.ones_like(snr),
+        "v": ((alpha**2 + sigma**2) / sigma) ** 2,
+        "flow": ((alpha + sigma) / sigma) ** 2,
+    }[prediction]
+    return np.minimum(snr, gamma) / np.maximum(own, 1e-12)
+
+
+def pick_level(u: float, normal: float, density: str, count: int) -> int:
+    """An index into the training levels from a uniform and a normal number.
+
+    `logit_normal` is sigmoid(N(0, 1)) (Esser et al. 2024, section 3.1).
+    """
+    share = 1 / (1 + math.exp(-normal)) if density == "logit_normal" else u
+    return min(int(share * count), count - 1)
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of images in [-1, 1], clipped as they would be saved."""
+    mse = torch.mean((a.clamp(-1, 1) - b.clamp(-1, 1)) ** 2).item()
+    return 10 * math.log10(4 / max(mse, 1e-12))

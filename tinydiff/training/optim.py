@@ -1,0 +1,57 @@
+"""AdamW with warm-up and cosine decay, and the averaged weights, both as plain functions of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from tinydiff.config import Stage
+
+
+def learning_rate(step: int, cfg: Stage) -> float:
+    """Linear warm-up, then a half cosine to `final_lr` of the peak at the last step."""
+    warm = min(1.0, (step + 1) / cfg.warmup) if cfg.warmup else 1.0
+    done = min(1.0, max(0.0, (step - cfg.warmup) / max(1, cfg.steps - 1 - cfg.warmup)))
+    return cfg.lr * warm * (cfg.final_lr + (1 - cfg.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def adamw(parameters: Iterable[nn.Parameter], cfg: Stage) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019); matrices and kernels decay, vectors (biases, norms) do not."""
+    parameters = list(parameters)
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
+
+
+class Average:
+    """Exponential moving average of a network's parameters, warmed up as (1 + step)/(10 + step) until `decay`."""
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.decay = decay
+        self.source = [p.detach() for p in module.parameters()]
+        self.tensors: list[Tensor] = [p.clone() for p in self.source]
+        self.names = [name for name, _ in module.named_parameters()]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.tensors, self.source, 1 - decay)
+
+    def state(self) -> dict[str, Tensor]:
+        return dict(zip(self.names, self.tensors, strict=True))
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        for name, mine in self.state().items():
+            mine.copy_(tensors[name])
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> None:
+        """The average into a network of the same shape; buffers are not averaged."""
+        for p, mine in zip(module.parameters(), self.tensors, strict=True):
+            p.copy_(mine)

@@ -1,0 +1,86 @@
+"""Checkpoints of a training stage: committed whole, read back only when their manifest holds.
+
+`<run>/checkpoints/<stage>-00000500/` has the weights, their average, the optimiser's moments and `state.json`. The newest is
+the one with the highest step whose manifest verifies: no pointer file, no modification times.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tinydiff.checkpoints.folder import read_tensors
+from tinydiff.errors import ModelError
+from tinydiff.files import committed, read_json, verify
+from tinydiff.training.optim import Average
+
+FORMAT = 1
+
+
+def save(
+    folder: Path,
+    stage: str,
+    step: int,
+    module: nn.Module,
+    average: Average,
+    optimizer: torch.optim.Optimizer,
+    extra: dict,
+) -> Path:
+    """Commit the checkpoint of a finished step."""
+    path = folder / f"{stage}-{step:08d}"
+    with committed(path, replace=path.exists()) as temporary:
+        save_file(plain(module.state_dict()), temporary / "weights.safetensors")
+        save_file(plain(average.state()), temporary / "average.safetensors")
+        save_file(plain(optimizer_tensors(module, optimizer)), temporary / "optimizer.safetensors")
+        state = {"format": FORMAT, "stage": stage, "step": step} | extra
+        (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+    return path
+
+
+def plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+
+
+def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's moments and step count under the parameters' names."""
+    names = {p: name for name, p in module.named_parameters()}
+    return {f"{names[p]}.{k}": v for p, values in optimizer.state.items() for k, v in values.items()}
+
+
+def load(path: Path, module: nn.Module, average: Average, optimizer: torch.optim.Optimizer) -> None:
+    """A checkpoint into the very objects that `save` took."""
+    module.load_state_dict(read_tensors(path / "weights.safetensors"))
+    average.load(read_tensors(path / "average.safetensors"))
+    tensors = read_tensors(path / "optimizer.safetensors")
+    for name, p in module.named_parameters():
+        found = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.rpartition(".")[0] == name}
+        if found:
+            optimizer.state[p] = {k: v if k == "step" else torch.empty_like(p).copy_(v) for k, v in found.items()}
+
+
+def newest(folder: Path, stage: str, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The valid checkpoint of the highest step and its state; damaged ones are named and passed over."""
+    for path in sorted(folder.glob(f"{stage}-[0-9]*"), reverse=True):
+        try:
+            verify(path)
+            state = read_json(path / "state.json")
+        except ModelError as error:
+            warn(f"{error}; going back to the checkpoint before it")
+            continue
+        if state.get("format", FORMAT) > FORMAT:
+            raise ModelError(f"{path}: written by a newer tinydiff; upgrade, or train with --fresh")
+        return path, state
+    return None
+
+
+def prune(folder: Path, stage: str, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints of a stage."""
+    for path in sorted(folder.glob(f"{stage}-[0-9]*"))[:-keep]:
+        shutil.rmtree(path)
