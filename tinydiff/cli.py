@@ -275,8 +275,11 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except BrokenPipeError:
-        silence(sys.stdout)
-        raise SystemExit(141) from None
+        closed_pipe()
+    except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # click turns it into an exit of its own
+            closed_pipe()
+        raise
     except MemoryError:
         fail("out of memory; lower --batch-size or the image size", 7)
     except OSError as error:
@@ -299,10 +302,11 @@ def fail(message: str, code: int) -> None:
     raise SystemExit(code) from None
 
 
-def silence(stream: Any) -> None:
-    """Point a stream whose reader has gone at nothing, so that the interpreter's last flush does not complain."""
+def closed_pipe() -> None:
+    """Exit as a process that SIGPIPE ended, stdout pointed at nothing so that the last flush does not complain."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(141) from None
 
 
 def main() -> None:

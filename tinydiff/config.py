@@ -18,11 +18,15 @@ from tinydiff.diffusion.predictions import PREDICTIONS
 from tinydiff.diffusion.samplers import SAMPLERS
 from tinydiff.diffusion.schedules import SCHEDULES, SPACINGS
 from tinydiff.errors import UsageError
+from tinydiff.files import shown
 
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
+
+
+MAX_LIST = 16
 
 
 def key(
@@ -183,24 +187,24 @@ def read_toml(path: Path) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # besides bad TOML and UTF-8, an integer of thousands of digits
         raise UsageError(f"{path}: not valid TOML: {str(error) or 'nested too deep'}") from None
 
 
 def _set(table: dict[str, Any], text: str, problems: list[str]) -> None:
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
-        problems.append(f"{text!r} is not KEY=VALUE")
+        problems.append(f"{brief(text)} is not KEY=VALUE")
         return
     try:
         parsed = tomllib.loads(f"v = {value.strip()}")["v"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         parsed = value.strip()
     *parents, last = name.strip().split(".")
     for parent in parents:
         table = table.setdefault(parent, {})
         if not isinstance(table, dict):
-            problems.append(f"{name}: set twice, as a value and as a table")
+            problems.append(f"{shown(name)[:80]}: set twice, as a value and as a table")
             return
     table[last] = parsed
 
@@ -216,13 +220,13 @@ def merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def build(kind: type, table: Any, path: str, problems: list[str]) -> Any:
     """An instance of dataclass `kind` from a table; what is wrong is added to `problems` and left at its default."""
     if not isinstance(table, dict):
-        problems.append(f"{path.rstrip('.')}: expected a table, got {table!r}")
+        problems.append(f"{path.rstrip('.')}: expected a table, got {brief(table)}")
         return kind()
     hints, fields = get_type_hints(kind), {f.name: f for f in dataclasses.fields(kind)}
     values = {}
     for name, value in table.items():
         if name not in fields:
-            problems.append(f"{path}{name}: unknown key{nearest(name, fields)}")
+            problems.append(f"{path}{shown(name)[:80]}: unknown key{nearest(name, fields)}")
         elif dataclasses.is_dataclass(hints[name]):
             values[name] = build(
                 hints[name],
@@ -251,21 +255,34 @@ def check(kind: Any, value: Any, meta: Mapping[str, Any]) -> tuple[str, Any]:
     """(problem, value): '' and the converted value where it is of the kind and in range."""
     if kind in (tuple[int, ...], tuple[str, ...]):
         if not isinstance(value, list | tuple) or not value:
-            return f"expected a list, got {value!r}", value
+            return f"expected a list, got {brief(value)}", value
+        if len(value) > MAX_LIST:
+            return f"{len(value)} entries, above {MAX_LIST}", value
         results = [check(int if kind == tuple[int, ...] else str, v, meta) for v in value]
         return next((p for p, _ in results if p), ""), tuple(v for _, v in results)
     if kind is float and type(value) is int:
-        value = float(value)
+        value = float(value) if abs(value) < 2**1023 else math.inf
     if type(value) is not kind:
-        return f"expected {kind.__name__}, got {value!r}", value
+        return f"expected {kind.__name__}, got {brief(value)}", value
+    if kind is str and any("\ud800" <= c <= "\udfff" for c in value):
+        return f"{brief(value)} is not valid Unicode", value
     if meta["choices"] and value not in meta["choices"]:
-        return f"unknown name {value!r}{nearest(str(value), meta['choices'])}", value
+        return f"unknown name {brief(value)}{nearest(str(value), meta['choices'])}", value
     if kind is float and not math.isfinite(value):
         return f"{value} is not finite", value
     for bound, wrong in (("low", lambda b: value < b), ("high", lambda b: value > b)):
         if meta[bound] is not None and wrong(meta[bound]):
-            return f"{value} is {'below' if bound == 'low' else 'above'} {meta[bound]}", value
+            return f"{brief(value)} is {'below' if bound == 'low' else 'above'} {meta[bound]}", value
     return "", value
+
+
+def brief(value: Any) -> str:
+    """A value as a message shows it: on one line, cut where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a table nested too deep
+        return f"<{type(value).__name__} too large to show>"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def conflicts(config: Config) -> Iterator[str]:
@@ -285,6 +302,10 @@ def conflicts(config: Config) -> Iterator[str]:
             yield f"denoiser.attention_head_dim: {config.denoiser.attention_head_dim} heads do not divide width {width}"
     if len(config.denoiser.down_block_types) != len(config.denoiser.block_out_channels):
         yield "denoiser.down_block_types: needs one entry for each of block_out_channels"
+    if config.denoiser.block_out_channels[0] % 2:
+        yield "denoiser.block_out_channels: the first width is also that of the time's sines and cosines; it must be even"
+    if (config.diffusion.schedule, config.diffusion.prediction) == ("flow", "epsilon"):
+        yield "diffusion.prediction: epsilon says nothing at the flow schedule's pure noise; use flow, v or sample"
     if config.text_encoder.hidden_size % config.text_encoder.num_attention_heads:
         yield "text_encoder.num_attention_heads: does not divide hidden_size"
     for name, stage in (("autoencoder", config.train.autoencoder), ("denoiser", config.train.denoiser)):

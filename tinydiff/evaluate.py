@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -59,7 +60,8 @@ def evaluate(
         raise UsageError(
             f"shapes are read off squares of 16 pixels or more, not {request.width}x{request.height}; set -W and -H"
         )
-    subjects = [open_subject(path, count, seed, resolution) for path in data]
+    settings = data_settings(backend.description.path)
+    subjects = [open_subject(replace(settings, path=path, resolution=resolution), count, seed) for path in data]
     psnrs = [reconstruction_psnr(backend, subject.originals(RECONSTRUCTED), batch_size) for subject in subjects]
     total, done = sum(len(subject.captions) for subject in subjects), 0
     for subject in subjects:
@@ -69,16 +71,22 @@ def evaluate(
             subject.add(start, pipeline.generate(backend, captions, seeds, request))
             done += len(captions)
             progress(done, total)
-    compare([subject for subject in subjects if isinstance(subject, Retrieved)], batch_size)
+    compare([subject for subject in subjects if isinstance(subject, Retrieved)])
     return [subject.row() | {"reconstruction_psnr": psnr} for subject, psnr in zip(subjects, psnrs, strict=True)]
 
 
-def open_subject(path: str, count: int, seed: int, resolution: int) -> Subject:
-    """The shapes, or a folder of captioned images (any share of bad files is allowed: they were judged in training)."""
-    if path == "shapes":
-        return Read(shapes.held_out_captions(count, seed), seed, resolution)
-    source = open_source(config.Data(path=path, max_bad_fraction=1.0))
-    return Retrieved(path, source, resolution, choose(source, count, seed))
+def data_settings(model: Path) -> config.Data:
+    """How the model's own configuration treats images (background, bad files); the defaults without one."""
+    path = model / "tinydiff.toml"
+    return config.load(path).data if path.exists() else config.Data()
+
+
+def open_subject(settings: config.Data, count: int, seed: int) -> Subject:
+    """The shapes, or a folder of captioned images, as `settings.path` says."""
+    if settings.path == "shapes":
+        return Read(shapes.held_out_captions(count, seed), seed, settings.resolution)
+    source = open_source(settings)
+    return Retrieved(settings.path, source, settings.resolution, choose(source, count, seed))
 
 
 def choose(source: Source, count: int, seed: int) -> dict[str, int]:
@@ -130,7 +138,7 @@ class Retrieved:
         self.path, self.source, self.resolution, self.chosen = path, source, resolution, chosen
         self.captions, self.candidates = list(chosen), 0
         self.rows = {caption: row for row, caption in enumerate(chosen)}
-        self.drawn: list[np.ndarray] = []
+        self.drawn = np.zeros((len(chosen), block_sums(np.zeros((1, resolution, resolution, 3), np.uint8)).size))
         self.own = np.full(len(chosen), np.inf)
         self.others = np.full((len(chosen), self.NEAREST), np.inf)
 
@@ -144,12 +152,13 @@ class Retrieved:
 
     def add(self, start: int, drawn: np.ndarray) -> None:
         """Takes in drawings (B, H, W, 3) of the captions from `start` on."""
-        assert start == sum(map(len, self.drawn))
-        self.drawn.append(block_sums(np.stack([images.fit(image, self.resolution) for image in drawn])))
+        self.drawn[start : start + len(drawn)] = block_sums(
+            np.stack([images.fit(image, self.resolution) for image in drawn])
+        )
 
     def see(self, captions: Sequence[str], sums: np.ndarray) -> None:
         """Measures candidates, block sums (B, D) with their main captions, against every drawing."""
-        distances = squared_distances(np.concatenate(self.drawn), sums)  # (drawings, B)
+        distances = squared_distances(self.drawn, sums)  # (drawings, B)
         self.candidates += len(captions)
         for column, caption in enumerate(captions):
             if (row := self.rows.get(caption)) is not None:
@@ -166,10 +175,9 @@ class Retrieved:
         return {"data": self.path, "images": count} | shares(right, count) | {"candidates": self.candidates}
 
 
-def compare(folders: Sequence[Retrieved], batch_size: int) -> None:
-    """Shows all images of all folders to all drawings, once."""
-    seen: dict[str, Retrieved] = {folder.path: folder for folder in folders}  # a path given twice holds no more images
-    for folder in seen.values():
+def compare(folders: Sequence[Retrieved], batch_size: int = 64) -> None:
+    """Shows all images of all folders to all drawings, once each; a folder given twice holds no more images."""
+    for folder in {Path(folder.path).resolve(): folder for folder in folders}.values():
         for start in range(0, len(folder.source), batch_size):
             part = range(start, min(start + batch_size, len(folder.source)))
             sums = block_sums(np.stack([folder.image(i) for i in part]))
@@ -239,8 +247,9 @@ def line(row: dict[str, Any]) -> str:
         parts = ", ".join(f"{name} {row[name]:.1%}" for name in READINGS[1:])
         text = f"{row['images']} unseen captions: wholly right {_share(row, 'all')}; {parts}"
     else:
-        among = f"of {row['candidates']} images the nearest is the right one"
-        text = f"{row['images']} captions: {among} {_share(row, 'nearest_top1')}, among the nearest 5 {_share(row, 'nearest_top5')}"
+        first, five = _share(row, "nearest_top1"), _share(row, "nearest_top5")
+        among = f"of {row['candidates']} images the nearest is the right one {first}, one of the nearest 5 {five}"
+        text = f"{row['images']} captions: {among}"
     return f"{row['data']}: {text}; reconstruction {row['reconstruction_psnr']:.1f} dB"
 
 

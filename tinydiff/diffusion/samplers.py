@@ -19,6 +19,9 @@ Denoise = Callable[[Any, Level], Any]
 Sampler = Callable[[Denoise, Any, Sequence[Level], Callable[[int], Any]], Iterator[tuple[Any, Any]]]
 
 
+STEEPEST = 10.0
+
+
 def move(x: Any, x0: Any, here: Level, there: Level) -> Any:
     """Along the line through x and x0: the eps of `here` kept, its amplitude that of `there` (DDIM, equation 12)."""
     return x * (there.sigma / here.sigma) + x0 * (there.alpha - here.alpha * there.sigma / here.sigma)
@@ -31,7 +34,7 @@ def ancestral(denoise: Denoise, x: Any, levels: Sequence[Level], noise: Callable
     """
     for step, (here, there) in enumerate(pairwise(levels)):
         x0 = denoise(x, here)
-        kept = (there.sigma * here.alpha) / (there.alpha * here.sigma)
+        kept = (there.sigma * here.alpha) / (there.alpha * here.sigma) if there.alpha > 0 else 1.0
         fresh = eta * math.sqrt(max(0.0, 1 - kept * kept))
         x = move(x, x0, here, Level(there.alpha, there.sigma * math.sqrt(1 - fresh * fresh), there.t))
         if fresh * there.sigma > 0:
@@ -40,14 +43,19 @@ def ancestral(denoise: Denoise, x: Any, levels: Sequence[Level], noise: Callable
 
 
 def heun(denoise: Denoise, x: Any, levels: Sequence[Level], noise: Callable[[int], Any]) -> Iterator:
-    """Heun's second-order method in sigma/alpha (Karras et al. 2022, algorithm 1): two network calls a step."""
+    """Heun's second-order method in sigma/alpha (Karras et al. 2022, algorithm 1): two network calls a step.
+
+    Where sigma/alpha falls more than `STEEPEST`-fold at once, as it does on the cosine schedule's first step, half the
+    slope at its end would outweigh everything; Euler's step stands.
+    """
     for here, there in pairwise(levels):
         x0 = denoise(x, here)
         ahead = move(x, x0, here, there)
         if there.sigma > 0 and here.alpha > 0:
             ratio = (here.sigma * there.alpha) / (here.alpha * there.sigma)
-            x0 = x0 + (denoise(ahead, there) - x0) * (ratio / 2)
-            ahead = move(x, x0, here, there)
+            if ratio <= STEEPEST:
+                x0 = x0 + (denoise(ahead, there) - x0) * (ratio / 2)
+                ahead = move(x, x0, here, there)
         x = ahead
         yield x, x0
 
@@ -58,7 +66,7 @@ def dpmpp_2m(denoise: Denoise, x: Any, levels: Sequence[Level], noise: Callable[
     for here, there in pairwise(levels):
         x0 = slope = denoise(x, here)
         ahead = log_snr(there) - log_snr(here)
-        if before is not None and math.isfinite(width) and math.isfinite(ahead):
+        if before is not None and 0 < width < math.inf and math.isfinite(ahead):
             slope = x0 + (x0 - before) * (ahead / (2 * width))
         x = move(x, slope, here, there)
         before, width = x0, ahead

@@ -92,7 +92,7 @@ class Tokenizer:
         )
         backend.train_from_iterator(map(_valid, captions), trainer)
         state = json.loads(backend.to_str())["model"]
-        tokens = sorted(state["vocab"], key=state["vocab"].__getitem__) + [BOS, EOS]
+        tokens = [*sorted(state["vocab"], key=state["vocab"].__getitem__), BOS, EOS]
         vocab = {token: index for index, token in enumerate(tokens)}
         return cls(vocab, [(left, right) for left, right in state["merges"]], max_length)
 
@@ -100,7 +100,7 @@ class Tokenizer:
         """Writes the four files that transformers' CLIPTokenizer reads."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tokens = {token: index for token, index in sorted(self.vocab.items(), key=lambda item: item[1])}
+        tokens = dict(sorted(self.vocab.items(), key=lambda item: item[1]))
         names = {index: token for token, index in tokens.items()}
         bos, eos, pad = names[self.bos], names[self.eos], names[self.pad]
         special = {"bos_token": bos, "eos_token": eos, "pad_token": pad, "unk_token": EOS}

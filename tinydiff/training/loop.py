@@ -26,7 +26,7 @@ from tinydiff.data.dataset import Images, open_source
 from tinydiff.errors import DivergedError, UsageError, UserError
 from tinydiff.text.tokenizer import Tokenizer
 from tinydiff.training import state
-from tinydiff.training.optim import Average, adamw, learning_rate
+from tinydiff.training.optim import Average, adamw, clip, learning_rate
 from tinydiff.training.progress import Progress
 from tinydiff.training.stages import AutoencoderTask, DenoiserTask, Task
 
@@ -43,6 +43,7 @@ def run(cfg: config.Config, run_dir: Path, stage_name: str | None = None) -> Pat
     """Train the stages in order, continuing what the run directory holds. Returns the model folder."""
     with files.lock(run_dir), Runtime(cfg) as runtime:
         claim(cfg, run_dir)
+        state.sweep(run_dir)
         data = Images(open_source(cfg.data, cfg.train.seed), cfg.data)
         report_skipped(data, runtime)
         model = folder.build(cfg, tokenizer_of(cfg, run_dir, data), cfg.train.seed)
@@ -64,7 +65,7 @@ def run(cfg: config.Config, run_dir: Path, stage_name: str | None = None) -> Pat
             runtime,
             run_dir,
             task,
-            lambda: folder.save(run_dir / "model", model, cfg, replace=(run_dir / "model").exists()),
+            lambda: folder.save(run_dir / "model", model, cfg, replace=True),
         )
     return run_dir / "model"
 
@@ -178,13 +179,12 @@ def stage(runtime: Runtime, run_dir: Path, task: Task, publish: Any) -> Average:
             with averaged(task.module, average):
                 look(run_dir, task, n + 1, log)
         if last or (n + 1) % cfg.save_every == 0 or runtime.caught:
-            log.flush()
+            with averaged(task.module, average):
+                publish()  # before the checkpoint: whoever finds the last checkpoint has nothing left to do
             state.save(
                 checkpoints, task.name, n + 1, task.module, average, optimizer, {"scaler": runtime.scaler.state_dict()}
             )
-            state.prune(checkpoints, task.name, runtime.cfg.keep)
-            with averaged(task.module, average):
-                publish()
+            state.prune(checkpoints, task.name, n + 1, runtime.cfg.keep)
         if runtime.caught and not last:
             message = f"stopped and saved at step {n + 1} of {task.name}; run the same command to go on"
             raise Interrupted(runtime.caught, message)
@@ -219,7 +219,7 @@ def step(runtime: Runtime, task: Task, average: Average, optimizer: torch.optim.
         total += loss.item() / cfg.accumulate
         terms = {k: terms.get(k, 0.0) + v.item() / cfg.accumulate for k, v in more.items()}
     runtime.scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(task.module.parameters(), cfg.clip or math.inf).item()
+    norm = clip(task.module.parameters(), cfg.clip)
     if not math.isfinite(total) or not (math.isfinite(norm) or runtime.dtype is torch.float16):
         raise DivergedError(
             f"{task.name}: loss {total}, gradient {norm} at step {n + 1}; lower train.{task.name}.lr and run again"
@@ -251,7 +251,6 @@ def look(run_dir: Path, task: Task, n: int, log: Metrics) -> None:
     path = run_dir / "samples" / f"{task.name}-{n:08d}.png"
     files.write_file(path, images.encode_png(images.grid(pictures, 8), None), force=True)
     log.write({"stage": task.name, "step": n, **values}) if values else None
-    log.flush()
     report.write(run_dir)
 
 
@@ -265,8 +264,7 @@ class Metrics:
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         kept = [line for line in lines if (v := parse(line)) and (v["stage"] != name or v["step"] <= start)]
         files.write_file(self.path, "".join(f"{line}\n" for line in kept).encode(), force=True)
-        self.file, self.recent = self.path.open("a"), math.nan
-        self.begun = time.monotonic()
+        self.recent, self.begun = math.nan, time.monotonic()
 
     def add(self, n: int, values: dict[str, float]) -> None:
         self.recent = values["loss"] if math.isnan(self.recent) else 0.98 * self.recent + 0.02 * values["loss"]
@@ -276,10 +274,9 @@ class Metrics:
             self.write({"stage": self.name, "step": n, **values, "steps_per_second": rate})
 
     def write(self, values: dict[str, Any]) -> None:
-        self.file.write(json.dumps({k: round(v, 7) if isinstance(v, float) else v for k, v in values.items()}) + "\n")
-
-    def flush(self) -> None:
-        self.file.flush()
+        line = json.dumps({k: round(v, 7) if isinstance(v, float) else v for k, v in values.items()})
+        with self.path.open("a") as file:
+            file.write(line + "\n")
 
 
 def parse(line: str) -> dict[str, Any] | None:

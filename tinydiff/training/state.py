@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors.torch import save_file
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from tinydiff.checkpoints.folder import read_tensors
 from tinydiff.errors import ModelError
-from tinydiff.files import committed, read_json, verify
+from tinydiff.files import MANIFEST, committed, read_json, verify
 from tinydiff.training.optim import Average
 
 FORMAT = 1
@@ -33,9 +34,11 @@ def save(
     optimizer: torch.optim.Optimizer,
     extra: dict,
 ) -> Path:
-    """Commit the checkpoint of a finished step."""
+    """Commit the checkpoint of a finished step; one that stands there was passed over as damaged."""
     path = folder / f"{stage}-{step:08d}"
-    with committed(path, replace=path.exists()) as temporary:
+    if path.exists():
+        discard(path)
+    with committed(path) as temporary:
         save_file(plain(module.state_dict()), temporary / "weights.safetensors")
         save_file(plain(average.state()), temporary / "average.safetensors")
         save_file(plain(optimizer_tensors(module, optimizer)), temporary / "optimizer.safetensors")
@@ -62,13 +65,17 @@ def load(path: Path, module: nn.Module, average: Average, optimizer: torch.optim
     for name, p in module.named_parameters():
         found = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.rpartition(".")[0] == name}
         if found:
-            optimizer.state[p] = {k: v if k == "step" else torch.empty_like(p).copy_(v) for k, v in found.items()}
+            optimizer.state[p] = {
+                k: v.to(p.device) if k == "step" else torch.empty_like(p).copy_(v) for k, v in found.items()
+            }
 
 
 def newest(folder: Path, stage: str, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
     """The valid checkpoint of the highest step and its state; damaged ones are named and passed over."""
     for path in sorted(folder.glob(f"{stage}-[0-9]*"), reverse=True):
         try:
+            if not (path / MANIFEST).is_file():
+                raise ModelError(f"{path}: has no {MANIFEST}")
             verify(path)
             state = read_json(path / "state.json")
         except ModelError as error:
@@ -80,7 +87,24 @@ def newest(folder: Path, stage: str, warn: Callable[[str], None]) -> tuple[Path,
     return None
 
 
-def prune(folder: Path, stage: str, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints of a stage."""
-    for path in sorted(folder.glob(f"{stage}-[0-9]*"))[:-keep]:
-        shutil.rmtree(path)
+def prune(folder: Path, stage: str, step: int, keep: int) -> None:
+    """Remove all checkpoints of a stage but the newest `keep` up to `step`; those beyond it were passed over as damaged."""
+    found = sorted(folder.glob(f"{stage}-[0-9]*"))
+    kept = [path for path in found if path.name <= f"{stage}-{step:08d}"][-keep:]
+    for path in found:
+        if path not in kept:
+            discard(path)
+
+
+def discard(path: Path) -> None:
+    """Remove a folder so that under its name it is whole or gone."""
+    aside = path.with_name(f".tmp-{path.name}-{uuid4().hex}")
+    path.rename(aside)
+    shutil.rmtree(aside)
+
+
+def sweep(run_dir: Path) -> None:
+    """Remove what a killed process left half-written or half-removed; the caller holds the run's lock."""
+    for pattern in (".tmp-*", "*/.tmp-*"):
+        for path in run_dir.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,0 +1,200 @@
+"""Speed and memory as ratios against named peers, each pair run in turn, several times, in one call.
+
+    python scripts/bench.py [startup] [generate] [train] [--runs N] [--model DIR]
+
+startup   `tinydiff --help` against `python -c "import typer"`
+generate  `tinydiff generate` of one image, whole process, against a diffusers script with the same weights, and against
+          a bare script that opens the same ONNX sessions and loops in numpy (the floor)
+train     one step of the denoiser stage through the training loop against forward + backward + optimizer on the same batch
+
+Prints one line a comparison: the median ratio with its least and greatest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+DIFFUSERS = """
+import sys
+from diffusers import StableDiffusionPipeline
+import torch
+pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1])
+pipe.set_progress_bar_config(disable=True)
+generator = torch.Generator().manual_seed(1)
+size = int(sys.argv[3])
+image = pipe("red heart", num_inference_steps=20, guidance_scale=3.0, height=size, width=size, generator=generator).images[0]
+image.save(sys.argv[2])
+"""
+
+FLOOR = """
+import json, sys
+from pathlib import Path
+import numpy as np
+import onnxruntime as ort
+from PIL import Image
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+model, out, size = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+options = ort.SessionOptions()
+options.log_severity_level = 4
+text, unet, decoder = (ort.InferenceSession(model / n / "model.onnx", options, providers=["CPUExecutionProvider"])
+                       for n in ("text_encoder", "unet", "vae_decoder"))
+vocab = json.loads((model / "tokenizer/vocab.json").read_text())
+merges = [tuple(l.split()) for l in (model / "tokenizer/merges.txt").read_text().splitlines()[1:] if l]
+bpe = Tokenizer(models.BPE(vocab, merges, end_of_word_suffix="</w>"))
+bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(False)])
+length = json.loads((model / "tokenizer/tokenizer_config.json").read_text())["model_max_length"]
+bos, eos = vocab["<|startoftext|>"], vocab["<|endoftext|>"]
+ids = [[bos, *bpe.encode(t).ids, eos] for t in ("", "red heart")]
+ids = np.array([i + [eos] * (length - len(i)) for i in ids], np.int64)
+context = text.run(["last_hidden_state"], {"input_ids": ids})[0]
+vae = json.loads((model / "vae_decoder/config.json").read_text())
+side = size // 2 ** (len(vae["block_out_channels"]) - 1)
+f = lambda u: np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
+t = np.arange(1000)
+bars = np.cumprod(1 - np.minimum(1 - f((t + 1) / 1000) / f(t / 1000), 0.999))
+x = np.random.default_rng(1).standard_normal((1, vae["latent_channels"], side, side), np.float32)
+steps = [round(1000 - i * 50) - 1 for i in range(20)]
+for i, t in enumerate(steps):
+    a, s = np.float32(bars[t] ** 0.5), np.float32((1 - bars[t]) ** 0.5)
+    b = bars[steps[i + 1]] if i < 19 else 1.0
+    v = unet.run(None, {"sample": np.concatenate([x, x]), "timestep": np.float32(t), "encoder_hidden_states": context})[0]
+    v = v[:1] + np.float32(3) * (v[1:] - v[:1])
+    x0, eps = a * x - s * v, s * x + a * v
+    x = np.float32(b ** 0.5) * x0 + np.float32((1 - b) ** 0.5) * eps
+pixels = decoder.run(None, {"latent_sample": x / np.float32(vae["scaling_factor"])})[0][0]
+Image.fromarray(((pixels.transpose(1, 2, 0) / 2 + 0.5).clip(0, 1) * 255).round().astype(np.uint8)).save(out)
+"""
+
+
+def measure(command: list[str]) -> tuple[float, float]:
+    """Wall-clock seconds and peak resident bytes of a command, which must succeed."""
+    begun = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert process.stderr
+    said = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{command[:3]} failed: {said.decode()[-2000:]}")
+    return time.perf_counter() - begun, usage.ru_maxrss * 1024.0
+
+
+def compare(name: str, runs: int, ours: Callable[[], float], theirs: Callable[[], float]) -> None:
+    """Run both in turn and print the ratio ours/theirs."""
+    ratios = [ours() / theirs() for _ in range(runs)]
+    low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
+    print(f"{name}: {middle:.3f} (min {low:.3f}, max {high:.3f}, {runs} runs)", flush=True)
+
+
+def startup(runs: int) -> None:
+    for flag in ("--help", "--version"):
+        ours, theirs = [sys.executable, "-m", "tinydiff", flag], [sys.executable, "-c", "import typer"]
+        compare(f"time, tinydiff {flag} / import typer", runs, lambda c=ours: measure(c)[0], lambda c=theirs: measure(c)[0])
+
+
+def generate(runs: int, model: Path) -> None:
+    from tinydiff.checkpoints.description import describe
+
+    size = str(describe(model).size)
+    with tempfile.TemporaryDirectory() as folder:
+        out = f"{folder}/x.png"
+        tail = ["-m", str(model), "-o", out, "--force", "--steps", "20"]
+        ours = [sys.executable, "-m", "tinydiff", "generate", "red heart", *tail]
+        for name, script in (("diffusers", DIFFUSERS), ("floor", FLOOR)):
+            theirs = [sys.executable, "-c", script, str(model), out, size]
+            pairs = [(measure(ours), measure(theirs)) for _ in range(runs)]
+            for what, i in (("time", 0), ("peak memory", 1)):
+                numbers = iter([v[i] for pair in pairs for v in pair])
+                compare(f"{what}, tinydiff generate / {name}", runs, lambda n=numbers: next(n), lambda n=numbers: next(n))
+
+
+def train(runs: int, config: Path) -> None:
+    """The loop's step, data and metrics included, against the bare step on one fixed batch of the same shape."""
+    import numpy as np
+    import torch
+    from torch.nn import functional as F
+
+    from tinydiff import config as configuration
+    from tinydiff.checkpoints import folder
+    from tinydiff.data.dataset import Images
+    from tinydiff.text.tokenizer import Tokenizer
+    from tinydiff.training import loop
+    from tinydiff.training.optim import Average, adamw
+    from tinydiff.training.stages import DenoiserTask
+
+    class Captions:
+        skipped: list = []
+
+        def __len__(self) -> int:
+            return 512
+
+        def captions(self, i: int) -> list[str]:
+            return [f"image number {i}"]
+
+        def weight(self, i: int) -> float:
+            return 1.0
+
+    cfg = configuration.load(config, ["data.path=bench"])
+    tokenizer = Tokenizer.train([f"image number {i}" for i in range(512)], 1024, cfg.text_encoder.max_position_embeddings)
+    side = cfg.data.resolution // 2 ** (len(cfg.autoencoder.block_out_channels) - 1)
+    latents = torch.randn(512, cfg.autoencoder.latent_channels, side, side)
+    with loop.Runtime(cfg) as runtime:
+        model = folder.build(cfg, tokenizer)
+        model.unet.to(memory_format=torch.channels_last)
+        task = DenoiserTask(cfg, model, Images(Captions(), cfg.data), (latents, latents.abs() * 0.1), runtime.device)
+        average, optimizer = Average(task.module, cfg.train.denoiser.ema), adamw(task.module.parameters(), cfg.train.denoiser)
+        n, counter = cfg.train.denoiser.batch_size, iter(range(10**9))
+        x = latents[:n].to(memory_format=torch.channels_last)
+        t, ids = torch.rand(n) * 1000, torch.from_numpy(np.stack([task.encode(f"image number {i}") for i in range(n)]))
+
+        def bare() -> None:
+            with runtime.autocast(), runtime.attention():
+                loss = F.mse_loss(task.module(x, t, ids).float(), x)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        def seconds(step: Callable[[], object], times: int = 5) -> float:
+            begun = time.perf_counter()
+            for _ in range(times):
+                step()
+            return time.perf_counter() - begun
+
+        def ours() -> object:
+            return loop.step(runtime, task, average, optimizer, next(counter))
+
+        seconds(bare), seconds(ours)
+        compare("time, training step / bare step", runs, lambda: seconds(ours), lambda: seconds(bare))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", default=["startup", "generate", "train"])
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--model", type=Path)
+    arguments = parser.parse_args()
+    from tinydiff.backends import find_model
+    from tinydiff.training.memory import keep_pages
+
+    model = arguments.model or find_model(None)
+    for what in arguments.what:
+        if what == "startup":
+            startup(arguments.runs)
+        elif what == "generate":
+            generate(arguments.runs, model)
+        elif what == "train":
+            keep_pages()
+            train(arguments.runs, model / "tinydiff.toml")
+        else:
+            sys.exit(f"{what}: no such benchmark; there are startup, generate and train")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""Configuration: every mistake found, all at once, on one line; what is written is what is read."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from tinydiff import config
+from tinydiff.config import Config, conflicts, load, to_toml
+from tinydiff.errors import UsageError
+
+FITTED = {"block_out_channels", "down_block_types", "norm_num_groups", "attention_head_dim", "num_attention_heads"}
+FITTED |= {"hidden_size", "resolution", "accumulate"}  # keys that have to fit another key: left at their default
+
+
+def values(kind: type) -> st.SearchStrategy:
+    """Instances of a configuration dataclass with every free key anywhere in its range."""
+    hints, parts = config.get_type_hints(kind), {}
+    for f in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[f.name]):
+            parts[f.name] = values(hints[f.name])
+        elif f.name not in FITTED:
+            parts[f.name] = leaf(hints[f.name], f.metadata)
+    return st.builds(kind, **parts)
+
+
+def leaf(kind: type, meta) -> st.SearchStrategy:
+    if meta["choices"]:
+        return st.sampled_from(meta["choices"])
+    low, high = meta["low"], meta["high"]
+    ranges = {int: lambda: st.integers(low, high), float: lambda: st.floats(low, high, allow_infinity=False)}
+    return {**ranges, bool: st.booleans, str: st.text}[kind]()
+
+
+def error_of(text: str | bytes, tmp_path: Path, overrides: list[str] | None = None) -> str:
+    """The message that a configuration file of this text gives."""
+    path = tmp_path / "some.toml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(UsageError) as caught:
+        load(path, overrides or [])
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1 and message.isprintable() and len(message) < 1000
+    return message
+
+
+@given(written=values(Config))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_is_written_is_read_back(written, tmp_path):
+    assume(not list(conflicts(written)))
+    (tmp_path / "a.toml").write_bytes(to_toml(written).encode())
+    assert load(tmp_path / "a.toml") == written
+
+
+def test_lists_are_read_back(tmp_path, tiny_config):
+    (tmp_path / "a.toml").write_text(to_toml(tiny_config))
+    assert load(tmp_path / "a.toml") == tiny_config
+
+
+def test_default_configuration_stands_in_the_repository():
+    assert (Path(__file__).parents[1] / "tinydiff.toml").read_text() == to_toml(Config())
+
+
+def test_nothing_given_is_the_default():
+    assert load() == Config()
+
+
+def test_every_key_is_explained_in_the_file():
+    lines = [line for line in to_toml(Config()).splitlines() if "=" in line and not line.startswith("#")]
+    assert len(lines) == len(config.flat(Config()))
+    assert all(len(line.partition("  # ")[2]) > 3 for line in lines)
+
+
+def test_configuration_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().train.seed = 1  # type: ignore[misc]
+
+
+def test_a_part_of_a_table_leaves_the_rest(tmp_path):
+    (tmp_path / "a.toml").write_text("[train.denoiser]\nlr = 0.5\n")
+    read = load(tmp_path / "a.toml")
+    assert read.train.denoiser == dataclasses.replace(Config().train.denoiser, lr=0.5)
+    assert read.train.autoencoder == Config().train.autoencoder
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("[trian]\nseed = 1", ["trian: unknown key", "'train'"]),
+        ("[train.denoiser]\nbatchsize = 4", ["train.denoiser.batchsize: unknown key", "'batch_size'"]),
+        ("[data]\nqqqq = 4", ["data.qqqq: unknown key", "there are: path, resolution"]),
+        ("[train]\nseed = '1'", ["train.seed: expected int, got '1'"]),
+        ("[train]\nseed = 1.0", ["train.seed: expected int, got 1.0"]),
+        ("[train]\nseed = true", ["train.seed: expected int, got True"]),
+        ("[data]\nflip = 1", ["data.flip: expected bool, got 1"]),
+        ("[data]\nmax_bad_fraction = true", ["data.max_bad_fraction: expected float, got True"]),
+        ("[data]\npath = 3", ["data.path: expected str, got 3"]),
+        ("[data]\npath = 1979-05-27", ["data.path: expected str"]),
+        ("data = 3", ["data: expected a table, got 3"]),
+        ("[autoencoder]\nblock_out_channels = 32", ["autoencoder.block_out_channels: expected a list, got 32"]),
+        ("[autoencoder]\nblock_out_channels = []", ["autoencoder.block_out_channels: expected a list, got []"]),
+        ("[autoencoder]\nblock_out_channels = [32, '64']", ["block_out_channels: expected int, got '64'"]),
+        ("[autoencoder]\nblock_out_channels = [32, 0]", ["block_out_channels: 0 is below 1"]),
+        ("[denoiser]\ndown_block_types = ['DownBlock2d']", ["'DownBlock2d'", "did you mean 'DownBlock2D'"]),
+        ("[data]\nresolution = 4", ["data.resolution: 4 is below 8"]),
+        ("[data]\nresolution = 8192", ["data.resolution: 8192 is above 4096"]),
+        ("[data]\nmax_bad_fraction = -0.1", ["data.max_bad_fraction: -0.1 is below 0"]),
+        ("[train.denoiser]\nlr = nan", ["train.denoiser.lr: nan is not finite"]),
+        ("[train.denoiser]\nlr = inf", ["train.denoiser.lr: inf is not finite"]),
+        ("[generate]\nsampler = 'dpm_2m'", ["generate.sampler: unknown name 'dpm_2m'", "'dpmpp_2m'"]),
+        ("[diffusion]\nschedule = 'cosin'", ["diffusion.schedule: unknown name 'cosin'", "'cosine'"]),
+    ],
+)
+def test_one_mistake_names_key_and_fix(text, parts, tmp_path):
+    message = error_of(text, tmp_path)
+    assert message.startswith(f"{tmp_path / 'some.toml'}: ")
+    assert all(part in message for part in parts)
+
+
+def test_all_mistakes_at_once(tmp_path):
+    text = "[data]\nresolutoin = 1\nflip = 2\n[train.denoiser]\nlr = nan\n[generate]\nsampler = 'eular'\nsteps = 0"
+    message = error_of(text, tmp_path)
+    for part in ("data.resolutoin", "data.flip", "train.denoiser.lr", "generate.sampler", "generate.steps: 0 is below 1"):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("[data]\nresolution = 34", "data.resolution: 34 is no multiple of 8; nearest are 32 and 40"),
+        ("[autoencoder]\nnorm_num_groups = 7", "autoencoder.norm_num_groups: 7 does not divide width 32"),
+        ("[denoiser]\nattention_head_dim = 5", "denoiser.attention_head_dim: 5 heads do not divide width 128"),
+        ("[denoiser]\ndown_block_types = ['DownBlock2D']", "down_block_types: needs one entry for each"),
+        ("[denoiser]\nblock_out_channels = [15, 30]\nnorm_num_groups = 5", "block_out_channels: the first width"),
+        ("[text_encoder]\nnum_attention_heads = 5", "text_encoder.num_attention_heads: does not divide"),
+        ("[train.denoiser]\naccumulate = 3\nbatch_size = 16", "train.denoiser.accumulate: 3 does not divide batch_size 16"),
+        ("[diffusion]\nschedule = 'flow'\nprediction = 'epsilon'", "diffusion.prediction: epsilon says nothing"),
+    ],
+)
+def test_keys_that_do_not_fit_together(text, part, tmp_path):
+    assert part in error_of(text, tmp_path)
+
+
+def test_even_the_default_fits_together():
+    assert list(conflicts(Config())) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("data.path=some where", "data.path", "some where"),
+        ('data.path="quoted"', "data.path", "quoted"),
+        ("data.path=a=b", "data.path", "a=b"),
+        ("train.seed = 7", "train.seed", 7),
+        ("train.denoiser.lr=1", "train.denoiser.lr", 1.0),
+        ("train.denoiser.lr=1e-4", "train.denoiser.lr", 1e-4),
+        ("data.flip=true", "data.flip", True),
+        ("denoiser.block_out_channels=[64, 128]", "denoiser.block_out_channels", (64, 128)),
+    ],
+)
+def test_set_changes_one_key(override, key, value):
+    changed = {k: v for k, v in config.flat(load(None, [override])).items() if v != config.flat(Config())[k]}
+    assert changed == {key: value} and type(changed[key]) is type(value)
+
+
+def test_set_goes_over_the_file_and_the_last_one_wins(tmp_path):
+    (tmp_path / "a.toml").write_text("[train]\nseed = 1\nkeep = 5\n")
+    read = load(tmp_path / "a.toml", ["train.seed=2", "train.seed=3"])
+    assert (read.train.seed, read.train.keep) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("train.seed", "'train.seed' is not KEY=VALUE"),
+        ("=1", "'=1' is not KEY=VALUE"),
+        ("train.sede=1", "train.sede: unknown key (did you mean 'seed'?)"),
+        ("train.seed=one", "train.seed: expected int, got 'one'"),
+        ("train.seed=-1", "train.seed: -1 is below 0"),
+        ("train.seed=" + "9" * 5000, "train.seed: expected int, got '999"),
+        ("train=1", "train: expected a table, got 1"),
+        ("train.seed.x=1", "train.seed: expected int, got {'x': 1}"),
+        ("data.path=\udcff", "data.path: '\\udcff' is not valid Unicode"),
+        ("train.a\nb=1", "train.'a\\nb': unknown key"),
+    ],
+)
+def test_a_wrong_set_is_named(override, part):
+    with pytest.raises(UsageError) as caught:
+        load(None, [override])
+    assert part in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_a_value_and_a_table_under_one_name():
+    with pytest.raises(UsageError, match=r"train\.seed: set twice"):
+        load(None, ["train=1", "train.seed=2"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a = ",
+        "[data]\nflip = true\nflip = false",
+        "[data",
+        "a = " + "[" * 200_000,
+        "[data]\npath." + ".".join("a" * 3_000) + " = 1",
+        "a" * 200_000,
+        '"' + "k" * 200_000 + '" = 1',
+        "[data]\nresolution = '" + "x" * 200_000 + "'",
+        "[data]\npath = [" + "'x'," * 100_000 + "]",
+        "[autoencoder]\nblock_out_channels = [" + "16," * 20_000 + "]",
+        "[train]\nseed = " + "9" * 5_000,
+        "[train]\nseed = 0x" + "f" * 50_000,
+        "[train.denoiser]\nlr = 1" + "0" * 400,
+        '"line\\nbreak" = 1',
+        '"\\u001b[31m" = 1',
+        b"\xff\xfe",
+        "x = 1\n" + "#" * 1_000_000,
+    ],
+    ids=range(17),
+)
+def test_hostile_files_are_one_short_line(text, tmp_path):
+    assert "some.toml" in error_of(text, tmp_path)
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(UsageError, match="no such configuration"):
+        load(tmp_path / "none.toml")
+    with pytest.raises(UsageError, match="directory"):
+        load(tmp_path)

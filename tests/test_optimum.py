@@ -1,0 +1,44 @@
+"""Our bundles in optimum: opened by its own pipeline in its own environment, drawing the same image."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinydiff import pipeline
+from tinydiff.backends import find_model
+from tinydiff.diffusion import noise
+
+PYTHON = os.environ.get("TINYDIFF_OPTIMUM_PYTHON", "")
+SCRIPT = """
+import sys
+import numpy as np, torch
+from optimum.onnxruntime import ORTStableDiffusionPipeline
+folder, latents, out, size = sys.argv[1:]
+pipe = ORTStableDiffusionPipeline.from_pretrained(folder)
+x = torch.from_numpy(np.load(latents))
+image = pipe("red heart", num_inference_steps=8, guidance_scale=3.0, height=int(size), width=int(size), latents=x, output_type="np")
+np.save(out, image.images[0])
+"""
+
+
+@pytest.mark.peers
+@pytest.mark.skipif(not PYTHON, reason="TINYDIFF_OPTIMUM_PYTHON names no interpreter with tests/optimum.txt installed")
+def test_optimum_opens_the_shipped_bundle_and_draws_the_same_image(tmp_path: Path) -> None:
+    from tinydiff.backends.onnx import OnnxBackend
+
+    backend = OnnxBackend(find_model(None), "cpu")
+    d = backend.description
+    side = d.size // d.factor
+    np.save(tmp_path / "x.npy", noise.normal([5], (d.latent_channels, side, side)))
+    command = [PYTHON, "-c", SCRIPT, str(d.path), str(tmp_path / "x.npy"), str(tmp_path / "y.npy"), str(d.size)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    theirs = (np.load(tmp_path / "y.npy") * 255).round()
+    request = pipeline.Request(8, 3.0, d.generate.sampler, d.generate.schedule, d.size, d.size)
+    ours = pipeline.generate(backend, ["red heart"], [5], request)[0]
+    assert (np.abs(theirs - ours.astype(float)).max(axis=-1) <= 1).mean() >= 0.999

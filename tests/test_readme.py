@@ -1,0 +1,141 @@
+"""Every command of the README, run as it stands there; only training is shrunk to a few steps of a tiny model."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+CLDR = Path("/usr/share/unicode/cldr/common/annotations/en.xml")
+TINY = {
+    "autoencoder.block_out_channels": "[8,8,8,16]",
+    "autoencoder.norm_num_groups": "4",
+    "autoencoder.latent_channels": "4",
+    "text_encoder.hidden_size": "16",
+    "text_encoder.intermediate_size": "16",
+    "text_encoder.num_hidden_layers": "1",
+    "text_encoder.num_attention_heads": "2",
+    "text_encoder.vocab_size": "600",
+    "denoiser.block_out_channels": "[16,16]",
+    "denoiser.down_block_types": '["CrossAttnDownBlock2D","CrossAttnDownBlock2D"]',
+    "denoiser.norm_num_groups": "4",
+    "denoiser.attention_head_dim": "2",
+    "train.autoencoder.steps": "3",
+    "train.autoencoder.batch_size": "2",
+    "train.denoiser.steps": "3",
+    "train.denoiser.batch_size": "2",
+    "train.threads": "1",
+}
+
+
+def block(name: str) -> str:
+    """The code block behind the comment `<!-- name -->`."""
+    return re.search(rf"<!-- {name} -->\n```\w*\n(.*?)```", README, re.DOTALL)[1]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout-like folder with a few photos, and a `tinydiff` on the PATH that trains tiny models."""
+    home = tmp_path_factory.mktemp("readme")
+    for name in ("scripts", "weights", "tinydiff.toml"):
+        (home / name).symlink_to(ROOT / name)
+    (home / "photos").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).save(home / "photos" / f"{i}.png")
+        (home / "photos" / f"{i}.txt").write_text(f"photo number {i}\n")
+    shim = home / "bin" / "tinydiff"
+    shim.parent.mkdir()
+    tiny = " ".join(f"--set '{k}={v}'" for k, v in TINY.items())
+    shim.write_text(f'#!/bin/bash\n[ "$1" = train ] && exec python -m tinydiff "$@" {tiny}\nexec python -m tinydiff "$@"\n')
+    shim.chmod(shim.stat().st_mode | stat.S_IEXEC)
+    return home
+
+
+def run(home: Path, script: str) -> str:
+    path = f"{home / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=home, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+@pytest.fixture(scope="module")
+def photos(home: Path) -> Path:
+    """The run that 'Train your own' makes."""
+    run(home, re.search(r"^tinydiff train .*photos.*$", README, re.MULTILINE)[0])
+    return home / "runs" / "photos"
+
+
+def test_train_your_own(photos: Path) -> None:
+    assert (photos / "model" / "model_index.json").is_file()
+    assert "<svg" in (photos / "report.html").read_text()
+
+
+def test_export(home: Path, photos: Path) -> None:
+    for command in re.findall(r"^tinydiff export runs/photos .*$", README, re.MULTILINE):
+        assert "unet" in run(home, command)
+    sizes = [sum(p.stat().st_size for p in (home / name / "unet").iterdir()) for name in ("bundle", "bundle16")]
+    assert sizes[1] < sizes[0]
+
+
+@pytest.mark.peers
+def test_open_in_diffusers(home: Path, photos: Path) -> None:
+    script = re.search(r"## Open in diffusers\n\n```python\n(.*?)```", README, re.DOTALL)[1]
+    run(home, f"python -W ignore - <<'END'\n{script}\nEND")
+    assert pixels(home / "heart.png").shape == (64, 64, 3)
+
+
+def test_from_python(home: Path) -> None:
+    script = re.search(r"## From Python\n\n```python\n(.*?)```", README, re.DOTALL)[1]
+    assert "(2, 64, 64, 3) uint8" in run(home, f"python - <<'END'\n{script}\nprint(images.shape, images.dtype)\nEND")
+
+
+def test_in_a_pipeline(home: Path) -> None:
+    script = re.search(r"## In a pipeline\n.*?```bash\n(.*?)```", README, re.DOTALL)[1]
+    said = run(home, script)
+    assert "out/0000.png" in said and "out/0001.png" in said
+    four = [pixels(home / "cats" / f"{i:02d}.png") for i in range(4)]
+    assert np.abs(four[0] - pixels(home / "cat.png")).max() <= 1  # seed 7, alone and in a batch
+    assert not np.array_equal(four[0], four[1])
+
+
+@pytest.mark.skipif(not (FONT.exists() and CLDR.exists()), reason="needs fonts-noto-color-emoji and unicode-cldr-core")
+def test_emoji_to_bundle_and_back(home: Path) -> None:
+    pytest.importorskip("fontTools")
+    *before, last = block("emoji-pipeline").strip().splitlines()
+    run(home, "\n".join(before))
+    blocked = home / "blocked"
+    blocked.mkdir()
+    (blocked / "torch.py").write_text("raise ImportError('torch is not to be imported here')\n")
+    run(home, f"export PYTHONPATH={blocked}:$PYTHONPATH\n! python -c 'import torch' 2>/dev/null\n{last}")
+    difference = np.abs(pixels(home / "torch.png") - pixels(home / "onnx.png")).max(axis=-1)
+    assert (difference <= 1).mean() >= 0.999
+
+
+def test_install_commands_are_what_ci_runs() -> None:
+    ci = (ROOT / ".ci" / "run").read_text()
+    for name in ("install-and-run", "install-and-test"):
+        assert name in ci and block(name).strip()
+
+
+def test_file_map_names_every_module() -> None:
+    table = README.split("## Where things are")[1]
+    named = set(re.findall(r"`(?:tinydiff/)?([\w/]+\.py|\w[\w/]*/)`", table.replace("`tinydiff/", "`")))
+    for path in (ROOT / "tinydiff").rglob("*.py"):
+        name = path.relative_to(ROOT / "tinydiff").as_posix()
+        assert path.name.startswith("__") or name in named or f"{name.split('/')[0]}/" in named, f"{name} is not in the map"

@@ -1,0 +1,257 @@
+"""The networks on onnxruntime, as a `pipeline.Backend`: numpy in, numpy out, and never torch.
+
+Reads bundles in optimum's layout, tinydiff's own and others'. Weights outside a graph ("external data") must be plain
+files in the graph's own folder; that is checked here, before onnxruntime sees the graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import mmap
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from tinydiff.checkpoints.description import describe
+from tinydiff.errors import ModelError, ResourceError
+from tinydiff.files import shown, verify
+from tinydiff.text.tokenizer import Tokenizer
+
+IO = {  # names of inputs and outputs, as optimum has them
+    "text_encoder": (("input_ids",), ("last_hidden_state", "pooler_output")),
+    "unet": (("sample", "timestep", "encoder_hidden_states"), ("out_sample",)),
+    "vae_encoder": (("sample",), ("latent_parameters",)),
+    "vae_decoder": (("latent_sample",), ("sample",)),
+}
+CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+}
+RESTORE = "copy or export it again"
+IDENTITY = (  # y = x, the smallest graph that shows whether a provider works
+    b"\x08\x08:7\n\x10\n\x01x\x12\x01y\"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01"
+    b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
+)
+
+
+class OnnxBackend:
+    """A bundle's sessions on one device: "cpu", "cuda", or "auto", which is cuda where it works.
+
+    Raises ModelError where the bundle is damaged or incomplete, ResourceError where `device` cannot be had.
+    """
+
+    name = "onnx"
+
+    def __init__(self, path: Path, device: str = "auto"):
+        verify(path)
+        self.path, self.device = path, choose_device(device)
+        self.description = describe(path)
+        with ThreadPoolExecutor(3) as pool:  # onnxruntime opens graphs side by side
+            names = ("unet", "vae_decoder", "text_encoder")
+            opening = [pool.submit(open_session, path, name, self.device) for name in names]
+            self.tokenizer = Tokenizer.load(path / "tokenizer")
+            self.unet, self.vae_decoder, self.text_encoder = (each.result() for each in opening)
+
+    @cached_property
+    def vae_encoder(self) -> ort.InferenceSession:
+        """Opened when first needed: drawing from text alone never does."""
+        return open_session(self.path, "vae_encoder", self.device)
+
+    def encode_text(self, ids: np.ndarray) -> np.ndarray:
+        return run(self.text_encoder, "last_hidden_state", input_ids=ids)
+
+    def denoise(self, x: np.ndarray, t: float, context: np.ndarray) -> np.ndarray:
+        return run(self.unet, "out_sample", sample=x, timestep=np.array(t), encoder_hidden_states=context)
+
+    def encode_image(self, pixels: np.ndarray) -> np.ndarray:
+        return run(self.vae_encoder, "latent_parameters", sample=pixels)
+
+    def decode(self, z: np.ndarray) -> np.ndarray:
+        return run(self.vae_decoder, "sample", latent_sample=z)
+
+
+def run(session: ort.InferenceSession, output: str, **inputs: np.ndarray) -> np.ndarray:
+    """One float32 output of a session; inputs are converted to what the graph declares."""
+    feed = {}
+    for declared in session.get_inputs():
+        value = inputs[declared.name].astype(DTYPES[declared.type], copy=False)
+        if len(declared.shape) == 1 and value.ndim == 0:  # some exporters want a timestep for each sample
+            size = declared.shape[0] if isinstance(declared.shape[0], int) else len(inputs["sample"])
+            value = np.full(size, value)
+        feed[declared.name] = np.ascontiguousarray(value)
+    try:
+        return session.run([output], feed)[0].astype(np.float32, copy=False)
+    except Exception as error:  # onnxruntime's exceptions share no other base
+        raise failure(f"the graph that gives {output}", error) from error
+
+
+def open_session(bundle: Path, name: str, device: str) -> ort.InferenceSession:
+    """The session of one graph of a bundle on "cpu" or "cuda", its inputs and outputs as `IO` has them.
+
+    Raises ModelError where the graph is missing or damaged, ResourceError where onnxruntime turns from cuda to the CPU.
+    """
+    path = bundle / name / "model.onnx"
+    check_external_data(path)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    providers: list[Any] = [(CUDA, CUDA_OPTIONS), CPU] if device == "cuda" else [CPU]
+    try:
+        session = ort.InferenceSession(path, options, providers, enable_fallback=0)
+    except Exception as error:  # onnxruntime's exceptions share no other base
+        raise failure(shown(path), error) from error
+    if device == "cuda" and session.get_providers()[0] != CUDA:
+        raise ResourceError(f"{shown(path)}: onnxruntime would run it on the CPU; use --device cpu or mend CUDA")
+    check_io(path, session, *IO[name])
+    return session
+
+
+def check_io(path: Path, session: ort.InferenceSession, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
+    """ModelError unless the graph takes exactly `inputs`, of types we can give, and has the first of `outputs`."""
+    found = {value.name: value.type for value in session.get_inputs()}
+    if set(found) != set(inputs) or not set(found.values()) <= set(DTYPES):
+        raise ModelError(f"{shown(path)}: takes {found}, not {', '.join(inputs)}; export it with tinydiff or optimum")
+    if outputs[0] not in {value.name for value in session.get_outputs()}:
+        raise ModelError(f"{shown(path)}: has no output {outputs[0]}; export it with tinydiff or optimum")
+
+
+def failure(what: str, error: Exception) -> ModelError | ResourceError:
+    """onnxruntime's exception as one line of ours."""
+    reason = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", " ".join(str(error).split()))[:200]
+    if re.search("allocat|out of memory", reason, re.IGNORECASE):
+        return ResourceError(f"{what}: not enough memory ({reason}); draw fewer or smaller images at once")
+    return ModelError(f"{what}: onnxruntime refuses it ({reason}); {RESTORE}")
+
+
+# ---- devices -----------------------------------------------------------------------------------------------------------
+
+
+def choose_device(device: str) -> str:
+    """"cpu" or "cuda" for "auto", "cpu" or "cuda". Raises ResourceError where cuda is asked for and does not work."""
+    problem = "" if device == "cpu" else cuda_problem()
+    if device == "cuda" and problem:
+        raise ResourceError(f"--device cuda: {problem}; or use --device cpu")
+    return "cpu" if device == "cpu" or problem else "cuda"
+
+
+def cuda_problem() -> str:
+    """Why onnxruntime cannot compute with CUDA here, and the fix; "" where it can. Prints nothing."""
+    if CUDA not in ort.get_available_providers():
+        return "this onnxruntime is built without CUDA; install onnxruntime-gpu"
+    try:
+        driver, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(0)
+    except OSError:
+        return "there is no NVIDIA driver (libcuda.so.1); install it"
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+        return "the NVIDIA driver sees no device; check nvidia-smi"
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    ort.set_default_logger_severity(4)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # preload_dlls prints what it misses
+            ort.preload_dlls()
+        session = ort.InferenceSession(IDENTITY, options, [CUDA, CPU], enable_fallback=0)
+        works = session.get_providers()[0] == CUDA
+    except Exception:  # onnxruntime's exceptions share no other base
+        works = False
+    return "" if works else "onnxruntime cannot load its CUDA libraries; install onnxruntime-gpu[cuda,cudnn]"
+
+
+# ---- external data -----------------------------------------------------------------------------------------------------
+
+NESTED = {  # the protobuf messages of onnx.proto in which a tensor can be: field number -> message
+    "Model": {7: "Graph", 20: "Training", 25: "Function"},
+    "Training": {1: "Graph", 2: "Graph"},
+    "Function": {7: "Node", 11: "Attribute"},
+    "Graph": {1: "Node", 5: "Tensor", 15: "Sparse"},
+    "Node": {5: "Attribute"},
+    "Attribute": {5: "Tensor", 6: "Graph", 10: "Tensor", 11: "Graph", 22: "Sparse", 23: "Sparse"},
+    "Sparse": {1: "Tensor", 2: "Tensor"},
+    "Tensor": {13: "Entry"},
+}
+
+
+def check_external_data(path: Path) -> None:
+    """ModelError unless every external tensor of a graph lies in a plain file of the graph's folder."""
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            tensors = list(external_tensors(data)) if data.find(b"location") >= 0 else []
+    except OSError as error:
+        raise ModelError(f"{shown(path)}: {error.strerror}; {RESTORE}") from error
+    except (ValueError, IndexError) as error:
+        raise ModelError(f"{shown(path)}: damaged, not an ONNX graph; {RESTORE}") from error
+    sizes = {name: plain_size(path, name) for name in {tensor.get("location", "") for tensor in tensors}}
+    for tensor in tensors:
+        numbers = [tensor.get(key, "0") for key in ("offset", "length")]
+        if not all(n.isascii() and n.isdigit() and len(n) < 19 for n in numbers):
+            raise ModelError(f"{shown(path)}: external data at {numbers!a}; {RESTORE}")
+        if sum(map(int, numbers)) > sizes[tensor.get("location", "")]:
+            raise ModelError(f"{shown(path)}: external data behind the end of {tensor['location']!a}; {RESTORE}")
+
+
+def plain_size(graph: Path, name: str) -> int:
+    """Bytes of a file beside a graph; ModelError where `name` leads elsewhere or to no plain file."""
+    path = graph.parent / name
+    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise ModelError(f"{shown(graph)}: external data in {name!a}, which is not beside it; {RESTORE}")
+    if path.is_symlink() or not path.is_file():
+        raise ModelError(f"{shown(path)}: missing or a link; put the file itself in its place")
+    return path.stat().st_size
+
+
+def external_tensors(data: mmap.mmap | bytes) -> Iterator[dict[str, str]]:
+    """The external-data entries (location, offset, length) of every tensor in an ONNX model, however deep.
+
+    Raises ValueError or IndexError where the bytes are no protobuf.
+    """
+    todo = [("Model", 0, len(data))]
+    while todo:
+        kind, start, end = todo.pop()
+        inner = [(NESTED[kind][n], a, b) for n, a, b in fields(data, start, end) if n in NESTED[kind]]
+        if kind != "Tensor":
+            todo += inner
+        elif inner:
+            entries = ({n: data[a:b].decode() for n, a, b in fields(data, *entry[1:])} for entry in inner)
+            yield {entry.get(1, ""): entry.get(2, "") for entry in entries}
+
+
+def fields(data: mmap.mmap | bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """The length-delimited fields of a protobuf message in data[at:end]: field number, start, end."""
+    while at < end:
+        tag, at = varint(data, at)
+        kind = tag & 7
+        if kind == 2:
+            size, at = varint(data, at)
+            yield tag >> 3, at, at + size
+        elif kind == 0:
+            size, at = 0, varint(data, at)[1]
+        else:
+            size = {1: 8, 5: 4}.get(kind, end)
+        at += size
+        if at > end:
+            raise ValueError("a field is longer than its message")
+
+
+def varint(data: mmap.mmap | bytes, at: int) -> tuple[int, int]:
+    """A base-128 number and where it ends."""
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value, at, shift = value | (byte & 127) << shift, at + 1, shift + 7
+        if byte < 128:
+            return value, at
+        if shift > 63:
+            raise ValueError("a number is longer than 64 bits")

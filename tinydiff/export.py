@@ -1,0 +1,420 @@
+"""A model folder becomes an ONNX bundle: four graphs that onnxruntime runs, checked against torch before they are kept.
+
+The bundle has optimum's layout and tensor names (text_encoder, unet, vae_encoder, vae_decoder) and is still a model folder:
+the graphs hold no weights. Each weight is ONNX external data whose location is the safetensors file in the same folder, so
+it is stored once and both worlds read it. Only the autoencoder's are stored again, halved, beside its two graphs, since
+external data may not lie in another folder. This module knows the networks as functions of named tensors and nothing of
+sampling; what the graphs are made of is torch's exporter's business, but for the few operators of `translations`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tinydiff.backends.onnx import IO, open_session
+from tinydiff.checkpoints import folder
+from tinydiff.checkpoints.folder import FILES, WEIGHTS, Model
+from tinydiff.errors import ModelError
+from tinydiff.files import committed
+
+if TYPE_CHECKING:
+    from onnx_ir import Graph as IrGraph
+    from onnx_ir import Model as IrModel
+    from onnx_ir import Value
+
+OPSET = 20  # the first with Gelu; from 21 on normalisation and attention are functions, which onnxruntime is slow to open
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Network:
+    """One graph: which call of which part of the model it is, and the names of its dynamic axes ('' where fixed)."""
+
+    part: str
+    method: str
+    inputs: tuple[tuple[str, ...], ...]
+    outputs: tuple[tuple[str, ...], ...]
+
+
+PIXELS = ("batch", "", "height", "width")
+TOKENS = ("batch", "sequence")
+NETWORKS = {
+    "text_encoder": Network("text_encoder", "forward", (TOKENS,), ((*TOKENS, ""), ("batch", ""))),
+    "unet": Network("unet", "forward", (PIXELS, (), (*TOKENS, "")), (PIXELS,)),
+    "vae_encoder": Network("vae", "encode", (PIXELS,), (("batch", "", "latent_height", "latent_width"),)),
+    "vae_decoder": Network("vae", "decode", (PIXELS,), (("batch", "", "image_height", "image_width"),)),
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """Batch, height and width in the smallest steps the networks take, and how many tokens fewer than the most."""
+
+    batch: int
+    height: int
+    width: int
+    fewer: int
+
+
+TRACED = Size(2, 2, 3, 0)
+CHECKED = (Size(3, 4, 2, 1), Size(1, 1, 5, 0))
+
+
+def export(
+    model_dir: Path,
+    out: Path,
+    precision: str = "fp32",
+    opset: int = OPSET,
+    atol: float = 1e-4,
+    replace: bool = False,
+    say: Callable[[str], Any] = lambda text: None,
+    vae: bool = True,
+) -> list[dict[str, Any]]:
+    """Write the bundle `out` and return one row a graph, with its largest difference from torch (`verify_graphs`).
+
+    `precision` fp16 stores the weights as float16 and casts each to float32 inside the graph, once, when onnxruntime opens
+    it: half the size, and arithmetic in float32 on every device. `say` hears what is being done. Without `vae` the bundle
+    lacks vae/, the autoencoder's weights for torch, which the ONNX graphs do not need.
+    Raises ModelError, leaving nothing behind, where a graph differs by more than `atol`, and UsageError where `out` exists.
+    """
+    exact = folder.load(model_dir)
+    model = rounded(exact, PRECISIONS[precision], model_dir)
+    with committed(out, replace=replace) as bundle:
+        copy_description(model_dir, bundle, vae)
+        for part in ("unet", "text_encoder", *(["vae"] if vae else [])):
+            save_weights(model.parts()[part].state_dict(), bundle / part / FILES[part], PRECISIONS[precision])
+        for name in NETWORKS:
+            say(f"export {name}")
+            write_graph(name, model, bundle, PRECISIONS[precision], opset)
+        say("compare with torch")
+        return verify_graphs(bundle, model, atol, exact)
+
+
+def rounded(model: Model, dtype: torch.dtype, path: Path) -> Model:
+    """The model with every weight rounded to `dtype`, again in float32. ModelError where one does not fit."""
+    if dtype == torch.float32:
+        return model
+    model = deepcopy(model)
+    for name, part in model.parts().items():
+        for key, value in part.state_dict().items():
+            if value.is_floating_point():
+                value.copy_(value.to(dtype))
+            if not value.isfinite().all():
+                raise ModelError(f"{path}: {name} {key} is too large for {dtype}; export with --precision fp32")
+    return model
+
+
+def copy_description(model_dir: Path, bundle: Path, vae: bool) -> None:
+    """Every file of the model folder that is no weight, each network's configuration beside its graph."""
+    for name in ("tokenizer", "scheduler"):
+        shutil.copytree(model_dir / name, bundle / name, copy_function=shutil.copyfile)
+    for name in ("model_index.json", "tinydiff.toml"):
+        if (model_dir / name).exists():
+            shutil.copyfile(model_dir / name, bundle / name)
+    for name, network in [*NETWORKS.items(), *([("vae", NETWORKS["vae_decoder"])] if vae else [])]:
+        (bundle / name).mkdir()
+        shutil.copyfile(model_dir / network.part / "config.json", bundle / name / "config.json")
+
+
+def save_weights(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:
+    """A safetensors file with floating-point tensors as `dtype`, readable by whom the file system lets."""
+    tensors = {k: v.to(dtype if v.is_floating_point() else v.dtype).contiguous() for k, v in tensors.items()}
+    save_file(tensors, path, {"format": "pt"})
+    path.chmod(0o644)
+
+
+def write_graph(name: str, model: Model, bundle: Path, dtype: torch.dtype, opset: int) -> None:
+    """`name`/model.onnx, its weights in the safetensors file beside it, which is written where it is not there yet."""
+    import onnx_ir as ir
+
+    network, place = NETWORKS[name], bundle / name
+    onnx_model = translate(name, model, opset)
+    state = model.parts()[network.part].state_dict()
+    weights = {k: v for k, v in onnx_model.graph.initializers.items() if k in state}
+    path = place / FILES.get(name, WEIGHTS)
+    if not path.exists():
+        save_weights({k: state[k] for k in weights}, path, dtype)
+    link(onnx_model.graph, weights, path)
+    strip(onnx_model)
+    (place / "model.onnx").write_bytes(ir.to_proto(onnx_model).SerializeToString(deterministic=True))
+
+
+# ---- from torch to a graph ---------------------------------------------------------------------------------------------
+
+
+class Call(nn.Module):
+    """A method of a network as a module, which is what torch exports."""
+
+    def __init__(self, network: nn.Module, method: str):
+        super().__init__()
+        self.network, self.method = network, method
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return getattr(self.network, self.method)(*inputs)
+
+
+def translate(name: str, model: Model, opset: int) -> IrModel:
+    """The graph of one network, initializers named like its parameters and laid out like them. ModelError."""
+    network, (inputs, outputs) = NETWORKS[name], IO[name]
+    dynamic = tuple({i: torch.export.Dim.DYNAMIC for i, axis in enumerate(axes) if axis} for axes in network.inputs)
+    try:
+        with quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                Call(model.parts()[network.part], network.method),
+                examples(name, model, TRACED),
+                dynamo=True,
+                dynamic_shapes=(dynamic,),
+                input_names=list(inputs),
+                output_names=list(outputs),
+                opset_version=opset,
+                optimize=False,
+                verbose=False,
+                custom_translation_table=translations(),
+            )
+            assert program is not None
+            for key, value in list(program.model.graph.initializers.items()):
+                value.name = key.removeprefix("network.")
+            simplify(program.model, set(model.parts()[network.part].state_dict()))
+    except torch.onnx.OnnxExporterError as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise ModelError(f"{name}: torch cannot export it to ONNX opset {opset}: {reason}") from error
+    for values, names in ((program.model.graph.inputs, network.inputs), (program.model.graph.outputs, network.outputs)):
+        for value, axes in zip(values, names, strict=True):
+            name_axes(value, axes)
+    return program.model
+
+
+def examples(name: str, model: Model, size: Size) -> tuple[Tensor, ...]:
+    """Seeded inputs of one network."""
+    generator = torch.Generator().manual_seed(0)
+    text = model.text_encoder.text_model.embeddings
+    tokens = text.position_embedding.num_embeddings - size.fewer
+    if name == "text_encoder":
+        ids = torch.randint(text.token_embedding.num_embeddings, (size.batch, tokens), generator=generator)
+        ids[:, -1] = model.text_encoder.end
+        return (ids,)
+    step = 2 ** (len(model.unet.down_blocks) - 1)
+    channels, side = model.vae.post_quant_conv.in_channels, (size.height * step, size.width * step)
+    if name == "vae_encoder":
+        factor = 2 ** (len(model.vae.encoder.down_blocks) - 1)
+        return (torch.rand(size.batch, 3, side[0] * factor, side[1] * factor, generator=generator) * 2 - 1,)
+    latents = torch.randn(size.batch, channels, *side, generator=generator)
+    if name == "vae_decoder":
+        return (latents,)
+    context = torch.randn(size.batch, tokens, text.token_embedding.embedding_dim, generator=generator)
+    return latents, torch.tensor(601.0), context
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps the exporter's warnings and logs off the terminal."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def translations() -> dict[Callable, Callable]:
+    """Operators that become fewer ONNX nodes than torch's exporter would write, none of which transposes a weight."""
+    from onnxscript import opset18 as op
+
+    def linear(x: Any, weight: Any, bias: Any = None) -> Any:
+        """One Gemm over the rows of x (..., in) -> (..., out): it takes the weight (out, in) as it is stored."""
+        if len(x.shape) == 2:
+            return op.Gemm(x, weight, bias, transB=1)
+        rows = op.Gemm(op.Reshape(x, op.Constant(value_ints=[-1, x.shape[-1]])), weight, bias, transB=1)
+        shape = op.Concat(op.Shape(x, start=0, end=-1), op.Constant(value_ints=[weight.shape[0]]), axis=0)
+        return op.Reshape(rows, shape)
+
+    def group_norm(x: Any, groups: int, weight: Any, bias: Any, eps: float = 1e-5, cudnn_enabled: bool = True) -> Any:
+        """Each group is an instance; then weight and bias in one pass, as a batch norm of mean 0 and variance 1."""
+        one, zero = (op.Constant(value_floats=[v] * groups) for v in (1.0, 0.0))
+        y = op.InstanceNormalization(op.Reshape(x, op.Constant(value_ints=[0, groups, -1])), one, zero, epsilon=eps)
+        mean, variance = (op.Constant(value_floats=[v] * weight.shape[0]) for v in (0.0, 1.0))
+        return op.BatchNormalization(op.Reshape(y, op.Shape(x)), weight, bias, mean, variance, epsilon=0.0)
+
+    def attention(
+        q: Any, k: Any, v: Any, mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False, **_: Any
+    ) -> Any:
+        """softmax(q k^T / sqrt(D/N)) v over (B, N, T, D/N), later tokens hidden where causal."""
+        scale = op.Constant(value_float=float(q.shape[-1]) ** -0.5)
+        scores = op.MatMul(op.Mul(q, scale), op.Transpose(k, perm=[0, 1, 3, 2]))
+        if is_causal:
+            side = op.Shape(q, start=2, end=3)
+            hidden = op.Expand(op.Constant(value_float=float("-inf")), op.Concat(side, side, axis=0))
+            scores = op.Add(scores, op.Trilu(hidden, op.Constant(value_int=1), upper=1))
+        return op.MatMul(op.Softmax(scores, axis=-1), v)
+
+    aten = torch.ops.aten
+    return {
+        aten.linear.default: linear,
+        aten.group_norm.default: group_norm,
+        aten.scaled_dot_product_attention.default: attention,
+    }
+
+
+# ---- passes over the graph ---------------------------------------------------------------------------------------------
+
+
+def simplify(model: IrModel, names: set[str]) -> None:
+    """Folds constants and merges equal nodes; weights stand aside as inputs meanwhile, so they stay as they are."""
+    import onnxscript.optimizer
+    from onnx_ir.passes import common
+
+    graph = model.graph
+    weights = {value: value.const_value for key, value in graph.initializers.items() if key in names}
+    for value in weights:
+        del graph.initializers[value.name]
+        value.const_value = None
+    graph.inputs.extend(weights)
+    onnxscript.optimizer.optimize(model)
+    share_shapes(graph)
+    common.RemoveUnusedNodesPass()(model)
+    common.CommonSubexpressionEliminationPass()(model)
+    skip_reshapes(graph)
+    common.RemoveUnusedNodesPass()(model)
+    for value, content in weights.items():
+        graph.inputs.remove(value)
+        value.const_value = content
+        if value.uses():
+            graph.initializers[value.name] = value
+
+
+def share_shapes(graph: IrGraph) -> None:
+    """Sizes that torch knows to be equal are read off one tensor, so that what is computed from them is shared too."""
+    first: dict[tuple[str, ...], Value] = {}
+    for node in graph:
+        if node.op_type != "Shape" or node.inputs[0] is None or node.inputs[0].shape is None:
+            continue
+        start, end = (node.attributes.get_int(key, default) for key, default in (("start", 0), ("end", None)))
+        dims = tuple(str(d) for d in node.inputs[0].shape[start:end])
+        if "None" not in dims:
+            node.outputs[0].replace_all_uses_with(first.setdefault(dims, node.outputs[0]))
+
+
+def skip_reshapes(graph: IrGraph) -> None:
+    """A reshape of a reshape starts from the original, unless it copies a size (0) of what it is given."""
+    for node in graph:
+        source = node.inputs[0].producer() if node.op_type == "Reshape" and node.inputs[0] is not None else None
+        shape = node.inputs[1].const_value if len(node.inputs) > 1 and node.inputs[1] is not None else None
+        if source is not None and source.op_type == "Reshape" and (shape is None or 0 not in shape.numpy()):
+            node.replace_input_with(0, source.inputs[0])
+
+
+def link(graph: IrGraph, weights: Mapping[str, Value], path: Path) -> None:
+    """Points every weight at its bytes in the safetensors file `path`; a float16 one is cast where it is used."""
+    import onnx_ir as ir
+
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    for name, value in weights.items():
+        start, end = header[name]["data_offsets"]
+        half = header[name]["dtype"] == "F16"
+        dtype = ir.DataType.FLOAT16 if half else value.dtype
+        shape = ir.Shape(header[name]["shape"])
+        value.const_value = ir.ExternalTensor(
+            path.name, 8 + length + start, end - start, dtype, shape=shape, name=name, base_dir=path.parent
+        )
+        if half:
+            cast(graph, value)
+
+
+def cast(graph: IrGraph, value: Value) -> None:
+    """Follows a float16 weight by a cast to float32; of an embedding table only the rows looked up are cast."""
+    import onnx_ir as ir
+
+    value.type = ir.TensorType(ir.DataType.FLOAT16)
+    for user, index in list(value.uses()):
+        looked_up = user.op_type == "Gather" and index == 0
+        source = user.outputs[0] if looked_up else value
+        uses = list(source.uses()) if looked_up else [(user, index)]
+        node = ir.node("Cast", [source], {"to": int(ir.DataType.FLOAT)})
+        graph.insert_after(user, node) if looked_up else graph.insert_before(user, node)
+        for consumer, place in uses:
+            consumer.replace_input_with(place, node.outputs[0])
+
+
+def name_axes(value: Value, axes: tuple[str, ...]) -> None:
+    """Names the dynamic axes of an input or output."""
+    import onnx_ir as ir
+
+    assert value.shape is not None and len(value.shape) == len(axes)
+    value.shape = ir.Shape([axis or size for axis, size in zip(axes, value.shape, strict=True)])
+
+
+def strip(model: IrModel) -> None:
+    """Removes what no runtime needs (names of nodes, source lines, inner shapes) and numbers the inner values."""
+    graph = model.graph
+    kept = {*graph.inputs, *graph.outputs, *graph.initializers.values()}
+    for part in (model, graph, *kept, *graph):
+        part.metadata_props.clear()
+        part.doc_string = None
+    inner = [value for node in graph for value in node.outputs if value not in kept]
+    for prefix in ("inner", "v"):  # twice, lest a new name be one that another value still has
+        for i, value in enumerate(inner):
+            value.name, value.shape, value.type = f"{prefix}.{i}", None, None
+            value.metadata_props.clear()
+    for node in graph:
+        node.name = None
+
+
+# ---- comparison with torch ---------------------------------------------------------------------------------------------
+
+
+def verify_graphs(bundle: Path, model: Model, atol: float, exact: Model | None = None) -> list[dict[str, Any]]:
+    """Run each graph and torch on the same inputs, at batches and sizes other than the traced ones.
+
+    A row a graph: `graph`, `max_abs_diff` (the largest difference from `model`, in standard deviations of the output),
+    `fp32_diff` (the same from the unrounded model `exact`) and `megabytes` of its folder.
+    Raises ModelError naming a graph whose `max_abs_diff` exceeds `atol`.
+    """
+    rows = []
+    for name in NETWORKS:
+        session = open_session(bundle, name, "cpu")
+        runs = [(inputs, session.run(None, feed(name, inputs))) for inputs in (examples(name, model, s) for s in CHECKED)]
+        worst = max(difference(name, model, *run) for run in runs)
+        if not worst <= atol:
+            raise ModelError(f"{name}: differs from torch by {worst:.1e} of its deviation, more than --atol {atol:.1e}")
+        far = max(difference(name, exact, *run) for run in runs) if exact not in (None, model) else worst
+        size = sum(p.stat().st_size for p in (bundle / name).iterdir()) / 1e6
+        rows.append({"graph": name, "max_abs_diff": worst, "fp32_diff": far, "megabytes": size})
+    return rows
+
+
+def feed(name: str, inputs: tuple[Tensor, ...]) -> dict[str, np.ndarray]:
+    return {key: value.numpy() for key, value in zip(IO[name][0], inputs, strict=True)}
+
+
+def difference(name: str, model: Model, inputs: tuple[Tensor, ...], got: list[np.ndarray]) -> float:
+    """Largest difference of any output from torch's, in standard deviations of torch's."""
+    network = NETWORKS[name]
+    with torch.inference_mode():
+        wanted = getattr(model.parts()[network.part], network.method)(*inputs)
+    wanted = [w.numpy() for w in (wanted if isinstance(wanted, tuple) else (wanted,))]
+    return max(relative(w, g) for w, g in zip(wanted, got, strict=True))
+
+
+def relative(wanted: np.ndarray, got: np.ndarray) -> float:
+    if wanted.shape != got.shape:
+        return float("inf")
+    largest, deviation = float(np.abs(wanted - got).max()), float(wanted.std())
+    return largest / deviation if deviation else (float("inf") if largest else 0.0)
