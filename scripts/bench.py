@@ -96,7 +96,9 @@ def compare(name: str, runs: int, ours: Callable[[], float], theirs: Callable[[]
 def startup(runs: int) -> None:
     for flag in ("--help", "--version"):
         ours, theirs = [sys.executable, "-m", "tinydiff", flag], [sys.executable, "-c", "import typer"]
-        compare(f"time, tinydiff {flag} / import typer", runs, lambda c=ours: measure(c)[0], lambda c=theirs: measure(c)[0])
+        compare(
+            f"time, tinydiff {flag} / import typer", runs, lambda c=ours: measure(c)[0], lambda c=theirs: measure(c)[0]
+        )
 
 
 def generate(runs: int, model: Path) -> None:
@@ -112,7 +114,9 @@ def generate(runs: int, model: Path) -> None:
             pairs = [(measure(ours), measure(theirs)) for _ in range(runs)]
             for what, i in (("time", 0), ("peak memory", 1)):
                 numbers = iter([v[i] for pair in pairs for v in pair])
-                compare(f"{what}, tinydiff generate / {name}", runs, lambda n=numbers: next(n), lambda n=numbers: next(n))
+                compare(
+                    f"{what}, tinydiff generate / {name}", runs, lambda n=numbers: next(n), lambda n=numbers: next(n)
+                )
 
 
 def train(runs: int, config: Path) -> None:
@@ -130,7 +134,7 @@ def train(runs: int, config: Path) -> None:
     from tinydiff.training.stages import DenoiserTask
 
     class Captions:
-        skipped: list = []
+        skipped = ()
 
         def __len__(self) -> int:
             return 512
@@ -142,14 +146,19 @@ def train(runs: int, config: Path) -> None:
             return 1.0
 
     cfg = configuration.load(config, ["data.path=bench"])
-    tokenizer = Tokenizer.train([f"image number {i}" for i in range(512)], 1024, cfg.text_encoder.max_position_embeddings)
+    tokenizer = Tokenizer.train(
+        [f"image number {i}" for i in range(512)], 1024, cfg.text_encoder.max_position_embeddings
+    )
     side = cfg.data.resolution // 2 ** (len(cfg.autoencoder.block_out_channels) - 1)
     latents = torch.randn(512, cfg.autoencoder.latent_channels, side, side)
     with loop.Runtime(cfg) as runtime:
         model = folder.build(cfg, tokenizer)
         model.unet.to(memory_format=torch.channels_last)
         task = DenoiserTask(cfg, model, Images(Captions(), cfg.data), (latents, latents.abs() * 0.1), runtime.device)
-        average, optimizer = Average(task.module, cfg.train.denoiser.ema), adamw(task.module.parameters(), cfg.train.denoiser)
+        average, optimizer = (
+            Average(task.module, cfg.train.denoiser.ema),
+            adamw(task.module.parameters(), cfg.train.denoiser),
+        )
         n, counter = cfg.train.denoiser.batch_size, iter(range(10**9))
         x = latents[:n].to(memory_format=torch.channels_last)
         t, ids = torch.rand(n) * 1000, torch.from_numpy(np.stack([task.encode(f"image number {i}") for i in range(n)]))

@@ -1,6 +1,6 @@
 """Print docs/cli.md: the help screens of every command, as they are.
 
-    python scripts/cli_reference.py > docs/cli.md
+python scripts/cli_reference.py > docs/cli.md
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ def _xml(path: Path) -> ElementTree.Element:
         raise DataError(f"{path} is not a CLDR file ({error}); {INSTALL}") from None
 
 
-def _open_font(path: Path):  # noqa: ANN202 (fontTools has no types)
+def _open_font(path: Path):
     try:
         from fontTools.ttLib import TTFont, TTLibError
     except ImportError:
@@ -151,7 +151,7 @@ def _open_font(path: Path):  # noqa: ANN202 (fontTools has no types)
     return font
 
 
-def _sequences(font) -> dict[str, list[str]]:  # noqa: ANN001
+def _sequences(font) -> dict[str, list[str]]:
     """{glyph name: every sequence the font turns into it}, by cmap and then by the ligatures of GSUB."""
     characters = {name: chr(code) for code, name in sorted(font.getBestCmap().items(), reverse=True)}
     found = {name: [character] for name, character in characters.items()}

@@ -80,9 +80,13 @@ def test_other_errors(tmp_path: Path) -> None:
 
 
 def test_seeds_and_batches_agree(tmp_path: Path) -> None:
-    done = tinydiff("generate", "red heart", "-s", "7", "--count", "3", "-o", "many/", "--json", "--steps", "4", cwd=tmp_path)
+    done = tinydiff(
+        "generate", "red heart", "-s", "7", "--count", "3", "-o", "many/", "--json", "--steps", "4", cwd=tmp_path
+    )
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [r["seed"] for r in rows] == [7, 8, 9] and [r["path"] for r in rows] == [f"many/{i:04d}.png" for i in range(3)]
+    assert [r["seed"] for r in rows] == [7, 8, 9] and [r["path"] for r in rows] == [
+        f"many/{i:04d}.png" for i in range(3)
+    ]
     assert {"prompt", "steps", "sampler", "width", "height", "backend", "seconds"} <= rows[0].keys()
     tinydiff("generate", "red heart", "-s", "8", "-o", "one.png", "--steps", "4", cwd=tmp_path)
     alone, among = (np.asarray(Image.open(tmp_path / p)).astype(int) for p in ("one.png", "many/0001.png"))
@@ -102,7 +106,8 @@ def test_stdout_metadata_and_inspect(tmp_path: Path) -> None:
 
 def test_stdin_streams_before_it_ends(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tinydiff", "generate", "-", "-o", "out/", "--json", "--steps", "2"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=tmp_path, env=ENV)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, cwd=tmp_path, env=ENV, **pipes)
     assert process.stdin and process.stdout
     process.stdin.write(b"\xef\xbb\xbfred heart\r\n\n")
     process.stdin.flush()
@@ -159,5 +164,7 @@ def test_interrupted_generation_leaves_no_file(tmp_path: Path) -> None:
 
 
 def test_cli_reference_is_current() -> None:
-    made = subprocess.run([sys.executable, str(ROOT / "scripts" / "cli_reference.py")], capture_output=True, text=True, env=ENV)
+    made = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "cli_reference.py")], capture_output=True, text=True, env=ENV
+    )
     assert made.stdout == (ROOT / "docs" / "cli.md").read_text(), "run: python scripts/cli_reference.py > docs/cli.md"

@@ -135,7 +135,7 @@ def test_a_glyph_is_centred_on_white() -> None:
 class Font(dict):
     """What the script asks of fontTools, with six glyphs."""
 
-    def getBestCmap(self) -> dict[int, str]:  # noqa: N802 (fontTools' name)
+    def getBestCmap(self) -> dict[int, str]:
         return {ord(c): f"u{ord(c):X}" for c in "❤🏃🇺🇸🇫🇷7" + LIGHT}
 
 

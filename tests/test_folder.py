@@ -319,7 +319,7 @@ def test_clean_captions_are_stable(texts: list[str]) -> None:
     except ValueError:
         return
     assert clean_captions(captions) == captions
-    assert all(text and text == text.strip() and text.isprintable() or not text.isascii() for text in captions)
+    assert all((text and text == text.strip() and text.isprintable()) or not text.isascii() for text in captions)
 
 
 def test_the_fingerprint_follows_content_and_not_place(tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def rgb_profile(gamma: float) -> bytes:
         b"rXYZ": xyz(0.4361, 0.2225, 0.0139),
         b"gXYZ": xyz(0.3851, 0.7169, 0.0971),
         b"bXYZ": xyz(0.1431, 0.0606, 0.7141),
-        **{key: curve for key in (b"rTRC", b"gTRC", b"bTRC")},
+        **dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve),
     }
     table, body, offset = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
     for key, value in tags.items():

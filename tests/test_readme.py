@@ -57,7 +57,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shim = home / "bin" / "tinydiff"
     shim.parent.mkdir()
     tiny = " ".join(f"--set '{k}={v}'" for k, v in TINY.items())
-    shim.write_text(f'#!/bin/bash\n[ "$1" = train ] && exec python -m tinydiff "$@" {tiny}\nexec python -m tinydiff "$@"\n')
+    shim.write_text(
+        f'#!/bin/bash\n[ "$1" = train ] && exec python -m tinydiff "$@" {tiny}\nexec python -m tinydiff "$@"\n'
+    )
     shim.chmod(shim.stat().st_mode | stat.S_IEXEC)
     return home
 
@@ -138,4 +140,6 @@ def test_file_map_names_every_module() -> None:
     named = set(re.findall(r"`(?:tinydiff/)?([\w/]+\.py|\w[\w/]*/)`", table.replace("`tinydiff/", "`")))
     for path in (ROOT / "tinydiff").rglob("*.py"):
         name = path.relative_to(ROOT / "tinydiff").as_posix()
-        assert path.name.startswith("__") or name in named or f"{name.split('/')[0]}/" in named, f"{name} is not in the map"
+        assert path.name.startswith("__") or name in named or f"{name.split('/')[0]}/" in named, (
+            f"{name} is not in the map"
+        )

@@ -90,7 +90,7 @@ def open_subject(settings: config.Data, count: int, seed: int) -> Subject:
 
 
 def choose(source: Source, count: int, seed: int) -> dict[str, int]:
-    """Up to `count` main captions, no two equal, of images in a seeded order: {caption: image}. Weights play no part."""
+    """Up to `count` distinct main captions of images in a seeded order: {caption: image}. Weights play no part."""
     chosen: dict[str, int] = {}
     for i in keyed(seed, "evaluate").permutation(len(source)):
         if len(chosen) == count:
@@ -140,7 +140,7 @@ class Retrieved:
         self.rows = {caption: row for row, caption in enumerate(chosen)}
         self.drawn = np.zeros((len(chosen), block_sums(np.zeros((1, resolution, resolution, 3), np.uint8)).size))
         self.own = np.full(len(chosen), np.inf)
-        self.others = np.full((len(chosen), self.NEAREST), np.inf)
+        self.nearest = np.full((len(chosen), self.NEAREST), np.inf)
 
     def image(self, i: int) -> np.ndarray:
         """uint8 (resolution, resolution, 3)."""
@@ -163,13 +163,12 @@ class Retrieved:
         for column, caption in enumerate(captions):
             if (row := self.rows.get(caption)) is not None:
                 self.own[row] = min(self.own[row], distances[row, column])
-                distances[row, column] = np.inf
-        both = np.concatenate([self.others, distances], axis=1)
-        self.others = np.partition(both, self.NEAREST - 1, axis=1)[:, : self.NEAREST]
+        both = np.concatenate([self.nearest, distances], axis=1)
+        self.nearest = np.partition(both, self.NEAREST - 1, axis=1)[:, : self.NEAREST]
 
     def row(self) -> dict[str, Any]:
         """Shares of drawings; an own image as near as another counts as found, so that duplicates do no harm."""
-        nearer = (self.others < self.own[:, None]).sum(1)  # (drawings,), at most NEAREST
+        nearer = (self.nearest < self.own[:, None]).sum(1)  # (drawings,), at most NEAREST
         right = {"nearest_top1": int((nearer < 1).sum()), "nearest_top5": int((nearer < 5).sum())}
         count = len(self.captions)
         return {"data": self.path, "images": count} | shares(right, count) | {"candidates": self.candidates}

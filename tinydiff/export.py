@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     from onnx_ir import Model as IrModel
     from onnx_ir import Value
 
-OPSET = 20  # the first with Gelu; from 21 on normalisation and attention are functions, which onnxruntime is slow to open
+OPSET = (
+    20  # the first with Gelu; from 21 on normalisation and attention are functions, which onnxruntime is slow to open
+)
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -348,6 +350,7 @@ def cast(graph: IrGraph, value: Value) -> None:
         source = user.outputs[0] if looked_up else value
         uses = list(source.uses()) if looked_up else [(user, index)]
         node = ir.node("Cast", [source], {"to": int(ir.DataType.FLOAT)})
+        node.outputs[0].type, node.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), source.shape
         graph.insert_after(user, node) if looked_up else graph.insert_before(user, node)
         for consumer, place in uses:
             consumer.replace_input_with(place, node.outputs[0])
@@ -368,11 +371,9 @@ def strip(model: IrModel) -> None:
     for part in (model, graph, *kept, *graph):
         part.metadata_props.clear()
         part.doc_string = None
-    inner = [value for node in graph for value in node.outputs if value not in kept]
-    for prefix in ("inner", "v"):  # twice, lest a new name be one that another value still has
-        for i, value in enumerate(inner):
-            value.name, value.shape, value.type = f"{prefix}.{i}", None, None
-            value.metadata_props.clear()
+    for i, value in enumerate(value for node in graph for value in node.outputs if value not in kept):
+        value.name = f"v.{i}"
+        value.metadata_props.clear()
     for node in graph:
         node.name = None
 
@@ -390,7 +391,9 @@ def verify_graphs(bundle: Path, model: Model, atol: float, exact: Model | None =
     rows = []
     for name in NETWORKS:
         session = open_session(bundle, name, "cpu")
-        runs = [(inputs, session.run(None, feed(name, inputs))) for inputs in (examples(name, model, s) for s in CHECKED)]
+        runs = [
+            (inputs, session.run(None, feed(name, inputs))) for inputs in (examples(name, model, s) for s in CHECKED)
+        ]
         worst = max(difference(name, model, *run) for run in runs)
         if not worst <= atol:
             raise ModelError(f"{name}: differs from torch by {worst:.1e} of its deviation, more than --atol {atol:.1e}")

@@ -31,8 +31,8 @@ UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 def show(what: str | None, as_json: bool = False) -> list[str]:
     """Lines on `what`: a model (folder, run or shipped name), a .toml, an image, or None for the default configuration.
 
-    With `as_json` one line of JSON. A configuration is printed as TOML with its defaults filled in. Raises the UserError
-    of whatever is missing or damaged.
+    With `as_json` one line of JSON. A configuration is printed as TOML with its defaults filled in. Raises the
+    UserError of whatever is missing or damaged.
     """
     found = inspect(what)
     return [json.dumps(found)] if as_json else lines(found)
@@ -159,7 +159,7 @@ def safetensors_counts(path: Path) -> Counter[str]:
             header = json.loads(file.read(size))
         header.pop("__metadata__", None)
         if max((t["data_offsets"][1] for t in header.values()), default=0) + 8 + size != path.stat().st_size:
-            raise ValueError("cut off")
+            raise ValueError("its size is not what its header says")
         counts: Counter[str] = Counter()
         for tensor in header.values():
             counts[DTYPES.get(tensor["dtype"], str(tensor["dtype"]).lower())] += math.prod(tensor["shape"])

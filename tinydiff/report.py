@@ -81,7 +81,7 @@ Metrics = dict[str, dict[str, Series]]
 
 
 def read_metrics(path: Path) -> Metrics:
-    """{stage: {metric: Series}}; lines that are no JSON object, and values that are no finite number, are passed over."""
+    """{stage: {metric: Series}}; lines that are no JSON object and values that are no number are passed over."""
     stages: Metrics = defaultdict(lambda: defaultdict(Series))
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
@@ -309,7 +309,8 @@ def draw(chart: Chart, series: Series) -> str:
     )
     newest = 10 ** shown[-1] if chart.log else shown[-1]
     head = f"<h3>{chart.title} <b>{number(newest)}</b> {chart.unit}</h3>"
-    svg = f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="{chart.title}">{rules}{lines}</svg>'
+    frame = f'viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="{chart.title}"'
+    svg = f"<svg {frame}>{rules}{lines}</svg>"
     return f'<div class="chart {chart.metric}">{head}<div class="plot">{svg}{marks}{feet}</div></div>'
 
 
@@ -398,7 +399,8 @@ HEAD = """<!DOCTYPE html>
   :root { --ink: #e4e8ec; --soft: #98a2ad; --rule: #323a42; --paper: #14181c; --line: #6ea5ff; }
 }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
+body { overflow-wrap: anywhere; }
 main { max-width: 1120px; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.6rem; margin: .3rem 0 .6rem; }
 h2 { font-size: 1.25rem; margin: 2.2rem 0 .6rem; text-transform: capitalize; }
@@ -415,9 +417,10 @@ dd { margin: 0; }
 figure { margin: 0; }
 figcaption { margin-top: .25rem; }
 img { display: block; max-width: 100%; height: auto; }
-.newest img { image-rendering: pixelated; }
+@media (min-width: 1100px) { .newest img { image-rendering: pixelated; } }
 .halves { display: grid; grid-template: 1fr 1fr / auto auto; justify-content: start; gap: 0 .5rem; }
-.halves span { writing-mode: vertical-rl; transform: rotate(180deg); text-align: center; color: var(--soft); font-size: .8rem; }
+.halves span { writing-mode: vertical-rl; transform: rotate(180deg); text-align: center; }
+.halves span { color: var(--soft); font-size: .8rem; }
 .halves img { grid-area: 1 / 2 / 3 / 3; }
 .halves span:nth-of-type(2) { grid-area: 2 / 1; }
 ol { columns: 14rem; gap: 2.6rem; padding-left: 1.6rem; margin: .5rem 0; font-size: .85rem; }
@@ -427,7 +430,7 @@ ol { columns: 14rem; gap: 2.6rem; padding-left: 1.6rem; margin: .5rem 0; font-si
 .plot { position: relative; height: 150px; margin: 0 .8rem 1.5rem 3.4rem; }
 .loss .plot { height: 260px; }
 .plot svg { position: absolute; width: 100%; height: 100%; border: solid var(--rule); border-width: 0 0 1px 1px; }
-.plot path { fill: none; stroke: var(--line); stroke-width: 1.8; stroke-linejoin: round; vector-effect: non-scaling-stroke; }
+.plot path { fill: none; stroke: var(--line); stroke-width: 1.8; vector-effect: non-scaling-stroke; }
 .plot .raw { stroke-width: 1; opacity: .35; }
 .plot .dot { stroke-width: 7; stroke-linecap: round; }
 .plot .rule { stroke: var(--rule); stroke-width: 1; }

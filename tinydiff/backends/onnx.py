@@ -42,7 +42,7 @@ DTYPES = {
 }
 RESTORE = "copy or export it again"
 IDENTITY = (  # y = x, the smallest graph that shows whether a provider works
-    b"\x08\x08:7\n\x10\n\x01x\x12\x01y\"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01"
+    b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
     b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
 )
 
@@ -140,7 +140,7 @@ def failure(what: str, error: Exception) -> ModelError | ResourceError:
 
 
 def choose_device(device: str) -> str:
-    """"cpu" or "cuda" for "auto", "cpu" or "cuda". Raises ResourceError where cuda is asked for and does not work."""
+    """ "cpu" or "cuda" for "auto", "cpu" or "cuda". Raises ResourceError where cuda is asked for and does not work."""
     problem = "" if device == "cpu" else cuda_problem()
     if device == "cuda" and problem:
         raise ResourceError(f"--device cuda: {problem}; or use --device cpu")

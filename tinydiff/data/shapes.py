@@ -288,8 +288,8 @@ def _agreement(wanted: Scene, seen: Scene) -> dict[str, bool]:
     }
 
 
-def _score(agreement: dict[str, bool]) -> tuple[int, bool]:
-    return sum(agreement.values()), agreement["colours"]
+def _score(agreement: dict[str, bool]) -> tuple[int, bool, bool]:
+    return sum(agreement.values()), agreement["colours"], agreement["relation"]
 
 
 def _palette() -> np.ndarray:

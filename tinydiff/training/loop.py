@@ -11,7 +11,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,7 @@ def run(cfg: config.Config, run_dir: Path, stage_name: str | None = None) -> Pat
         if stage_name == "autoencoder":
             return run_dir
         finish_autoencoder(model, ended)
-        bar = Progress("encoding images", len(data))
-        cached = latents.cached(run_dir / "latents", data, model.vae, bar.update)
+        cached = latents.cached(run_dir / "latents", data, model.vae, encoding(runtime, len(data)))
         model.scaling_factor = 1 / float(
             cached[0].pow(2).mean().add(cached[1].pow(2).mean()).sub(cached[0].mean().pow(2)).sqrt()
         )
@@ -68,6 +67,24 @@ def run(cfg: config.Config, run_dir: Path, stage_name: str | None = None) -> Pat
             lambda: folder.save(run_dir / "model", model, cfg, replace=True),
         )
     return run_dir / "model"
+
+
+def encoding(runtime: Runtime, total: int) -> Callable[[int, int], None]:
+    """Progress of filling the latent cache, and the place where a signal stops it."""
+    bar = Progress("encoding images", total)
+
+    def progress(done: int, _: int) -> None:
+        bar.update(done)
+        if runtime.caught:
+            raise Interrupted(runtime.caught, "stopped while encoding images; run the same command to go on")
+
+    return progress
+
+
+def published(run_dir: Path, cfg: config.Config) -> bool:
+    """Whether the run's model folder is there and says what the configuration says."""
+    path = run_dir / "model" / "tinydiff.toml"
+    return path.exists() and path.read_text(encoding="utf-8") == config.to_toml(cfg)
 
 
 def claim(cfg: config.Config, run_dir: Path) -> None:
@@ -82,7 +99,8 @@ def claim(cfg: config.Config, run_dir: Path) -> None:
     if changed:
         what = ", ".join(f"{k} ({old[k]} -> {new[k]})" for k in changed[:10])
         raise UsageError(f"{run_dir}: the run was begun with other settings: {what}; use --fresh or another --run-dir")
-    files.write_file(path, config.to_toml(cfg).encode(), force=True)
+    if new != old:
+        files.write_file(path, config.to_toml(cfg).encode(), force=True)
 
 
 def report_skipped(data: Images, runtime: Runtime) -> None:
@@ -117,7 +135,7 @@ class Runtime:
     """Device, precision, threads and signals of a run; a context manager that puts the signal handlers back."""
 
     def __init__(self, cfg: config.Config):
-        self.cfg = cfg.train
+        self.config, self.cfg = cfg, cfg.train
         cuda = torch.cuda.is_available()
         if self.cfg.device == "cuda" and not cuda:
             raise UsageError("train.device: torch sees no CUDA device here; use 'auto' or 'cpu'")
@@ -167,7 +185,7 @@ def stage(runtime: Runtime, run_dir: Path, task: Task, publish: Any) -> Average:
     start = resume(runtime, checkpoints, task, average, optimizer)
     if start >= cfg.steps:
         with averaged(task.module, average):
-            publish() if not (run_dir / "model").exists() else None
+            publish() if not published(run_dir, runtime.config) else None
         return average
     bar, log = Progress(task.name, cfg.steps, start), Metrics(run_dir, task.name, start)
     for n in range(start, cfg.steps):
@@ -250,6 +268,8 @@ def look(run_dir: Path, task: Task, n: int, log: Metrics) -> None:
     (run_dir / "samples").mkdir(exist_ok=True)
     path = run_dir / "samples" / f"{task.name}-{n:08d}.png"
     files.write_file(path, images.encode_png(images.grid(pictures, 8), None), force=True)
+    if task.captions:
+        files.write_file(path.with_name("captions.json"), json.dumps(task.captions).encode(), force=True)
     log.write({"stage": task.name, "step": n, **values}) if values else None
     report.write(run_dir)
 

@@ -30,6 +30,7 @@ class Task(Protocol):
     name: str
     module: nn.Module
     stage: config.Stage
+    captions: list[str]
 
     def loss(self, step: int, rows: range) -> tuple[Tensor, dict[str, Tensor]]: ...
     def pictures(self) -> tuple[np.ndarray, dict[str, float]]: ...
@@ -39,6 +40,7 @@ class AutoencoderTask:
     """Stage 1: reconstruct images through a latent that is nearly a standard normal."""
 
     name = "autoencoder"
+    captions: list[str] = []  # noqa: RUF012
 
     def __init__(self, cfg: config.Config, model: Model, data: Images, device: torch.device):
         self.cfg, self.stage, self.module, self.data, self.device = cfg, cfg.train.autoencoder, model.vae, data, device
@@ -86,6 +88,7 @@ class DenoiserTask:
     """Stage 2: denoise cached latents under their captions."""
 
     name = "denoiser"
+    PICTURES = 16
 
     def __init__(
         self, cfg: config.Config, model: Model, data: Images, latents: tuple[Tensor, Tensor], device: torch.device
@@ -97,6 +100,8 @@ class DenoiserTask:
         self.levels = SCHEDULES[cfg.diffusion.schedule](cfg.diffusion.num_train_timesteps)
         self.prediction = PREDICTIONS[cfg.diffusion.prediction]
         self.ids: dict[str, np.ndarray] = {}
+        count = len(data.source)
+        self.captions = [data.source.captions(i * count // self.PICTURES)[0] for i in range(self.PICTURES)]
 
     def encode(self, caption: str) -> np.ndarray:
         """Token ids (T,) of a caption, remembered."""
@@ -136,10 +141,10 @@ class DenoiserTask:
         return denoising_loss(output, target, w.to(self.device)), {}
 
     @torch.no_grad()
-    def pictures(self, count: int = 16, steps: int = 12) -> tuple[np.ndarray, dict[str, float]]:
-        """Generated images, uint8 (count, H, W, 3), for the first captions of the data."""
-        captions = [self.data.source.captions(i)[0] for i in self.subjects(count)]
-        ids = np.stack([self.encode(c) for c in ["" for _ in captions] + captions])
+    def pictures(self, steps: int = 12) -> tuple[np.ndarray, dict[str, float]]:
+        """Generated images, uint8 (16, H, W, 3), of captions spread over the data."""
+        count = self.PICTURES
+        ids = np.stack([self.encode(c) for c in [""] * count + self.captions])
         context = self.model.text_encoder(torch.from_numpy(ids).to(self.device))[0]
         shape, seed = tuple(self.mean.shape[1:]), self.cfg.train.seed
         x = torch.from_numpy(
@@ -156,8 +161,3 @@ class DenoiserTask:
         *_, (_, x0) = SAMPLERS["dpmpp_2m"](denoise, x.to(self.device), levels, lambda step: x)
         output = self.model.vae.decode(x0 / self.model.scaling_factor)
         return images.to_uint8(output.float().cpu().numpy()), {}
-
-    def subjects(self, count: int) -> list[int]:
-        """Indices of images whose captions are drawn while training: spread over the source."""
-        n = len(self.data.source)
-        return [i * n // count for i in range(count)]

@@ -1,0 +1,205 @@
+"""Text to image: over a backend whose answers are known, over torch, and against diffusers' own pipeline."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinydiff.backends import find_model, open_backend
+from tinydiff.checkpoints.description import Description
+from tinydiff.config import Generate
+from tinydiff.diffusion import noise
+from tinydiff.diffusion.samplers import SAMPLERS
+from tinydiff.diffusion.schedules import SCHEDULES
+from tinydiff.errors import DivergedError, ModelError, UsageError
+from tinydiff.pipeline import Request, check_size, generate
+
+REQUEST = Request(steps=4, cfg_scale=3.0, sampler="dpmpp_2m", schedule="trailing", width=8, height=8)
+
+
+class Words:
+    """A tokenizer whose ids are the lengths of the texts."""
+
+    max_length = 5
+
+    def encode(self, texts):
+        return np.array([[len(text)] * 5 for text in texts], np.int64)
+
+    def cut(self, text):
+        return ""
+
+
+class Fake:
+    """A backend that has learnt one flat image for each text: a hundredth of its length, and says what it was asked."""
+
+    name, tokenizer = "fake", Words()
+
+    def __init__(self, scaling_factor=0.5):
+        self.description = Description(
+            Path("fake"), SCHEDULES["cosine"](1000), "sample", 3, 2, 4, scaling_factor, 8, Generate()
+        )
+        self.texts, self.calls = [], []
+
+    def encode_text(self, ids):
+        self.texts.append(ids[:, 0].tolist())
+        return np.repeat(ids[:, :, None], 2, axis=2).astype(np.float32) / 100
+
+    def denoise(self, x, t, context):
+        assert len(x) == len(context) and x.dtype == np.float32 and type(t) is float
+        self.calls.append((len(x), t))
+        return np.broadcast_to(context[:, :1, :1, None], x.shape).astype(np.float32)
+
+    def decode(self, z):
+        return z.repeat(2, axis=2).repeat(2, axis=3)
+
+
+@pytest.fixture(scope="module")
+def backend(tiny_model):
+    return open_backend(tiny_model, "torch", "cpu")
+
+
+def near(a, b):
+    """uint8 images equal to within one level: a batch is summed in another order than one image."""
+    return np.abs(a.astype(int) - b.astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_image_is_the_guided_answer_over_the_scaling_factor(sampler):
+    images = generate(Fake(), ["1234567", "1"], [0, 1], replace(REQUEST, sampler=sampler), ["12", "12"])
+    assert images.shape == (2, 8, 8, 3) and images.dtype == np.uint8
+    for image, prompt in zip(images, (0.07, 0.01), strict=True):
+        guided = 0.02 + 3 * (prompt - 0.02)
+        wanted = round((guided / 0.5 / 2 + 0.5) * 255)
+        assert (image == wanted).all()
+
+
+def test_plain_guidance_is_one_call_of_one_batch():
+    fake = Fake()
+    generate(fake, ["a", "bb"], [0, 1], replace(REQUEST, cfg_scale=1.0))
+    assert [n for n, _ in fake.calls] == [2, 2, 2, 2] and fake.texts == [[1, 2]]
+
+
+def test_guidance_is_one_call_of_two_batches():
+    fake = Fake()
+    generate(fake, ["a", "bb"], [0, 1], REQUEST)
+    assert [n for n, _ in fake.calls] == [4, 4, 4, 4]
+    assert [t for _, t in fake.calls] == [999, 749, 499, 249]
+
+
+def test_equal_texts_are_encoded_once():
+    fake = Fake()
+    generate(fake, ["abc"] * 5, range(5), REQUEST)
+    assert fake.texts == [[0, 3]]  # the empty prompt and the one prompt
+
+
+@pytest.mark.parametrize(("width", "height"), [(8, 16), (4, 4)])
+def test_width_and_height(width, height):
+    assert generate(Fake(), ["a"], [0], replace(REQUEST, width=width, height=height)).shape == (1, height, width, 3)
+
+
+@pytest.mark.parametrize(("value", "nearest"), [(6, "4 and 8"), (9, "8 and 12"), (1, "4 and 8"), (0, "4 and 8"), (-3, "4 and 8")])
+@pytest.mark.parametrize("side", ["width", "height"])
+def test_a_size_that_does_not_fit_is_refused(side, value, nearest):
+    fake = Fake()
+    with pytest.raises(UsageError, match=f"{side} {value} is no multiple of 4.*nearest are {nearest}"):
+        generate(fake, ["a"], [0], replace(REQUEST, **{side: value}))
+    assert fake.calls == fake.texts == []
+
+
+def test_a_size_that_fits_is_not():
+    check_size(Fake().description, 4, 400)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_non_finite_values_name_their_step(bad):
+    fake = Fake()
+    fine, heard = fake.denoise, []
+    fake.denoise = lambda x, t, context: fine(x, t, context) if len(fake.calls) < 2 else np.full_like(x, bad)
+    with pytest.raises(DivergedError, match="step 3 of 4"):
+        generate(fake, ["a"], [0], REQUEST, on_step=heard.append)
+    assert heard == [1, 2]
+
+
+def test_every_step_is_heard_of():
+    heard = []
+    generate(Fake(), ["a"], [0], REQUEST, on_step=heard.append)
+    assert heard == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_an_image_does_not_depend_on_its_batch(backend, sampler):
+    request = replace(REQUEST, sampler=sampler, width=16, height=16)
+    prompts = ["a red square", "a blue corner", "a red square"]
+    together = generate(backend, prompts, [5, 6, 7], request)
+    for i, prompt in enumerate(prompts):
+        assert near(together[i : i + 1], generate(backend, [prompt], [5 + i], request))
+    assert not near(together[0], together[2])  # another seed is another image
+
+
+def test_what_changes_an_image(backend):
+    request = replace(REQUEST, width=16, height=16)
+    image = generate(backend, ["a red square"], [5], request)
+    assert near(image, generate(backend, ["a red square"], [5], request, [""]))
+    for other in (
+        generate(backend, ["a blue corner"], [5], request),
+        generate(backend, ["a red square"], [5], request, ["a blue corner"]),
+        generate(backend, ["a red square"], [5], replace(request, cfg_scale=1.0)),
+        generate(backend, ["a red square"], [5], replace(request, steps=5)),
+    ):
+        assert not near(image, other)
+
+
+def test_a_negative_prompt_that_is_the_prompt_is_no_guidance(backend):
+    request = replace(REQUEST, width=16, height=16)
+    guided = generate(backend, ["a red square"], [5], request, ["a red square"])
+    assert near(guided, generate(backend, ["a red square"], [5], replace(request, cfg_scale=1.0)))
+
+
+def test_a_model_is_found_by_folder_and_by_run(tiny_model):
+    assert find_model(str(tiny_model)) == tiny_model
+    assert find_model(str(tiny_model.parent)) == tiny_model  # a run, which holds model/
+    with pytest.raises(ModelError, match="no such model"):
+        find_model("nowhere/at/all")
+    with pytest.raises(ModelError, match="no ONNX graphs"):
+        open_backend(tiny_model, "onnx")
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("sampler", "schedule", "prediction"),
+    [
+        ("ddim", "cosine", "v"),
+        ("euler", "cosine", "v"),
+        ("dpmpp_2m", "cosine", "v"),
+        ("dpmpp_2m", "scaled_linear", "epsilon"),
+        ("heun", "scaled_linear", "v"),
+    ],
+)
+def test_diffusers_draws_the_same_image(make_model, tiny_config, sampler, schedule, prediction):
+    """From the folder alone, its own scheduler included, and the same latents."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    cfg = replace(
+        tiny_config,
+        diffusion=replace(tiny_config.diffusion, schedule=schedule, prediction=prediction),
+        generate=replace(tiny_config.generate, sampler=sampler),
+    )
+    path = make_model(cfg)
+    backend, prompts, seeds = open_backend(path, "torch", "cpu"), ["a red square", "a blue corner"], [3, 4]
+    request = Request(20, 3.0, sampler, cfg.generate.schedule, 16, 16)
+    ours = generate(backend, prompts, seeds, request)
+
+    pipe = StableDiffusionPipeline.from_pretrained(path)
+    pipe.set_progress_bar_config(disable=True)
+    # Their Euler and Heun scale unit noise themselves; DDIM and DPM-Solver++ take the latents as they come.
+    scale = 1.0 if sampler in ("euler", "heun") else backend.description.schedule[-1].sigma
+    latents = torch.from_numpy(noise.normal(seeds, (4, 8, 8)) * np.float32(scale))
+    size = {"height": 16, "width": 16, "num_inference_steps": 20, "guidance_scale": 3.0}
+    theirs = np.rint(pipe(prompts, latents=latents, output_type="np", **size).images * 255)
+    assert ours.std() > 10
+    assert (np.abs(ours - theirs) <= 1).mean() >= 0.999

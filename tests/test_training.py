@@ -1,0 +1,624 @@
+"""Training: its formulas against brute force, and that a run killed at any moment ends in the same bits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from tinydiff import config, files
+from tinydiff.checkpoints import folder
+from tinydiff.data.dataset import Images, open_source
+from tinydiff.diffusion.predictions import PREDICTIONS
+from tinydiff.errors import BusyError, DivergedError, ModelError, UsageError
+from tinydiff.text.tokenizer import Tokenizer
+from tinydiff.training import loop, state
+from tinydiff.training.losses import autoencoder_loss, denoising_loss, pick_level, psnr, snr_weight
+from tinydiff.training.optim import Average, adamw, learning_rate
+from tinydiff.training.stages import AutoencoderTask, DenoiserTask
+
+SEED = 20
+
+
+# ---------------------------------------------------------------------------------------------------------- formulas
+
+
+def test_learning_rate_in_closed_form():
+    cfg = config.Stage(steps=101, warmup=10, lr=2.0, final_lr=0.1)
+    rates = [learning_rate(n, cfg) for n in range(101)]
+    assert rates[:10] == pytest.approx([0.2 * (n + 1) for n in range(10)])
+    for n in range(10, 101):
+        share = (n - 10) / 90
+        assert rates[n] == pytest.approx(2.0 * (0.1 + 0.9 * (1 + math.cos(math.pi * share)) / 2))
+    assert rates[-1] == pytest.approx(0.2) and rates[55] == pytest.approx(1.1)
+
+
+@given(st.integers(1, 200), st.integers(0, 300), st.floats(0, 1))
+def test_learning_rate_never_leaves_its_range(steps, warmup, final):
+    cfg = config.Stage(steps=steps, warmup=warmup, lr=1.0, final_lr=final)
+    assert all(0 <= learning_rate(n, cfg) <= 1 for n in range(steps))
+
+
+def test_average_in_closed_form():
+    """Decays of (1 + n)/(10 + n), at most 0.5; several steps' decays at once, at every fourth."""
+    module = nn.Linear(1, 1, bias=False)
+    average, values = Average(module, 0.5), [3.0, -1.0, 4.0, 1.5, -9.0, 2.6, 5.0, 3.0, 5.8, 9.0]
+    wanted = module.weight.item()
+    for n, value in enumerate(values):
+        with torch.no_grad():
+            module.weight.fill_(value)
+        average.update(n)
+        decay = min(0.5, (1 + n) / (10 + n)) ** 4 if n in (3, 7) else 1.0
+        wanted = decay * wanted + (1 - decay) * value
+    assert average.tensors[0].item() == pytest.approx(wanted, rel=1e-6)
+    assert module.weight.item() == 9.0
+
+
+def test_averaged_weights_are_lent():
+    module = nn.Linear(2, 2)
+    average = Average(module, 0.5)
+    before = average.tensors[0].clone()
+    with torch.no_grad():
+        module.weight.add_(1)
+    own = module.weight.detach().clone()
+    with pytest.raises(ZeroDivisionError), loop.averaged(module, average):
+        assert torch.equal(module.weight, before)
+        raise ZeroDivisionError
+    assert torch.equal(module.weight, own)
+
+
+def test_only_matrices_decay():
+    module = nn.Sequential(nn.Conv2d(2, 2, 3), nn.GroupNorm(1, 2))
+    before = {n: p.detach().clone() for n, p in module.named_parameters()}
+    optimizer = adamw(module.parameters(), config.Stage(lr=0.5, weight_decay=0.2))
+    for p in module.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, p in module.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name] * (0.9 if p.ndim > 1 else 1.0))
+
+
+def test_adamw_step_in_closed_form():
+    """Whatever the gradient, the first step is the learning rate long; the second moment decays by beta2."""
+    p = nn.Parameter(torch.zeros(1, 1))
+    optimizer = adamw([p], config.Stage(lr=0.1, weight_decay=0.0, beta2=0.75))
+    p.grad = torch.full_like(p, 4.0)
+    optimizer.step()
+    assert p.item() == pytest.approx(-0.1)
+    assert optimizer.state[p]["exp_avg_sq"].item() == pytest.approx(4.0)  # (1 - 0.75) * 4²
+
+
+def test_kl_is_that_of_torch():
+    torch.manual_seed(0)
+    mean, std = torch.randn(2, 3, 4, 4), torch.rand(2, 3, 4, 4) + 0.1
+    normal, own = torch.distributions.Normal(0.0, 1.0), torch.distributions.Normal(mean, std)
+    wanted = torch.distributions.kl_divergence(own, normal).mean()
+    cfg = config.AutoencoderStage(kl_weight=0.5)
+    terms = autoencoder_loss(torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 8, 8), mean, std, cfg)
+    torch.testing.assert_close(terms["kl"], 0.5 * wanted)
+
+
+def test_reconstruction_terms_by_hand():
+    pixels, output = torch.zeros(1, 3, 2, 2), torch.tensor([[1.0, -3.0], [2.0, 0.0]]).expand(1, 3, 2, 2)
+    mean, std = torch.zeros(1, 4, 1, 1), torch.ones(1, 4, 1, 1)
+    cfg = config.AutoencoderStage(l2_weight=2.0, edge_weight=10.0)
+    found = {k: v.item() for k, v in autoencoder_loss(pixels, output, mean, std, cfg).items()}
+    # |1| |3| |2| |0|; squares 1 9 4 0; steps to the right 4 and 2, down 1 and 3
+    assert found == pytest.approx({"l1": 1.5, "kl": 0.0, "l2": 2 * 3.5, "edges": 10 * (3 + 2)})
+    off = config.AutoencoderStage(l2_weight=0.0, edge_weight=0.0)
+    assert autoencoder_loss(pixels, output, mean, std, off).keys() == {"l1", "kl"}
+
+
+def test_denoising_loss_weighs_each_image():
+    output = torch.stack([torch.full((4, 2, 2), 1.0), torch.full((4, 2, 2), 3.0)])
+    loss = denoising_loss(output, torch.zeros(2, 4, 2, 2), torch.tensor([2.0, 0.5]))
+    assert loss.item() == pytest.approx((2 * 1 + 0.5 * 9) / 2)
+
+
+@given(
+    st.sampled_from(sorted(PREDICTIONS)), st.floats(0.05, 1), st.floats(0.05, 3), st.floats(0.1, 20), st.integers(0, 99)
+)
+def test_min_snr_is_a_weight_of_the_error_of_x0(name, alpha, sigma, gamma, seed):
+    """By brute force: weight * error² of the prediction = min(SNR, gamma) * error² of the x0 that is read off it."""
+    x0, eps, wrong = np.random.default_rng(seed).standard_normal(3)
+    prediction, x = PREDICTIONS[name], alpha * x0 + sigma * eps
+    target = prediction.target(x0, eps, alpha, sigma)
+    error = prediction.to_x0(target + wrong, x, alpha, sigma) - x0
+    (weight,) = snr_weight(np.array([alpha]), np.array([sigma]), name, gamma)
+    assert weight * wrong**2 == pytest.approx(min((alpha / sigma) ** 2, gamma) * error**2, rel=1e-6)
+
+
+def test_min_snr_off_and_at_pure_noise():
+    alpha, sigma = np.array([0.0, 0.6]), np.array([1.0, 0.8])
+    for name in PREDICTIONS:
+        assert snr_weight(alpha, sigma, name, 0.0).tolist() == [1, 1]
+        assert np.isfinite(snr_weight(alpha, sigma, name, 5.0)).all()
+
+
+def test_levels_are_picked_as_their_density_says():
+    rng = np.random.default_rng(0)
+    us, normals = rng.random(20_000), rng.standard_normal(20_000)
+    uniform = np.array([pick_level(u, n, "uniform", 100) for u, n in zip(us, normals, strict=True)])
+    assert np.bincount(uniform, minlength=100).min() > 120 and uniform.max() == 99
+    logit = np.array([pick_level(u, n, "logit_normal", 100) for u, n in zip(us, normals, strict=True)])
+    inside = math.erf(math.log(3) / math.sqrt(2))  # sigmoid(N) in [1/4, 3/4] is |N| < log 3
+    assert ((logit >= 25) & (logit < 75)).mean() == pytest.approx(inside, abs=0.01)
+    assert pick_level(1.0, 40.0, "uniform", 10) == pick_level(0.0, 40.0, "logit_normal", 10) == 9
+
+
+def test_psnr():
+    a = torch.zeros(1, 3, 4, 4)
+    assert psnr(a, a + 0.2) == pytest.approx(10 * math.log10(4 / 0.04))
+    assert psnr(a + 1, a + 7) == psnr(a, a) == pytest.approx(10 * math.log10(4e12))
+
+
+# ------------------------------------------------------------------------------------------------------------- steps
+
+
+@pytest.fixture
+def tasks(tiny_config, tiny_model):
+    """A function (config) -> both tasks over a fresh model, its random weights always the same."""
+
+    def make(cfg=tiny_config):
+        model, data = folder.load(tiny_model), Images(open_source(cfg.data), cfg.data)
+        latents = torch.randn(2, 12, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        cpu = torch.device("cpu")
+        return AutoencoderTask(cfg, model, data, cpu), DenoiserTask(cfg, model, data, (latents[0], latents[1].exp()), cpu)
+
+    return make
+
+
+def accumulated(cfg: config.Config, parts: int) -> config.Config:
+    stages = {name: replace(getattr(cfg.train, name), accumulate=parts, clip=0.0) for name in ("autoencoder", "denoiser")}
+    return replace(cfg, train=replace(cfg.train, **stages))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_accumulating_changes_no_gradient(tasks, tiny_config, which):
+    results = []
+    for parts in (1, 2, 4):
+        cfg = accumulated(tiny_config, parts)
+        task = tasks(cfg)[which]
+        plain = torch.optim.SGD(task.module.parameters(), lr=1.0)  # whose step is the gradient
+        values = loop.step(loop.Runtime(cfg), task, Average(task.module, 0.9), plain, 3)
+        results.append((values["loss"], torch.cat([p.detach().flatten() for p in task.module.parameters()])))
+    for loss, weights in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-5)
+        torch.testing.assert_close(weights, results[0][1], rtol=1e-5, atol=1e-6)
+
+
+def test_clipping_bounds_the_step(tasks, tiny_config):
+    cfg = replace(tiny_config, train=replace(tiny_config.train, denoiser=replace(tiny_config.train.denoiser, clip=0.01, warmup=0, lr=1.0)))
+    task = tasks(cfg)[1]
+    before = [p.detach().clone() for p in task.module.parameters()]
+    values = loop.step(loop.Runtime(cfg), task, Average(task.module, 0.9), torch.optim.SGD(task.module.parameters()), 0)
+    moved = math.sqrt(sum(float((p - b).square().sum()) for p, b in zip(task.module.parameters(), before, strict=True)))
+    assert values["grad_norm"] > 0.01 and moved == pytest.approx(0.01, rel=1e-2)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_batch_is_a_function_of_its_step(tasks, which):
+    """Asked in any order, and in parts, step n sees the same images, noise and captions."""
+    one, two = tasks()[which], tasks()[which]
+    two.loss(7, range(4))
+    first, again, other = one.loss(3, range(4))[0], two.loss(3, range(4))[0], one.loss(4, range(4))[0]
+    assert first.item() == again.item() != other.item()
+
+
+def test_a_row_of_the_denoiser_is_what_the_configuration_asks(tasks, tiny_config):
+    task = tasks(replace(tiny_config, diffusion=replace(tiny_config.diffusion, caption_dropout=0.25)))[1]
+    rows = [task.draw(step, row) for step in range(150) for row in range(4)]
+    empty = task.encode("")
+    assert np.mean([np.array_equal(ids, empty) for _, _, ids, _ in rows]) == pytest.approx(0.25, abs=0.06)
+    assert sorted(i for i, *_ in rows[:12]) == list(range(12))  # an epoch
+    levels = np.array([level for _, level, _, _ in rows])
+    assert levels.mean() == pytest.approx(499.5, abs=50) and len(set(levels.tolist())) > 400
+    normals = np.stack([n for *_, n in rows])
+    assert normals.shape == (600, 2, 4, 8, 8) and normals.std() == pytest.approx(1, abs=0.01)
+
+
+def test_half_of_the_captions_are_the_main_one():
+    found = [DenoiserTask.choose(u, 3) for u in np.linspace(0, 1, 1000, endpoint=False)]
+    assert np.bincount(found).tolist() == [500, 250, 250] and DenoiserTask.choose(0.99, 1) == 0
+
+
+def test_a_loss_that_is_no_number_stops_before_the_weights_are_touched(tasks, tiny_config):
+    task = tasks()[1]
+    before = [p.detach().clone() for p in task.module.parameters()]
+    fine = task.loss
+    task.loss = lambda n, rows: (fine(n, rows)[0] * math.nan, {})
+    optimizer = adamw(task.module.parameters(), task.stage)
+    with pytest.raises(DivergedError, match=r"denoiser: loss nan.* at step 5; lower train\.denoiser\.lr"):
+        loop.step(loop.Runtime(tiny_config), task, Average(task.module, 0.9), optimizer, 4)
+    assert all(torch.equal(p, b) for p, b in zip(task.module.parameters(), before, strict=True))
+
+
+# -------------------------------------------------------------------------------------------------------------- runs
+
+
+def digests(run_dir: Path) -> dict[str, str]:
+    """SHA-256 of everything that the last step of both stages left behind."""
+    paths = [*run_dir.glob("model/*/*.safetensors"), *run_dir.glob("checkpoints/*-00000012/*.safetensors")]
+    return {str(p.relative_to(run_dir)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(paths)}
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def snapshot(run_dir: Path) -> dict[str, int]:
+    return {str(p): p.stat().st_mtime_ns for name in ("model", "checkpoints", "latents") for p in (run_dir / name).rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_config, tmp_path_factory) -> Path:
+    """A run that nothing disturbed, in this process."""
+    run_dir = tmp_path_factory.mktemp("whole")
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    assert loop.run(tiny_config, run_dir) == run_dir / "model"
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    return run_dir
+
+
+@pytest.fixture
+def finished(whole, tmp_path) -> Path:
+    """A copy of the finished run, to damage."""
+    return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+def test_what_a_run_leaves_behind(whole, tiny_config):
+    names = {p.name for p in whole.iterdir()}
+    assert names >= {"tinydiff.toml", "metrics.jsonl", "tokenizer", "latents", "checkpoints", "samples", "model"}
+    assert [n for n in names if n.startswith(".")] == [".lock"]
+    kept = sorted(p.name for p in (whole / "checkpoints").iterdir())
+    assert kept == [f"{s}-{n:08d}" for s in ("autoencoder", "denoiser") for n in (9, 12)]
+    assert len(digests(whole)) == 3 + 2 * 3
+    model = folder.load(whole / "model")
+    average = files.read_json(whole / "checkpoints" / "denoiser-00000012" / "state.json")
+    assert average["step"] == 12 and config.load(whole / "model" / "tinydiff.toml") == tiny_config
+    stored = folder.read_tensors(whole / "checkpoints" / "denoiser-00000012" / "average.safetensors")
+    assert all(torch.equal(v, stored[f"unet.{k}"]) for k, v in model.unet.state_dict().items())
+    latents = folder.read_tensors(next((whole / "latents").iterdir()))
+    z = latents["mean"] + latents["std"] * torch.randn(latents["mean"].shape, generator=torch.Generator().manual_seed(0))
+    assert (z * model.scaling_factor).std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_a_seeded_run_repeats_in_its_losses(whole, tiny_config, tmp_path):
+    other = replace(tiny_config, train=replace(tiny_config.train, seed=1))
+    loop.run(tiny_config, tmp_path / "again", "autoencoder")
+    loop.run(other, tmp_path / "other", "autoencoder")
+    losses = [[m["loss"] for m in metrics(d) if "loss" in m][0] for d in (whole, tmp_path / "again", tmp_path / "other")]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_finished_run_does_nothing(finished, tiny_config):
+    before = snapshot(finished)
+    assert loop.run(tiny_config, finished) == finished / "model"
+    assert snapshot(finished) == before
+
+
+def test_a_lost_model_folder_is_published_again(finished, whole, tiny_config):
+    shutil.rmtree(finished / "model")
+    loop.run(tiny_config, finished)
+    assert digests(finished) == digests(whole)
+
+
+def test_loss_falls(tiny_config, tmp_path):
+    longer = {"steps": 80, "save_every": 80, "sample_every": 80, "lr": 3e-3}
+    stages = {name: replace(getattr(tiny_config.train, name), **longer) for name in ("autoencoder", "denoiser")}
+    loop.run(replace(tiny_config, train=replace(tiny_config.train, **stages)), tmp_path)
+    for name, share in (("autoencoder", 0.6), ("denoiser", 0.9)):
+        losses = [m["loss"] for m in metrics(tmp_path) if m["stage"] == name and "loss" in m]
+        assert len(losses) == 8 and np.mean(losses[-3:]) < share * losses[0]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_other_precisions_train(tiny_config, tmp_path, precision):
+    loop.run(replace(tiny_config, train=replace(tiny_config.train, precision=precision)), tmp_path, "autoencoder")
+    weights = folder.read_tensors(tmp_path / "checkpoints" / "autoencoder-00000012" / "weights.safetensors")
+    assert all(v.dtype == torch.float32 and v.isfinite().all() for v in weights.values())
+
+
+def test_other_settings_are_refused_by_name(finished, whole, tiny_config):
+    changed = replace(
+        tiny_config,
+        denoiser=replace(tiny_config.denoiser, layers_per_block=2),
+        train=replace(tiny_config.train, autoencoder=replace(tiny_config.train.autoencoder, lr=0.5)),
+    )
+    with pytest.raises(UsageError) as caught:
+        loop.run(changed, finished)
+    for part in ("denoiser.layers_per_block (1 -> 2)", "train.autoencoder.lr (0.001 -> 0.5)", "--fresh"):
+        assert part in str(caught.value)
+    assert digests(finished) == digests(whole) and config.load(finished / "tinydiff.toml") == tiny_config
+
+
+def test_settings_that_change_no_bit_are_accepted(finished, tiny_config):
+    train = replace(tiny_config.train, keep=5, denoiser=replace(tiny_config.train.denoiser, save_every=100))
+    changed = replace(tiny_config, train=train, generate=replace(tiny_config.generate, steps=3))
+    loop.run(changed, finished)
+    assert config.load(finished / "tinydiff.toml") == changed
+
+
+def test_a_busy_run_is_refused(tiny_config, tmp_path):
+    with files.lock(tmp_path), pytest.raises(BusyError, match=f"in use by process {os.getpid()}"):
+        loop.run(tiny_config, tmp_path)
+
+
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda c: damage(c / "weights.safetensors"),
+        lambda c: (c / "average.safetensors").write_bytes(b""),
+        lambda c: (c / "state.json").unlink(),
+        lambda c: (c / "manifest.json").unlink(),
+        lambda c: [p.unlink() for p in c.iterdir()],
+    ],
+    ids=["bit", "empty", "state", "manifest", "everything"],
+)
+def test_a_damaged_checkpoint_is_passed_over(finished, whole, tiny_config, harm, capsys):
+    harm(finished / "checkpoints" / "denoiser-00000012")
+    shutil.rmtree(finished / "model")
+    loop.run(tiny_config, finished)
+    said = capsys.readouterr().err
+    assert "denoiser-00000012" in said and "going back" in said and "going on from step 9" in said
+    assert digests(finished) == digests(whole)
+
+
+def test_without_any_sound_checkpoint_a_stage_begins_again(finished, whole, tiny_config):
+    for path in (finished / "checkpoints").glob("*/weights.safetensors"):
+        damage(path)
+    loop.run(tiny_config, finished)
+    assert digests(finished) == digests(whole)
+
+
+def test_a_checkpoint_of_a_newer_tinydiff_is_refused(finished, tiny_config):
+    checkpoint = finished / "checkpoints" / "denoiser-00000012"
+    (checkpoint / "state.json").write_text(json.dumps({"format": 99, "stage": "denoiser", "step": 12, "scaler": {}}))
+    (checkpoint / "manifest.json").unlink()
+    with files.committed(finished / "checkpoints" / "denoiser-00000015") as newer:
+        for p in checkpoint.iterdir():
+            shutil.copy(p, newer)
+    with pytest.raises(ModelError, match="newer tinydiff"):
+        loop.run(tiny_config, finished)
+
+
+def test_pruning_keeps_what_can_be_resumed(tmp_path):
+    for step in (3, 6, 9, 12):
+        (tmp_path / f"denoiser-{step:08d}").mkdir()
+    (tmp_path / "autoencoder-00000003").mkdir()
+    state.prune(tmp_path, "denoiser", 9, 1)  # 12 was passed over as damaged: it must not count as the newest
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["autoencoder-00000003", "denoiser-00000009"]
+
+
+def test_leftovers_of_killed_processes_are_removed(finished, tiny_config):
+    for name in (".tmp-model-0123", "checkpoints/.tmp-denoiser-00000012-0123"):
+        (finished / name).mkdir()
+        (finished / name / "weights.safetensors").write_bytes(b"half")
+    (finished / "samples" / ".tmp-x.png-0123").write_bytes(b"half")
+    loop.run(tiny_config, finished)
+    assert [p for p in finished.rglob(".tmp-*")] == []
+
+
+def test_half_a_line_of_metrics_is_dropped(finished, tiny_config):
+    shutil.rmtree(finished / "checkpoints" / "denoiser-00000012")
+    lines = (finished / "metrics.jsonl").read_text()
+    (finished / "metrics.jsonl").write_text(lines + lines.splitlines()[-1][:20])
+    loop.run(tiny_config, finished)
+    steps = [(m["stage"], m["step"], "loss" in m) for m in metrics(finished)]
+    assert len(set(steps)) == len(steps) and ("denoiser", 10, True) in steps
+
+
+# ------------------------------------------------------------------------------------------------- killed and resumed
+
+# Imports torch once, then forks a process for each job that it reads, which may kill itself before its n-th system call
+# that makes something last. Says the process id at once and the exit code at the end.
+FORKER = """
+import json, os, signal, sys
+from pathlib import Path
+from tinydiff import config
+from tinydiff.errors import UserError
+from tinydiff.training import loop
+
+def job(config_path, run_dir, die_at, log):
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    calls = [0]
+    def counted(real):
+        def call(*args, **kwargs):
+            calls[0] += 1
+            if calls[0] == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+        return call
+    for name in ("rename", "fsync", "link"):
+        setattr(os, name, counted(getattr(os, name)))
+    try:
+        loop.run(config.load(Path(config_path)), Path(run_dir))
+        print("calls", calls[0], file=sys.stderr)
+        return 0
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.code
+
+for line in sys.stdin:
+    if (pid := os.fork()) == 0:
+        code = 1
+        try:
+            code = job(*json.loads(line))
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+class Forker:
+    """Training runs in processes of their own that can be killed."""
+
+    def __init__(self, config_path: Path):
+        self.config_path = config_path
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", FORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
+        )
+
+    def start(self, run_dir: Path, die_at: int = 0) -> int:
+        """Begin a run; its process id."""
+        job = [str(self.config_path), str(run_dir), die_at, str(run_dir) + ".log"]
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def wait(self) -> int:
+        return int(self.process.stdout.readline())
+
+    def run(self, run_dir: Path, die_at: int = 0) -> int:
+        self.start(run_dir, die_at)
+        return self.wait()
+
+
+def environment() -> dict[str, str]:
+    root = str(Path(loop.__file__).parents[2])
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+
+
+@pytest.fixture(scope="module")
+def config_path(tiny_config, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "tiny.toml"
+    path.write_text(config.to_toml(tiny_config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def forker(config_path) -> Iterator[Forker]:
+    forker = Forker(config_path)
+    yield forker
+    forker.process.stdin.close()
+    forker.process.stdout.close()
+    assert forker.process.wait(60) == 0
+
+
+@pytest.fixture(scope="module")
+def reference(forker, tmp_path_factory) -> tuple[dict[str, str], float, int]:
+    """(digests, seconds, lasting system calls) of a run in a process of its own that is never killed."""
+    run_dir, begun = tmp_path_factory.mktemp("reference") / "run", time.monotonic()
+    assert forker.run(run_dir) == 0
+    log = Path(f"{run_dir}.log").read_text()
+    return digests(run_dir), time.monotonic() - begun, int(log.split()[-1])
+
+
+def check(run_dir: Path, wanted: dict[str, str]) -> None:
+    """The finished run has the same bits, no step logged twice, nothing half-written."""
+    assert digests(run_dir) == wanted
+    steps = [(m["stage"], m["step"], "loss" in m) for m in metrics(run_dir)]
+    assert len(set(steps)) == len(steps)
+    assert steps.count(("autoencoder", 10, True)) == steps.count(("denoiser", 10, True)) == 1
+    assert not [p for p in run_dir.rglob(".*") if p.name != ".lock"]
+
+
+def test_another_process_trains_to_the_same_bits(whole, reference):
+    assert reference[0] == digests(whole)
+
+
+def test_killed_at_random_moments(forker, reference, tmp_path):
+    wanted, seconds, _ = reference
+    rng, killed = np.random.default_rng(SEED), 0
+    for _ in range(8):
+        pid = forker.start(tmp_path / "run")
+        time.sleep(rng.uniform(0.1, 0.7) * seconds)
+        killed += os.kill(pid, signal.SIGKILL) is None if alive(pid) else 0
+        forker.wait()
+    assert killed >= 1 and forker.run(tmp_path / "run") == 0
+    check(tmp_path / "run", wanted)
+
+
+def alive(pid: int) -> bool:
+    """Whether the process still runs; one that has ended is not yet waited for only for an instant."""
+    return Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_before_random_system_calls(forker, reference, tmp_path, seed):
+    """Up to a hundred times in one run, each time before some rename, link or fsync."""
+    rng, codes = np.random.default_rng(seed), []
+    while not codes or codes[-1]:
+        codes.append(forker.run(tmp_path / "run", int(rng.integers(10, 90)) if len(codes) < 30 else 0))
+        assert codes[-1] in (0, -signal.SIGKILL), Path(f"{tmp_path}/run.log").read_text()
+    assert len(codes) > 2
+    check(tmp_path / "run", reference[0])
+
+
+def test_killed_before_every_system_call_of_the_end(forker, reference, tmp_path):
+    """The last save of all, where nothing comes after that would mend it: model, checkpoint, pruning."""
+    wanted, _, calls = reference
+    base, n, codes = tmp_path / "base", 0, []
+    assert forker.run(base, calls - 30) == -signal.SIGKILL
+    while not codes or codes[-1]:
+        n += 3 if n < 12 else 1
+        run_dir = Path(shutil.copytree(base, tmp_path / f"run{n}"))
+        codes.append(forker.run(run_dir, n))
+        assert forker.run(run_dir) == 0, Path(f"{run_dir}.log").read_text()
+        check(run_dir, wanted)
+    assert len(codes) > 20
+
+
+def test_the_command_is_stopped_and_goes_on(config_path, reference, tmp_path):
+    """SIGTERM, then SIGINT, then to the end: exit codes, one line that says how to go on, the same bits."""
+    command = [sys.executable, "-m", "tinydiff", "train", str(config_path), "--run-dir", str(tmp_path / "run")]
+    for number, wait_for in ((signal.SIGTERM, None), (signal.SIGINT, "going on from step")):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+        wait_until(lambda: (tmp_path / "run" / "tinydiff.toml").exists())
+        said = ""
+        while wait_for and wait_for not in said:
+            said += process.stderr.readline()
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 128 + number, err
+        last = err.splitlines()[-1]
+        assert out == "" and "run the same command to go on" in last and "Traceback" not in err
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'run' / 'model'}\n"), done.stderr
+    check(tmp_path / "run", reference[0])
+
+
+def wait_until(done, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
+
+
+def test_a_second_process_is_refused(forker, tmp_path):
+    (tmp_path / "run").mkdir()
+    with files.lock(tmp_path / "run"):
+        assert forker.run(tmp_path / "run") == 6
+    assert f"in use by process {os.getpid()}" in Path(f"{tmp_path}/run.log").read_text()
+
+
+def test_the_tokenizer_of_a_run_is_kept(whole):
+    assert Tokenizer.load(whole / "tokenizer").encode(["a red square"]).tolist() == (
+        Tokenizer.load(whole / "model" / "tokenizer").encode(["a red square"]).tolist()
+    )
