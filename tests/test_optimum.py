@@ -21,7 +21,8 @@ from optimum.onnxruntime import ORTStableDiffusionPipeline
 folder, latents, out, size = sys.argv[1:]
 pipe = ORTStableDiffusionPipeline.from_pretrained(folder)
 x = torch.from_numpy(np.load(latents))
-image = pipe("red heart", num_inference_steps=8, guidance_scale=3.0, height=int(size), width=int(size), latents=x, output_type="np")
+size = {"height": int(size), "width": int(size)}
+image = pipe("red heart", num_inference_steps=8, guidance_scale=3.0, latents=x, output_type="np", **size)
 np.save(out, image.images[0])
 """
 

@@ -45,7 +45,7 @@ def section(kind: type, doc: str, **changes: Any) -> Any:
 class Data:
     path: str = key("shapes", "a folder of captioned images, or the built-in 'shapes'")
     resolution: int = key(32, "images are resized and cropped to this square, in pixels", 8, 4096)
-    samples: int = key(65536, "how many images 'shapes' draws for the latent cache", 1)
+    samples: int = key(60000, "how many images 'shapes' draws for the latent cache", 1)
     background: str = key("#ffffff", "what shows through transparent pixels")
     max_bad_fraction: float = key(0.01, "unreadable images above this share are an error", 0, 1)
     flip: bool = key(False, "also train on mirror images")
@@ -56,13 +56,13 @@ class Autoencoder:
     block_out_channels: tuple[int, ...] = key((32, 64, 64), "widths; each after the first halves the resolution", 1)
     layers_per_block: int = key(1, "residual blocks a level", 1, 16)
     latent_channels: int = key(4, "channels of a latent", 1, 64)
-    norm_num_groups: int = key(16, "group normalisation groups; must divide every width", 1)
+    norm_num_groups: int = key(8, "group normalisation groups; must divide every width", 1)
     mid_block_add_attention: bool = key(False, "self-attention at the lowest resolution")
 
 
 @dataclass(frozen=True)
 class TextEncoder:
-    vocab_size: int = key(2048, "most tokens of the byte-pair tokenizer trained on the captions", 514, 1_000_000)
+    vocab_size: int = key(1024, "most tokens of the byte-pair tokenizer trained on the captions", 514, 1_000_000)
     hidden_size: int = key(192, "width", 8)
     intermediate_size: int = key(384, "width inside a block's multilayer perceptron", 8)
     num_hidden_layers: int = key(3, "transformer blocks", 1, 64)
@@ -73,9 +73,9 @@ class TextEncoder:
 
 @dataclass(frozen=True)
 class Denoiser:
-    block_out_channels: tuple[int, ...] = key((128, 192), "widths; each after the first halves the resolution", 1)
+    block_out_channels: tuple[int, ...] = key((64, 192), "widths; each after the first halves the resolution", 1)
     down_block_types: tuple[str, ...] = key(
-        ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        ("DownBlock2D", "CrossAttnDownBlock2D"),
         "one a width: with cross-attention to the text, or without",
         choices=("CrossAttnDownBlock2D", "DownBlock2D"),
     )
@@ -115,7 +115,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class AutoencoderStage(Stage):
-    kl_weight: float = key(1e-4, "weight of the Kullback-Leibler term, per latent value", 0)
+    kl_weight: float = key(2e-4, "weight of the Kullback-Leibler term, per latent value", 0)
     l2_weight: float = key(1.0, "weight of the squared error beside the absolute error", 0)
     edge_weight: float = key(1.0, "weight of the absolute error of differences between neighbours", 0)
 
@@ -131,8 +131,10 @@ class Train:
     channels_last: bool = key(True, "memory layout of convolutions")
     compile: bool = key(False, "torch.compile the networks")
     keep: int = key(2, "newest checkpoints kept", 1)
-    autoencoder: AutoencoderStage = section(AutoencoderStage, "stage 1: image -> latent -> image")
-    denoiser: Stage = section(Stage, "stage 2: text encoder and denoiser on the latents", steps=4000)
+    autoencoder: AutoencoderStage = section(
+        AutoencoderStage, "stage 1: image -> latent -> image", steps=800, lr=2e-3, save_every=400, sample_every=400
+    )
+    denoiser: Stage = section(Stage, "stage 2: text encoder and denoiser on the latents", steps=6000, warmup=200)
 
 
 @dataclass(frozen=True)
