@@ -46,14 +46,20 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_config(image_folder: Path) -> config.Config:
     """Two stages of twelve steps on sixteen-pixel images: about a second on one thread."""
-    stage = {"steps": 12, "batch_size": 4, "warmup": 2, "save_every": 3, "sample_every": 6, "ema": 0.9}
+    stage = {"steps": 12, "batch_size": 4, "warmup": 2, "lr": 1e-3, "save_every": 3, "sample_every": 6, "ema": 0.9}
     return config.Config(
         data=config.Data(path=str(image_folder), resolution=16),
-        autoencoder=config.Autoencoder(block_out_channels=(8, 16), norm_num_groups=4),
+        autoencoder=config.Autoencoder((8, 16), 1, 4, 4, False),
         text_encoder=config.TextEncoder(
-            vocab_size=600, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+            vocab_size=600,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=16,
         ),
-        denoiser=config.Denoiser(block_out_channels=(16, 32), attention_head_dim=2, norm_num_groups=8),
+        denoiser=config.Denoiser((16, 32), ("CrossAttnDownBlock2D",) * 2, 1, 1, 2, 8, True),
+        diffusion=config.Diffusion(schedule="cosine", prediction="v", timestep_density="uniform"),
         train=config.Train(
             precision="fp32",
             device="cpu",
@@ -61,6 +67,7 @@ def tiny_config(image_folder: Path) -> config.Config:
             autoencoder=config.AutoencoderStage(**stage),
             denoiser=config.Stage(**stage),
         ),
+        generate=config.Generate(steps=20, cfg_scale=3.0, sampler="dpmpp_2m", schedule="trailing"),
     )
 
 

@@ -123,25 +123,36 @@ def test_one_mistake_names_key_and_fix(text, parts, tmp_path):
 def test_all_mistakes_at_once(tmp_path):
     text = "[data]\nresolutoin = 1\nflip = 2\n[train.denoiser]\nlr = nan\n[generate]\nsampler = 'eular'\nsteps = 0"
     message = error_of(text, tmp_path)
-    for part in ("data.resolutoin", "data.flip", "train.denoiser.lr", "generate.sampler", "generate.steps: 0 is below 1"):
+    for part in (
+        "data.resolutoin",
+        "data.flip",
+        "train.denoiser.lr",
+        "generate.sampler",
+        "generate.steps: 0 is below 1",
+    ):
         assert part in message
 
 
 @pytest.mark.parametrize(
-    ("text", "part"),
+    ("overrides", "part"),
     [
-        ("[data]\nresolution = 34", "data.resolution: 34 is no multiple of 8; nearest are 32 and 40"),
-        ("[autoencoder]\nnorm_num_groups = 7", "autoencoder.norm_num_groups: 7 does not divide width 32"),
-        ("[denoiser]\nattention_head_dim = 5", "denoiser.attention_head_dim: 5 heads do not divide width 128"),
-        ("[denoiser]\ndown_block_types = ['DownBlock2D']", "down_block_types: needs one entry for each"),
-        ("[denoiser]\nblock_out_channels = [15, 30]\nnorm_num_groups = 5", "block_out_channels: the first width"),
-        ("[text_encoder]\nnum_attention_heads = 5", "text_encoder.num_attention_heads: does not divide"),
-        ("[train.denoiser]\naccumulate = 3\nbatch_size = 16", "train.denoiser.accumulate: 3 does not divide batch_size 16"),
-        ("[diffusion]\nschedule = 'flow'\nprediction = 'epsilon'", "diffusion.prediction: epsilon says nothing"),
+        (["data.resolution=18"], "data.resolution: 18 is no multiple of 4; nearest are 16 and 20"),
+        (["autoencoder.norm_num_groups=3"], "autoencoder.norm_num_groups: 3 does not divide width 8"),
+        (["denoiser.attention_head_dim=3"], "denoiser.attention_head_dim: 3 heads do not divide width 16"),
+        (["denoiser.down_block_types=['DownBlock2D']"], "down_block_types: needs one entry for each"),
+        (["denoiser.block_out_channels=[15, 30]"], "denoiser.block_out_channels: the first width"),
+        (["text_encoder.num_attention_heads=5"], "text_encoder.num_attention_heads: does not divide"),
+        (["train.denoiser.accumulate=3"], "train.denoiser.accumulate: 3 does not divide batch_size 4"),
+        (["diffusion.schedule=flow", "diffusion.prediction=epsilon"], "diffusion.prediction: epsilon says nothing"),
     ],
 )
-def test_keys_that_do_not_fit_together(text, part, tmp_path):
-    assert part in error_of(text, tmp_path)
+def test_keys_that_do_not_fit_together(overrides, part, tmp_path, tiny_config):
+    assert part in error_of(to_toml(tiny_config), tmp_path, overrides)
+
+
+def test_keys_of_a_file_that_do_not_fit_together(tmp_path):
+    message = error_of("[data]\nresolution = 35", tmp_path)
+    assert message.startswith(f"{tmp_path / 'some.toml'}: data.resolution: 35 is no multiple")
 
 
 def test_even_the_default_fits_together():

@@ -81,7 +81,9 @@ def test_networks_are_initialised_apart(tiny_config, tiny_model):
     assert not torch.equal(one.vae.encoder.conv_in.weight, other.vae.encoder.conv_in.weight)
 
 
-@pytest.mark.parametrize("name", ["model_index.json", "vae/config.json", "tokenizer/vocab.json", *map(str, WEIGHTS.values())])
+@pytest.mark.parametrize(
+    "name", ["model_index.json", "vae/config.json", "tokenizer/vocab.json", *map(str, WEIGHTS.values())]
+)
 def test_a_missing_file_is_named(copied, name):
     (copied / name).unlink()
     with pytest.raises(ModelError, match=Path(name).name):
@@ -211,7 +213,9 @@ def test_diffusers_and_transformers_open_the_parts(tiny_model):
     torch.testing.assert_close(unet(x, t, context).sample, model.unet(x, t, context), rtol=1e-5, atol=1e-5)
     vae = AutoencoderKL.from_pretrained(tiny_model / "vae").eval()
     torch.testing.assert_close(vae.decode(x).sample, model.vae.decode(x), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(vae.encode(pixels).latent_dist.parameters, model.vae.encode(pixels), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        vae.encode(pixels).latent_dist.parameters, model.vae.encode(pixels), rtol=1e-5, atol=1e-5
+    )
     theirs = CLIPTokenizer.from_pretrained(tiny_model / "tokenizer")
     found = theirs(["a red square", ""], padding="max_length", truncation=True, return_tensors="np").input_ids
     np.testing.assert_array_equal(found, ids.numpy())

@@ -60,11 +60,25 @@ def test_what_generates_and_evaluates_needs_no_torch():
 
 def test_only_the_onnx_backend_needs_onnxruntime():
     names = [name for name in WITHOUT_TORCH if name != "tinydiff.backends.onnx"]
-    run("\n".join(f"import {name}" for name in names), "torch", "onnxruntime", "onnx", "onnxscript", "diffusers", "transformers")
+    run(
+        "\n".join(f"import {name}" for name in names),
+        "torch",
+        "onnxruntime",
+        "onnx",
+        "onnxscript",
+        "diffusers",
+        "transformers",
+    )
 
 
 def test_the_mathematics_needs_nothing():
-    run("import tinydiff.diffusion.samplers, tinydiff.diffusion.guidance, tinydiff.config", "torch", "numpy", "PIL", "typer")
+    run(
+        "import tinydiff.diffusion.samplers, tinydiff.diffusion.guidance, tinydiff.config",
+        "torch",
+        "numpy",
+        "PIL",
+        "typer",
+    )
 
 
 def test_importing_tinydiff_imports_nothing():

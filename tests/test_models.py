@@ -162,7 +162,11 @@ def test_unet_starts_as_nothing_and_its_residuals_too():
 
 def test_every_weight_learns():
     """No parameter is left out of the output: each gets a gradient, in every network."""
-    unet, vae, text = UNet(UNETS["deep"], 4, 32), Autoencoder(AUTOENCODERS["attention"]), TextEncoder(TEXTS["quick"], 600, EOS)
+    unet, vae, text = (
+        UNet(UNETS["deep"], 4, 32),
+        Autoencoder(AUTOENCODERS["attention"]),
+        TextEncoder(TEXTS["quick"], 600, EOS),
+    )
     for part in (unet, vae, text):
         randomise(part)
     z = mean_and_std(vae.encode(noise(2, 3, 16, 16)))[0]

@@ -100,7 +100,9 @@ def test_width_and_height(width, height):
     assert generate(Fake(), ["a"], [0], replace(REQUEST, width=width, height=height)).shape == (1, height, width, 3)
 
 
-@pytest.mark.parametrize(("value", "nearest"), [(6, "4 and 8"), (9, "8 and 12"), (1, "4 and 8"), (0, "4 and 8"), (-3, "4 and 8")])
+@pytest.mark.parametrize(
+    ("value", "nearest"), [(6, "4 and 8"), (9, "8 and 12"), (1, "4 and 8"), (0, "4 and 8"), (-3, "4 and 8")]
+)
 @pytest.mark.parametrize("side", ["width", "height"])
 def test_a_size_that_does_not_fit_is_refused(side, value, nearest):
     fake = Fake()
@@ -113,6 +115,7 @@ def test_a_size_that_fits_is_not():
     check_size(Fake().description, 4, 400)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # infinity minus infinity, in numpy
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_non_finite_values_name_their_step(bad):
     fake = Fake()
@@ -121,6 +124,13 @@ def test_non_finite_values_name_their_step(bad):
     with pytest.raises(DivergedError, match="step 3 of 4"):
         generate(fake, ["a"], [0], REQUEST, on_step=heard.append)
     assert heard == [1, 2]
+
+
+def test_every_step_draws_its_own_noise(monkeypatch):
+    asked, real = [], noise.normal
+    monkeypatch.setattr(noise, "normal", lambda seeds, shape, step=0: asked.append(step) or real(seeds, shape, step))
+    generate(Fake(), ["a"], [0], replace(REQUEST, sampler="euler_ancestral"))
+    assert asked == [0, 1, 2, 3]  # the start, then one after each step but the last
 
 
 def test_every_step_is_heard_of():

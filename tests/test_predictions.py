@@ -31,8 +31,10 @@ def test_x0_comes_back(name, schedule, t, x0, eps):
 def test_amplitudes_broadcast_and_float32_stays(name):
     rng = np.random.default_rng(0)
     x0, eps = rng.standard_normal((2, 5, 3, 4, 4)).astype(np.float32)
-    alpha, sigma = (np.float32(v).reshape(5, 1, 1, 1) for v in zip(*[(0.9, 0.3), (0.5, 0.5), (1, 2), (0.2, 0.8), (1, 0.1)]))
-    whole = PREDICTIONS[name].to_x0(PREDICTIONS[name].target(x0, eps, alpha, sigma), alpha * x0 + sigma * eps, alpha, sigma)
+    alpha, sigma = np.array([[0.9, 0.5, 1, 0.2, 1], [0.3, 0.5, 2, 0.8, 0.1]], np.float32)[:, :, None, None, None]
+    whole = PREDICTIONS[name].to_x0(
+        PREDICTIONS[name].target(x0, eps, alpha, sigma), alpha * x0 + sigma * eps, alpha, sigma
+    )
     assert whole.dtype == np.float32 and PREDICTIONS[name].to_x0(x0, eps, 0.5, 0.5).dtype == np.float32
     np.testing.assert_allclose(whole, x0, atol=1e-5)
 

@@ -116,17 +116,36 @@ def test_in_a_pipeline(home: Path) -> None:
     assert not np.array_equal(four[0], four[1])
 
 
+def agree(first: Path, second: Path) -> bool:
+    """At most one grey level apart on at least 99.9 % of pixels."""
+    return (np.abs(pixels(first) - pixels(second)).max(axis=-1) <= 1).mean() >= 0.999
+
+
+def without_torch(home: Path, command: str) -> None:
+    """Run a command where importing torch raises."""
+    blocked = home / "blocked"
+    blocked.mkdir(exist_ok=True)
+    (blocked / "torch.py").write_text("raise ImportError('torch is not to be imported here')\n")
+    run(home, f"export PYTHONPATH={blocked}:$PYTHONPATH\n! python -c 'import torch' 2>/dev/null\n{command}")
+
+
 @pytest.mark.skipif(not (FONT.exists() and CLDR.exists()), reason="needs fonts-noto-color-emoji and unicode-cldr-core")
 def test_emoji_to_bundle_and_back(home: Path) -> None:
     pytest.importorskip("fontTools")
     *before, last = block("emoji-pipeline").strip().splitlines()
     run(home, "\n".join(before))
-    blocked = home / "blocked"
-    blocked.mkdir()
-    (blocked / "torch.py").write_text("raise ImportError('torch is not to be imported here')\n")
-    run(home, f"export PYTHONPATH={blocked}:$PYTHONPATH\n! python -c 'import torch' 2>/dev/null\n{last}")
-    difference = np.abs(pixels(home / "torch.png") - pixels(home / "onnx.png")).max(axis=-1)
-    assert (difference <= 1).mean() >= 0.999
+    without_torch(home, last)
+    assert agree(home / "torch.png", home / "onnx.png")
+
+
+def test_the_same_on_handwritten_digits(home: Path) -> None:
+    pytest.importorskip("sklearn")
+    run(home, "python scripts/digits.py data/digits --size 16")
+    run(home, "tinydiff train --set data.path=data/digits --set data.resolution=16 --run-dir runs/digits")
+    draw = "tinydiff generate 'a handwritten digit seven' -s 1 -o"
+    run(home, f"{draw} digit-torch.png -m runs/digits --backend torch && tinydiff export runs/digits -o digits")
+    without_torch(home, f"{draw} digit-onnx.png -m digits")
+    assert agree(home / "digit-torch.png", home / "digit-onnx.png")
 
 
 def test_install_commands_are_what_ci_runs() -> None:

@@ -98,9 +98,20 @@ def test_ancestral_keeps_the_noise_at_its_level():
     rng, point = np.random.default_rng(2), np.float64(0.5)
     for here, there in [(Level(0.2, 0.9, 1), Level(0.7, 0.6, 0)), (Level(0.0, 1.0, 1), Level(0.1, 0.9, 0))]:
         x = here.alpha * point + here.sigma * rng.standard_normal(200_000)
-        found = solve("euler_ancestral", lambda x, level: point, x, [here, there], lambda s: rng.standard_normal(x.size))
+        found = solve(
+            "euler_ancestral", lambda x, level: point, x, [here, there], lambda s: rng.standard_normal(200_000)
+        )
         assert found.mean() == pytest.approx(there.alpha * point, abs=0.01)
         assert found.std() == pytest.approx(there.sigma, rel=0.01)
+
+
+def test_ancestral_redraws_all_that_it_may():
+    """k-diffusion calls it sigma_down = sigma'² / sigma (in sigma/alpha): what is left of the old noise."""
+    here, there, point, eps = Level(0.2, 0.9, 1), Level(0.7, 0.6, 0), 0.5, 2.0
+    x = here.alpha * point + here.sigma * eps
+    found = solve("euler_ancestral", lambda x, level: point, x, [here, there], lambda step: 0.0)
+    down = (there.sigma / there.alpha) ** 2 / (here.sigma / here.alpha)
+    assert found == pytest.approx(there.alpha * (point + down * eps))
 
 
 class Only:
@@ -235,7 +246,11 @@ def test_diffusers_takes_the_same_steps(name, kind, schedule, prediction, steps,
     scale = 1.0 if name in ("ddim", "dpmpp_2m") or spacing == "leading" else levels[0].sigma
     to_x0 = PREDICTIONS[prediction].to_x0
     ours = solve(
-        name, lambda x, level: to_x0(output(x, level.t), x, level.alpha, level.sigma), start * scale, levels, draws.__getitem__
+        name,
+        lambda x, level: to_x0(output(x, level.t), x, level.alpha, level.sigma),
+        start * scale,
+        levels,
+        draws.__getitem__,
     )
     theirs = diffusers_result(scheduler, start, steps, draws, monkeypatch)
     rounding = 3e-4 if schedule == "cosine" and name.startswith("euler") else 1e-4  # x times 20,000 and back in float32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def test_flow_is_a_straight_line():
 def test_noisier_with_time_and_plain_floats(name, count):
     levels = SCHEDULES[name](count)
     assert [level.t for level in levels] == list(range(count))
-    assert all(a.alpha > b.alpha and a.sigma < b.sigma for a, b in zip(levels, levels[1:], strict=False))
+    assert all(a.alpha > b.alpha and a.sigma < b.sigma for a, b in pairwise(levels))
     assert all(type(value) is float for level in levels for value in level)  # np.float64 would promote float32 arrays
 
 
@@ -77,7 +78,7 @@ def test_sampling_goes_down_to_the_clean_level(name, spacing, count, share):
     levels = sampling_levels(schedule, steps, spacing)
     assert len(levels) == steps + 1 and levels[-1] == CLEAN == (1, 0, 0)
     assert set(levels[:-1]) <= set(schedule)
-    pairs = list(zip(levels, levels[1:], strict=False))
+    pairs = list(pairwise(levels))
     assert all(a.sigma >= b.sigma and a.alpha <= b.alpha for a, b in pairs)
     repeated = sum(a == b for a, b in pairs)
     assert repeated <= (spacing == "leading" and steps == count)  # one past the end is the last one again

@@ -134,7 +134,7 @@ class Train:
     autoencoder: AutoencoderStage = section(
         AutoencoderStage, "stage 1: image -> latent -> image", steps=800, lr=2e-3, save_every=400, sample_every=400
     )
-    denoiser: Stage = section(Stage, "stage 2: text encoder and denoiser on the latents", steps=6000, warmup=200)
+    denoiser: Stage = section(Stage, "stage 2: text encoder and denoiser on the latents", steps=4500, warmup=200)
 
 
 @dataclass(frozen=True)

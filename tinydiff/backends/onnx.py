@@ -93,9 +93,10 @@ def run(session: ort.InferenceSession, output: str, **inputs: np.ndarray) -> np.
             value = np.full(size, value)
         feed[declared.name] = np.ascontiguousarray(value)
     try:
-        return session.run([output], feed)[0].astype(np.float32, copy=False)
+        result: Any = session.run([output], feed)[0]
     except Exception as error:  # onnxruntime's exceptions share no other base
         raise failure(f"the graph that gives {output}", error) from error
+    return result.astype(np.float32, copy=False)
 
 
 def open_session(bundle: Path, name: str, device: str) -> ort.InferenceSession:

@@ -1,0 +1,275 @@
+"""The exported bundle: its layout, its weights, and its agreement with torch at sizes it was not traced at."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from tinydiff import config, export
+from tinydiff.backends.onnx import IO
+from tinydiff.checkpoints import folder
+from tinydiff.errors import ModelError, UsageError
+from tinydiff.files import verify
+from tinydiff.text.tokenizer import Tokenizer
+
+TINY = [
+    "data.resolution=16",
+    "denoiser.block_out_channels=[8,16]",
+    'denoiser.down_block_types=["DownBlock2D","CrossAttnDownBlock2D"]',
+    "denoiser.norm_num_groups=4",
+    "denoiser.attention_head_dim=2",
+    "autoencoder.block_out_channels=[8,16]",
+    "autoencoder.norm_num_groups=4",
+    "autoencoder.latent_channels=3",
+    "autoencoder.mid_block_add_attention=true",
+    "text_encoder.hidden_size=12",
+    "text_encoder.intermediate_size=24",
+    "text_encoder.num_attention_heads=2",
+    "text_encoder.num_hidden_layers=1",
+    "text_encoder.max_position_embeddings=9",
+]
+SCRATCH = tempfile.TemporaryDirectory()
+BLOCK_TORCH = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "torch":
+            raise ImportError("torch is blocked")
+sys.meta_path.insert(0, Block())
+"""
+
+
+@functools.cache
+def model_dir() -> Path:
+    """A model folder whose weights are all random: fresh ones end in zeros, with which any two graphs agree."""
+    cfg = config.load(None, TINY)
+    tokenizer = Tokenizer.train(["red heart", "blue circle"], 514, cfg.text_encoder.max_position_embeddings)
+    model, generator = folder.build(cfg, tokenizer), torch.Generator().manual_seed(1)
+    for part in model.parts().values():
+        for p in part.parameters():
+            p.data += torch.randn(p.shape, generator=generator) / (p[0].numel() if p.ndim > 1 else 25) ** 0.5
+    path = Path(SCRATCH.name) / "model"
+    folder.save(path, model, cfg)
+    return path
+
+
+@functools.cache
+def bundle(precision: str) -> Path:
+    path = Path(SCRATCH.name) / precision
+    rows = export.export(model_dir(), path, precision)
+    assert [row["graph"] for row in rows] == list(export.NETWORKS)
+    assert all(0 < row["max_abs_diff"] < 1e-5 for row in rows)
+    lost = [row["fp32_diff"] for row in rows]
+    assert max(lost) < 1e-5 if precision == "fp32" else 1e-4 < min(lost) < max(lost) < 0.05
+    return path
+
+
+def graph(precision: str, name: str) -> onnx.ModelProto:
+    return onnx.load(bundle(precision) / name / "model.onnx", load_external_data=False)
+
+
+def axes(values: list[onnx.ValueInfoProto]) -> dict[str, list[str | int]]:
+    return {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
+
+
+# ---- layout --------------------------------------------------------------------------------------------------------
+
+
+def test_layout_is_optimums_and_diffusers() -> None:
+    path = bundle("fp32")
+    verify(path)
+    for name, network in export.NETWORKS.items():
+        onnx.checker.check_model(path / name / "model.onnx", full_check=True)
+        assert (path / name / "config.json").read_bytes() == (model_dir() / network.part / "config.json").read_bytes()
+    for name in ("model_index.json", "tinydiff.toml", "scheduler/scheduler_config.json", "tokenizer/vocab.json"):
+        assert (path / name).read_bytes() == (model_dir() / name).read_bytes()
+    assert all(p.stat().st_mode & 0o444 == 0o444 for p in path.rglob("*.safetensors"))
+
+
+def test_names_and_axes() -> None:
+    text, unet = graph("fp32", "text_encoder").graph, graph("fp32", "unet").graph
+    assert axes(text.input) == {"input_ids": ["batch", "sequence"]}
+    assert axes(text.output) == {"last_hidden_state": ["batch", "sequence", 12], "pooler_output": ["batch", 12]}
+    latents = ["batch", 3, "height", "width"]
+    assert axes(unet.input) == {"sample": latents, "timestep": [], "encoder_hidden_states": ["batch", "sequence", 12]}
+    assert axes(unet.output) == {"out_sample": latents}
+    assert axes(graph("fp32", "vae_encoder").graph.output) == {
+        "latent_parameters": ["batch", 6, "latent_height", "latent_width"]
+    }
+    assert axes(graph("fp32", "vae_decoder").graph.output) == {"sample": ["batch", 3, "image_height", "image_width"]}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("name", export.NETWORKS)
+def test_weights_are_the_safetensors_files_own_bytes(precision: str, name: str) -> None:
+    file = folder.FILES.get(name, folder.WEIGHTS)
+    weights, path = load_file(bundle(precision) / name / file), bundle(precision) / name
+    found = {}
+    for tensor in graph(precision, name).graph.initializer:
+        entry = {e.key: e.value for e in tensor.external_data}
+        if not entry:
+            assert tensor.ByteSize() < 512  # shapes and the like; 512 bytes hold no weight worth sharing
+            continue
+        assert entry["location"] == file
+        start = int(entry["offset"])
+        found[tensor.name] = (path / file).read_bytes()[start : start + int(entry["length"])]
+        assert tensor.data_type == {"fp32": onnx.TensorProto.FLOAT, "fp16": onnx.TensorProto.FLOAT16}[precision]
+    assert found == {key: value.tobytes() for key, value in weights.items()}
+
+
+def test_graphs_carry_no_trace_of_the_exporter() -> None:
+    for name in export.NETWORKS:
+        data = (bundle("fp16") / name / "model.onnx").read_bytes()
+        assert not any(word in data for word in (b".py", b"torch.", b"/tmp", str(Path.home()).encode()))
+
+
+def test_bundle_is_a_model_folder_too() -> None:
+    want, exact, half = (folder.load(p) for p in (model_dir(), bundle("fp32"), bundle("fp16")))
+    for name, part in want.parts().items():
+        for key, value in part.state_dict().items():
+            assert torch.equal(exact.parts()[name].state_dict()[key], value)
+            assert torch.equal(half.parts()[name].state_dict()[key], value.half().float())
+
+
+# ---- agreement -----------------------------------------------------------------------------------------------------
+
+
+def outputs(path: Path, name: str, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+    return ort.InferenceSession(path / name / "model.onnx", providers=["CPUExecutionProvider"]).run(None, feed)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(("batch", "height", "width", "tokens"), [(1, 2, 2, 9), (1, 6, 10, 2), (5, 4, 2, 3)])
+def test_any_batch_and_size(precision: str, batch: int, height: int, width: int, tokens: int) -> None:
+    rng = np.random.default_rng(batch)
+    x = rng.standard_normal((batch, 3, height, width), dtype=np.float32)
+    pixels = rng.standard_normal((batch, 3, 2 * height, 2 * width), dtype=np.float32)
+    context = rng.standard_normal((batch, tokens, 12), dtype=np.float32)
+    ids, t = rng.integers(0, 514, (batch, tokens)), np.array(37.0, np.float32)
+    model = folder.load(bundle(precision))
+    tensors = [torch.from_numpy(a) for a in (x, t, context)]
+    with torch.inference_mode():
+        want = {
+            "text_encoder": model.text_encoder(torch.from_numpy(ids)),
+            "unet": (model.unet(*tensors),),
+            "vae_encoder": (model.vae.encode(torch.from_numpy(pixels)),),
+            "vae_decoder": (model.vae.decode(tensors[0]),),
+        }
+    feeds = {"text_encoder": [ids], "unet": [x, t, context], "vae_encoder": [pixels], "vae_decoder": [x]}
+    for name, arrays in feeds.items():
+        got = outputs(bundle(precision), name, dict(zip(IO[name][0], arrays, strict=True)))
+        for w, g in zip(want[name], got, strict=True):
+            np.testing.assert_allclose(g, w.numpy(), rtol=0, atol=1e-5 * float(w.std()))
+
+
+def test_runs_without_torch() -> None:
+    """The four calls of the backend, in a process in which importing torch raises, give what torch gives here."""
+    code = BLOCK_TORCH + (
+        "from pathlib import Path; import numpy as np; from tinydiff.backends.onnx import OnnxBackend\n"
+        "b = OnnxBackend(Path(sys.argv[1]), 'cpu'); ids = b.tokenizer.encode(['red heart', 'blue'])\n"
+        "context = b.encode_text(ids); x = np.ones((2, 3, 8, 8), np.float32); y = b.denoise(x, 5.0, context)\n"
+        "print([float(a.sum()) for a in (context, y, b.decode(y), b.encode_image(x))])"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code, bundle("fp16")], capture_output=True, text=True, cwd=root, check=True
+    )
+    from tinydiff.backends.pytorch import TorchBackend
+
+    b = TorchBackend(bundle("fp16"), "cpu")
+    context, x = b.encode_text(b.tokenizer.encode(["red heart", "blue"])), np.ones((2, 3, 8, 8), np.float32)
+    y = b.denoise(x, 5.0, context)
+    want = [float(a.sum()) for a in (context, y, b.decode(y), b.encode_image(x))]
+    assert done.stderr == "" and json.loads(done.stdout) == pytest.approx(want, abs=1e-2)
+
+
+def test_no_weight_is_transposed_and_shapes_are_known() -> None:
+    """What makes opening a graph fast: onnxruntime has nothing to fold but casts, and no shape to work out."""
+    proto = graph("fp16", "unet").graph
+    cast = {node.output[0] for node in proto.node if node.op_type == "Cast"}
+    assert not [n for n in proto.node if n.op_type in ("Transpose", "Reshape", "Unsqueeze") and n.input[0] in cast]
+    typed = {v.name for v in [*proto.value_info, *proto.output]}
+    assert sum(node.output[0] not in typed for node in proto.node) <= 0.1 * len(proto.node)
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_graph_is_named() -> None:
+    other = folder.load(bundle("fp32"))
+    other.vae.decoder.conv_out.bias.data[0] += 0.01
+    with pytest.raises(ModelError, match=r"^vae_decoder: differs from torch by \d.*e-\d\d .* --atol 1.0e-04$"):
+        export.verify_graphs(bundle("fp32"), other, 1e-4)
+
+
+def test_not_a_number_is_no_agreement() -> None:
+    other = folder.load(bundle("fp32"))
+    other.unet.conv_out.bias.data[0] = float("nan")
+    with pytest.raises(ModelError, match="^unet: differs from torch by nan"):
+        export.verify_graphs(bundle("fp32"), other, 1e-4)
+
+
+def test_failed_verification_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "NETWORKS", {"text_encoder": export.NETWORKS["text_encoder"]})
+    with pytest.raises(ModelError, match=r"text_encoder: differs .* --atol 0.0e\+00"):
+        export.export(model_dir(), tmp_path / "out", atol=0.0, vae=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_output_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UsageError, match="exists"):
+        export.export(model_dir(), tmp_path / "out")
+
+
+def test_weights_too_large_for_fp16(tmp_path: Path) -> None:
+    model = folder.load(model_dir())
+    model.unet.conv_in.weight.data[0, 0, 0, 0] = 1e5
+    with pytest.raises(
+        ModelError, match=r"unet conv_in.weight is too large for .*float16; export with --precision fp32"
+    ):
+        export.rounded(model, torch.float16, tmp_path)
+
+
+def test_unknown_opset(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="^text_encoder: torch cannot export it to ONNX opset 999"):
+        export.write_graph("text_encoder", folder.load(model_dir()), tmp_path, torch.float32, 999)
+
+
+# ---- determinism and manners ---------------------------------------------------------------------------------------
+
+
+def test_exporting_again_gives_the_same_bytes_silently(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    first, model = bundle("fp16"), export.rounded(folder.load(model_dir()), torch.float16, tmp_path)
+    (tmp_path / "vae_encoder").mkdir()
+    capfd.readouterr()
+    export.write_graph("vae_encoder", model, tmp_path, torch.float16, export.OPSET)
+    assert capfd.readouterr() == ("", "")
+    for path in (tmp_path / "vae_encoder").iterdir():
+        assert path.read_bytes() == (first / "vae_encoder" / path.name).read_bytes()
+
+
+@pytest.mark.slow
+def test_exporting_all_again_gives_the_same_bytes(tmp_path: Path) -> None:
+    export.export(model_dir(), tmp_path / "again", "fp16")
+    assert (tmp_path / "again" / "manifest.json").read_bytes() == (bundle("fp16") / "manifest.json").read_bytes()
+
+
+def test_relative_difference() -> None:
+    zeros, x = np.zeros(4, np.float32), np.array([0.0, 2.0], np.float32)
+    assert export.relative(zeros, zeros) == 0.0
+    assert export.relative(zeros, zeros + 1) == float("inf")
+    assert export.relative(x, x + 0.5) == 0.5
+    assert export.relative(x, np.zeros(3, np.float32)) == float("inf")
+    assert np.isnan(export.relative(x, x * np.float32("nan")))

@@ -1,0 +1,388 @@
+"""The onnxruntime backend on hand-made bundles: what it computes, and every graph that it refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto as T
+from onnx import helper as h
+
+from tinydiff import config
+from tinydiff.backends import onnx as backend
+from tinydiff.backends.onnx import OnnxBackend
+from tinydiff.checkpoints.description import scheduler_config
+from tinydiff.checkpoints.folder import write_json
+from tinydiff.errors import ModelError, ResourceError
+from tinydiff.text.tokenizer import Tokenizer
+
+PIXELS = ["b", 2, "h", "w"]
+
+
+def value(name: str, shape: list[Any], kind: int = T.FLOAT) -> onnx.ValueInfoProto:
+    return h.make_tensor_value_info(name, kind, shape)
+
+
+def save(path: Path, nodes: list, inputs: list, outputs: list, tensors: tuple = (), **more: Any) -> Path:
+    graph = h.make_graph(nodes, "g", inputs, outputs, list(tensors), **more)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model = h.make_model(graph, opset_imports=[h.make_opsetid("", 17)], ir_version=8)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def doubled(path: Path, source: str, result: str, tensors: tuple = (), nodes: tuple = (), **more: Any) -> Path:
+    """A graph that doubles its input."""
+    node = h.make_node("Add", [source, source], [result])
+    return save(path, [node, *nodes], [value(source, PIXELS)], [value(result, PIXELS)], tensors, **more)
+
+
+def denoiser(path: Path, time: list[Any] | None = None, kind: int = T.FLOAT) -> Path:
+    """out = sample * timestep + mean of encoder_hidden_states."""
+    nodes = [
+        h.make_node("Cast", ["timestep"], ["t0"], to=T.FLOAT),
+        h.make_node("ReduceMax", ["t0"], ["t"], keepdims=0),
+        h.make_node("ReduceMean", ["encoder_hidden_states"], ["m"], keepdims=0),
+        h.make_node("Mul", ["sample", "t"], ["y"]),
+        h.make_node("Add", ["y", "m"], ["out_sample"]),
+    ]
+    context = value("encoder_hidden_states", ["b", "s", 3])
+    inputs = [value("sample", PIXELS), value("timestep", time or [], kind), context]
+    return save(path, nodes, inputs, [value("out_sample", PIXELS)])
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A bundle: text (B, T) -> (B, T, 3) of the ids, denoiser as above, the autoencoder doubles."""
+    cfg, bundle = config.Config(), tmp_path / "bundle"
+    for name in ("scheduler", "unet", "vae_decoder"):
+        (bundle / name).mkdir(parents=True)
+    write_json(bundle / "scheduler" / "scheduler_config.json", scheduler_config(cfg))
+    write_json(bundle / "unet" / "config.json", {"block_out_channels": [1, 1], "sample_size": 8})
+    write_json(bundle / "vae_decoder" / "config.json", {"block_out_channels": [1, 1], "latent_channels": 2})
+    Tokenizer.train(["red heart"], 514, 8).save(bundle / "tokenizer")
+    nodes = [
+        h.make_node("Cast", ["input_ids"], ["f"], to=T.FLOAT),
+        h.make_node("Unsqueeze", ["f", "axis"], ["u"]),
+        h.make_node("Expand", ["u", "three"], ["last_hidden_state"]),
+    ]
+    constants = (h.make_tensor("axis", T.INT64, [1], [2]), h.make_tensor("three", T.INT64, [3], [1, 1, 3]))
+    ids, out = value("input_ids", ["b", "s"], T.INT64), value("last_hidden_state", ["b", "s", 3])
+    save(bundle / "text_encoder" / "model.onnx", nodes, [ids], [out], constants)
+    denoiser(bundle / "unet" / "model.onnx")
+    doubled(bundle / "vae_encoder" / "model.onnx", "sample", "latent_parameters")
+    doubled(bundle / "vae_decoder" / "model.onnx", "latent_sample", "sample")
+    return bundle
+
+
+X = np.arange(16, dtype=np.float32).reshape(2, 2, 2, 2)
+CONTEXT = np.full((2, 5, 3), 0.5, np.float32)
+
+
+def refusal(bundle: Path, kind: type[Exception] = ModelError, device: str = "cpu") -> str:
+    with pytest.raises(kind) as caught:
+        OnnxBackend(bundle, device)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---- what it computes ----------------------------------------------------------------------------------------------
+
+
+def test_four_calls(path: Path) -> None:
+    b = OnnxBackend(path, "cpu")
+    ids = b.tokenizer.encode(["red", "heart"])
+    np.testing.assert_array_equal(b.encode_text(ids), np.repeat(ids[..., None], 3, -1).astype(np.float32))
+    np.testing.assert_array_equal(b.denoise(X, 3, CONTEXT), X * 3 + 0.5)
+    np.testing.assert_array_equal(b.encode_image(X), X * 2)
+    np.testing.assert_array_equal(b.decode(X[..., ::-1]), X[..., ::-1] * 2)  # a view that is not contiguous
+    assert (b.name, b.device, b.description.latent_channels) == ("onnx", "cpu", 2)
+
+
+@pytest.mark.parametrize("shape", [["steps"], [1], ["b"]])
+@pytest.mark.parametrize("kind", [T.INT64, T.DOUBLE, T.FLOAT16])
+def test_timesteps_of_other_exporters(path: Path, shape: list[Any], kind: int) -> None:
+    denoiser(path / "unet" / "model.onnx", shape, kind)
+    np.testing.assert_array_equal(OnnxBackend(path, "cpu").denoise(X, 3.0, CONTEXT), X * 3 + 0.5)
+
+
+def test_float16_outputs_come_as_float32(path: Path) -> None:
+    cast = h.make_node("Cast", ["latent_sample"], ["sample"], to=T.FLOAT16)
+    source, result = value("latent_sample", PIXELS), value("sample", PIXELS, T.FLOAT16)
+    save(path / "vae_decoder" / "model.onnx", [cast], [source], [result])
+    y = OnnxBackend(path, "cpu").decode(X)
+    assert y.dtype == np.float32 and np.array_equal(y, X)
+
+
+def test_image_encoder_is_opened_when_needed(path: Path) -> None:
+    (path / "vae_encoder" / "model.onnx").unlink()
+    b = OnnxBackend(path, "cpu")
+    with pytest.raises(ModelError, match=r"vae_encoder/model.onnx: No such file or directory; copy or export it again"):
+        b.encode_image(X)
+
+
+def test_shapes_that_do_not_fit_are_one_line(path: Path) -> None:
+    with pytest.raises(ModelError) as caught:
+        OnnxBackend(path, "cpu").denoise(np.zeros((1, 5, 2, 2), np.float32), 1.0, CONTEXT)
+    assert "\n" not in str(caught.value) and "out_sample" in str(caught.value)
+
+
+def test_out_of_memory_is_not_damage() -> None:
+    error = backend.failure("x", RuntimeError("[ONNXRuntimeError] : 6 : FAIL : Failed to allocate\nmemory"))
+    assert isinstance(error, ResourceError) and "[ONNX" not in str(error) and "\n" not in str(error)
+
+
+def test_torch_is_never_imported(path: Path) -> None:
+    code = (
+        "import sys\nclass Block:\n def find_spec(self, name, *_):\n"
+        "  if name.split('.')[0] in ('torch', 'onnx'): raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Block())\n"
+        "import numpy as np; from pathlib import Path; from tinydiff.backends import open_backend\n"
+        "b = open_backend(Path(sys.argv[1]))\n"
+        "print(b.name, b.decode(np.ones((1, 2, 1, 1), np.float32)).sum())"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, cwd=root, check=False)
+    assert (done.stdout, done.stderr, done.returncode) == ("onnx 4.0\n", "", 0)
+
+
+# ---- devices -------------------------------------------------------------------------------------------------------
+
+
+def test_device_without_cuda(path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(backend, "cuda_problem", lambda: "no GPU; buy one")
+    assert OnnxBackend(path, "auto").device == OnnxBackend(path, "cpu").device == "cpu"
+    assert refusal(path, ResourceError, "cuda") == "--device cuda: no GPU; buy one; or use --device cpu"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_this_machine_is_asked_silently(capfd: pytest.CaptureFixture[str]) -> None:
+    assert (backend.cuda_problem() == "") == (backend.choose_device("auto") == "cuda")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_identity_graph_is_the_identity() -> None:
+    session = ort.InferenceSession(backend.IDENTITY, providers=["CPUExecutionProvider"])
+    assert session.run(None, {"x": np.array([3], np.float32)})[0] == [3]
+
+
+def test_fall_back_to_the_cpu_is_an_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = ort.InferenceSession
+
+    def on_cpu(model: Path, options: ort.SessionOptions, providers: list, **more: Any) -> ort.InferenceSession:
+        assert providers[0][0] == backend.CUDA
+        return opened(model, options, [backend.CPU], **more)
+
+    monkeypatch.setattr(backend, "cuda_problem", lambda: "")
+    monkeypatch.setattr(ort, "InferenceSession", on_cpu)
+    assert "onnxruntime would run it on the CPU; use --device cpu" in refusal(path, ResourceError, "cuda")
+
+
+@pytest.mark.gpu
+def test_cuda_agrees_with_the_cpu(path: Path) -> None:
+    if problem := backend.cuda_problem():
+        pytest.skip(problem)
+    on_gpu, on_cpu = OnnxBackend(path, "cuda"), OnnxBackend(path, "cpu")
+    np.testing.assert_allclose(on_gpu.denoise(X, 3.0, CONTEXT), on_cpu.denoise(X, 3.0, CONTEXT), rtol=1e-5)
+
+
+# ---- damaged graphs ------------------------------------------------------------------------------------------------
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def other_names(path: Path) -> None:
+    doubled(path, "x", "sample")
+
+
+def other_output(path: Path) -> None:
+    doubled(path, "latent_sample", "y")
+
+
+def strings(path: Path) -> None:
+    node = h.make_node("Identity", ["latent_sample"], ["sample"])
+    save(path, [node], [value("latent_sample", [1], T.STRING)], [value("sample", [1], T.STRING)])
+
+
+def unknown_operator(path: Path) -> None:
+    source, result = value("latent_sample", PIXELS), value("sample", PIXELS)
+    save(path, [h.make_node("Explode", ["latent_sample"], ["sample"], domain="evil")], [source], [result])
+
+
+def vast(path: Path) -> None:
+    tensor = h.make_tensor("w", T.FLOAT, [1], [0.0])
+    del tensor.dims[:]
+    tensor.dims.extend([2**62, 2**62])
+    add = h.make_node("Add", ["latent_sample", "w"], ["sample"])
+    save(path, [add], [value("latent_sample", PIXELS)], [value("sample", PIXELS)], (tensor,))
+
+
+def deep(path: Path) -> None:
+    """10,000 graphs, each inside an attribute of a node of the one before."""
+    data = b""
+    for _ in range(10_000):
+        for field in (6, 5, 1):  # AttributeProto.g, NodeProto.attribute, GraphProto.node
+            data = bytes([field << 3 | 2]) + varint(len(data)) + data
+    path.write_bytes(b"\x08\x08\x3a" + varint(len(data)) + data)
+
+
+def varint(number: int) -> bytes:
+    data = b""
+    while number > 127:
+        data, number = data + bytes([number & 127 | 128]), number >> 7
+    return data + bytes([number])
+
+
+DAMAGE: dict[str, Callable[[Path], Any]] = {
+    "missing": Path.unlink,
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("not a graph; location"),
+    "git lfs pointer": lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+    "folder": lambda path: (path.unlink(), path.mkdir()),
+    "cut": cut,
+    "other input": other_names,
+    "other output": other_output,
+    "strings": strings,
+    "unknown operator": unknown_operator,
+    "2^124 elements": vast,
+    "deep": deep,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_graph(path: Path, damage: Callable[[Path], Any], capfd: pytest.CaptureFixture[str]) -> None:
+    damage(path / "vae_decoder" / "model.onnx")
+    start = time.process_time()
+    assert "vae_decoder" in refusal(path)
+    assert capfd.readouterr() == ("", "")
+    assert time.process_time() - start < 5
+
+
+# ---- external data -------------------------------------------------------------------------------------------------
+
+
+def external(location: str, offset: Any = 0, length: Any = 8, **more: str) -> onnx.TensorProto:
+    tensor = onnx.TensorProto(name="w", data_type=T.FLOAT, dims=[2], data_location=T.EXTERNAL)
+    for key, entry in {"location": location, "offset": offset, "length": length, **more}.items():
+        tensor.external_data.add(key=key, value=str(entry))
+    return tensor
+
+
+def test_external_data_beside_the_graph(path: Path) -> None:
+    (path / "vae_decoder" / "w.bin").write_bytes(b"junk" + np.array([1, 2], np.float32).tobytes())
+    add = h.make_node("Add", ["latent_sample", "w"], ["sample"])
+    source, result = value("latent_sample", PIXELS), value("sample", PIXELS)
+    save(path / "vae_decoder" / "model.onnx", [add], [source], [result], (external("w.bin", 4),))
+    np.testing.assert_array_equal(OnnxBackend(path, "cpu").decode(X), X + np.array([1, 2]))
+
+
+ELSEWHERE = ["../secret", "/etc/passwd", "sub/w.bin", "", ".", "..", "link", "hard/../w.bin", "nul\0", "gone", "a\\b"]
+NUMBERS = [(-1, 8), (0, -8), (0, 2**70), (2**62, 8), (1, 8), ("0x1", 8), ("٣", 8)]
+
+
+def placed_everywhere(tensor: onnx.TensorProto) -> dict[str, dict[str, Any]]:
+    """The tensor at each place of a graph where onnx.proto allows one, as arguments for `doubled`."""
+    inner = h.make_graph([], "inner", [], [value("w", [2])], [tensor])
+    sparse = h.make_sparse_tensor(tensor, h.make_tensor("i", T.INT64, [2], [0, 1]), [9])
+
+    def node(**attributes: Any) -> dict[str, Any]:
+        return {"nodes": (h.make_node("Constant", [], ["c"], **attributes),)}
+
+    return {
+        "initializer": {"tensors": (tensor,)},
+        "sparse initializer": {"sparse_initializer": [sparse]},
+        "attribute": node(value=tensor),
+        "attribute list": node(many=[tensor]),
+        "subgraph": node(body=inner),
+        "subgraph list": node(bodies=[inner]),
+        "sparse attribute": node(sparse_value=sparse),
+    }
+
+
+@pytest.fixture
+def unopened(path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The decoder's graph in a bundle whose graphs onnxruntime must not see."""
+
+    def opened(*_: Any, **__: Any) -> None:
+        raise AssertionError("onnxruntime was given the graph")
+
+    monkeypatch.setattr(ort, "InferenceSession", opened)
+    place = path / "vae_decoder"
+    (path / "secret").write_bytes(bytes(8))
+    (place / "w.bin").write_bytes(bytes(8))
+    os.symlink(path / "secret", place / "link")
+    return place / "model.onnx"
+
+
+def check(graph: Path) -> str:
+    with pytest.raises(ModelError) as caught:
+        backend.check_external_data(graph)
+    assert "\n" not in str(caught.value) and "vae_decoder" in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("location", ELSEWHERE)
+def test_external_data_elsewhere(unopened: Path, location: str) -> None:
+    doubled(unopened, "latent_sample", "sample", (external(location),))
+    check(unopened)
+
+
+@pytest.mark.parametrize(("offset", "length"), NUMBERS)
+def test_external_data_out_of_range(unopened: Path, offset: Any, length: Any) -> None:
+    doubled(unopened, "latent_sample", "sample", (external("w.bin", offset, length),))
+    check(unopened)
+
+
+@pytest.mark.parametrize("place", placed_everywhere(external("x")))
+def test_external_data_wherever_it_hides(unopened: Path, place: str) -> None:
+    doubled(unopened, "latent_sample", "sample", **placed_everywhere(external("../secret"))[place])
+    assert "'../secret', which is not beside it" in check(unopened)
+
+
+def test_external_data_in_functions_and_training(unopened: Path) -> None:
+    node = h.make_node("Constant", [], ["c"], value=external("../secret"))
+    function = h.make_function("d", "f", [], ["c"], [node], [h.make_opsetid("", 17)])
+    graph = h.make_graph([node], "t", [], [])
+    for more in ({"functions": [function]}, {"training_info": [onnx.TrainingInfoProto(algorithm=graph)]}):
+        model = onnx.ModelProto(graph=h.make_graph([], "g", [], []), **more)
+        unopened.write_bytes(model.SerializeToString())
+        check(unopened)
+
+
+def test_backend_asks_before_it_opens(unopened: Path) -> None:
+    for name in ("unet", "vae_decoder", "text_encoder"):
+        doubled(unopened.parents[1] / name / "model.onnx", "sample", "y", (external("../secret"),))
+    assert "which is not beside it" in refusal(unopened.parents[1])
+
+
+@given(st.lists(st.tuples(st.text(max_size=9), st.integers(0, 2**40)), max_size=5), st.booleans())
+def test_entries_are_read_as_onnx_reads_them(entries: list[tuple[str, int]], swapped: bool) -> None:
+    tensors = [external(name, offset) for name, offset in entries]
+    for tensor in tensors:
+        if swapped:
+            tensor.external_data.reverse()
+    data = h.make_model(h.make_graph([], "g", [], [], tensors)).SerializeToString()
+    found = [(t["location"], int(t["offset"])) for t in backend.external_tensors(data)]
+    assert sorted(found) == sorted(entries)
+
+
+@given(st.binary(max_size=60), st.integers(0, 400))
+def test_any_bytes_end_in_an_answer(junk: bytes, at: int) -> None:
+    data = h.make_model(h.make_graph([], "g", [], [], [external("w.bin")])).SerializeToString()
+    for damaged in (junk, data[:at] + junk + data[at:], data[:at] + junk + data[at + len(junk) :]):
+        with contextlib.suppress(ValueError, IndexError):
+            assert all(isinstance(t, dict) for t in backend.external_tensors(damaged))
