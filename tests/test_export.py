@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -221,9 +222,12 @@ def test_not_a_number_is_no_agreement() -> None:
 
 
 def test_failed_verification_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "NETWORKS", {"text_encoder": export.NETWORKS["text_encoder"]})
+    def copy(name: str, model: folder.Model, path: Path, *_: object) -> None:
+        shutil.copytree(bundle("fp32") / name, path / name, dirs_exist_ok=True)
+
+    monkeypatch.setattr(export, "write_graph", copy)
     with pytest.raises(ModelError, match=r"text_encoder: differs .* --atol 0.0e\+00"):
-        export.export(model_dir(), tmp_path / "out", atol=0.0, vae=False)
+        export.export(model_dir(), tmp_path / "out", atol=0.0)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -243,8 +247,17 @@ def test_weights_too_large_for_fp16(tmp_path: Path) -> None:
 
 
 def test_unknown_opset(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="^text_encoder: torch cannot export it to ONNX opset 999"):
-        export.write_graph("text_encoder", folder.load(model_dir()), tmp_path, torch.float32, 999)
+    with pytest.raises(UsageError, match="--opset 999: choose one of 18 to 23"):
+        export.export(model_dir(), tmp_path / "out", opset=999)
+
+
+def test_what_torch_cannot_export_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise torch.onnx.OnnxExporterError("long\nstory") from ValueError("no\nway")
+
+    monkeypatch.setattr(torch.onnx, "export", refuse)
+    with pytest.raises(ModelError, match="^unet: torch cannot export it to ONNX opset 20: no way$"):
+        export.translate("unet", folder.load(model_dir()), 20)
 
 
 # ---- determinism and manners ---------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ WITHOUT_TORCH = [
 def run(code: str, *blocked: str) -> str:
     """What the code prints in a fresh interpreter that cannot import `blocked`."""
     done = subprocess.run(
-        [sys.executable, "-c", f"BLOCKED = {blocked!r}\n{BLOCK}\n{code}"], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", f"BLOCKED = {blocked!r}\n{BLOCK}\n{code}"], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

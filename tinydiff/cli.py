@@ -212,9 +212,13 @@ def export(
     source = find_model(model)
     from tinydiff.export import export as write
 
-    rows = write(source, output, precision=precision, atol=atol, replace=force, **({"opset": opset} if opset else {}))
-    for row in rows:
-        text = " ".join(f"{k}={v:.2e}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items())
+    def say(text: str) -> None:
+        if sys.stderr.isatty():
+            print(text, file=sys.stderr)
+
+    more: dict[str, Any] = {"opset": opset} if opset else {}
+    for row in write(source, output, precision=precision, atol=atol, replace=force, say=say, **more):
+        text = " ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items())
         print(json.dumps(row) if as_json else text)
 
 
@@ -289,7 +293,7 @@ def one_line_errors() -> Iterator[None]:
             print(error.format_message(), file=sys.stderr)  # type: ignore[attr-defined]
             raise SystemExit(2) from None
         if hasattr(error, "format_message"):  # a click exception; typer carries a click of its own
-            fail(error.format_message(), 2)
+            fail(error.format_message(), 2)  # type: ignore[attr-defined]
         fail(f"bug: {type(error).__name__}: {error} (`tinydiff --debug ...` shows where)", 1)
 
 

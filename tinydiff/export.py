@@ -25,11 +25,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tinydiff.backends.onnx import IO, open_session
+from tinydiff.backends.onnx import IO, OnnxBackend, open_session
+from tinydiff.backends.pytorch import TorchBackend
 from tinydiff.checkpoints import folder
 from tinydiff.checkpoints.folder import FILES, WEIGHTS, Model
-from tinydiff.errors import ModelError
+from tinydiff.errors import ModelError, UsageError
 from tinydiff.files import committed
+from tinydiff.pipeline import Request, generate
 
 if TYPE_CHECKING:
     from onnx_ir import Graph as IrGraph
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 OPSET = (
     20  # the first with Gelu; from 21 on normalisation and attention are functions, which onnxruntime is slow to open
 )
+OPSETS = range(18, 24)  # those that torch's exporter writes or converts to
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -72,6 +75,7 @@ class Size:
     fewer: int
 
 
+SAME = 0.999  # of an image's pixels agree with torch to one grey level
 TRACED = Size(2, 2, 3, 0)
 CHECKED = (Size(3, 4, 2, 1), Size(1, 1, 5, 0))
 
@@ -86,13 +90,17 @@ def export(
     say: Callable[[str], Any] = lambda text: None,
     vae: bool = True,
 ) -> list[dict[str, Any]]:
-    """Write the bundle `out` and return one row a graph, with its largest difference from torch (`verify_graphs`).
+    """Write the bundle `out` and return one row a graph, with its largest difference from torch (`verify_graphs`), and
+    one for a whole image (`verify_image`).
 
     `precision` fp16 stores the weights as float16 and casts each to float32 inside the graph, once, when onnxruntime opens
     it: half the size, and arithmetic in float32 on every device. `say` hears what is being done. Without `vae` the bundle
     lacks vae/, the autoencoder's weights for torch, which the ONNX graphs do not need.
-    Raises ModelError, leaving nothing behind, where a graph differs by more than `atol`, and UsageError where `out` exists.
+    Raises ModelError, leaving nothing behind, where a graph differs by more than `atol`, and UsageError where `out` exists
+    or `opset` is none of OPSETS.
     """
+    if opset not in OPSETS:
+        raise UsageError(f"--opset {opset}: choose one of {OPSETS[0]} to {OPSETS[-1]}")
     exact = folder.load(model_dir)
     model = rounded(exact, PRECISIONS[precision], model_dir)
     with committed(out, replace=replace) as bundle:
@@ -103,7 +111,7 @@ def export(
             say(f"export {name}")
             write_graph(name, model, bundle, PRECISIONS[precision], opset)
         say("compare with torch")
-        return verify_graphs(bundle, model, atol, exact)
+        return [*verify_graphs(bundle, model, atol, exact), verify_image(bundle)]
 
 
 def rounded(model: Model, dtype: torch.dtype, path: Path) -> Model:
@@ -408,6 +416,22 @@ def verify_graphs(bundle: Path, model: Model, atol: float, exact: Model | None =
         size = sum(p.stat().st_size for p in (bundle / name).iterdir()) / 1e6
         rows.append({"graph": name, "max_abs_diff": worst, "fp32_diff": far, "megabytes": size})
     return rows
+
+
+def verify_image(bundle: Path) -> dict[str, Any]:
+    """Draw one image through the whole pipeline on both runtimes, from the same noise with the model's own settings.
+
+    The row's `same` is the share of pixels that are at most one grey level apart. Raises ModelError below 99.9 %.
+    """
+    backends = OnnxBackend(bundle, "cpu"), TorchBackend(bundle, "cpu")
+    d = backends[0].description
+    g = d.generate
+    request = Request(min(g.steps, len(d.schedule)), g.cfg_scale, g.sampler, g.schedule, d.size, d.size)
+    ours, theirs = (generate(backend, ["red heart"], [0], request).astype(int) for backend in backends)
+    same = float((np.abs(ours - theirs).max(axis=-1) <= 1).mean())
+    if same < SAME:
+        raise ModelError(f"image: only {same:.2%} of pixels agree with torch after {request.steps} steps; try fp32")
+    return {"graph": "image", "same": same, "steps": request.steps}
 
 
 def feed(name: str, inputs: tuple[Tensor, ...]) -> dict[str, np.ndarray]:

@@ -36,7 +36,9 @@ class Backend(Protocol):
 
     name: str
     description: Description
-    tokenizer: Tokens
+
+    @property
+    def tokenizer(self) -> Tokens: ...
 
     def encode_text(self, ids: np.ndarray) -> np.ndarray:
         """(B, T) int64 -> (B, T, D)."""

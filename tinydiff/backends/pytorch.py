@@ -26,7 +26,7 @@ class TorchBackend:
         self.model = folder.load(path)
         self.tokenizer = self.model.tokenizer
         for part in self.model.parts().values():
-            part.to(self.device, memory_format=torch.channels_last)
+            part.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def tensor(self, x: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(x)).to(self.device)

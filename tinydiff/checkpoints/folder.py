@@ -44,16 +44,13 @@ class Model:
 
 def build(cfg: config.Config, tokenizer: Tokenizer, seed: int = 0) -> Model:
     """The networks of a configuration, each initialised from its own `seed`, so none depends on another's size."""
-    makers = (
-        lambda: UNet(cfg.denoiser, cfg.autoencoder.latent_channels, cfg.text_encoder.hidden_size),
-        lambda: Autoencoder(cfg.autoencoder),
-        lambda: TextEncoder(cfg.text_encoder, tokenizer.vocab_size, tokenizer.eos),
-    )
-    parts = []
-    for make in makers:
-        torch.manual_seed(seed)
-        parts.append(make())
-    return Model(*parts, tokenizer, 1.0)
+    torch.manual_seed(seed)
+    unet = UNet(cfg.denoiser, cfg.autoencoder.latent_channels, cfg.text_encoder.hidden_size)
+    torch.manual_seed(seed)
+    vae = Autoencoder(cfg.autoencoder)
+    torch.manual_seed(seed)
+    text_encoder = TextEncoder(cfg.text_encoder, tokenizer.vocab_size, tokenizer.eos)
+    return Model(unet, vae, text_encoder, tokenizer, 1.0)
 
 
 def save(

@@ -21,6 +21,8 @@ CROSS = "CrossAttnDownBlock2D"
 class Block(nn.Module):
     """One level: residual blocks, each with a transformer where the level has cross-attention, then a change of size."""
 
+    attentions: nn.ModuleList
+
     def __init__(self, channels: list[tuple[int, int]], make_resnet, make_transformer):
         super().__init__()
         self.resnets = nn.ModuleList([make_resnet(c, out) for c, out in channels])
@@ -35,6 +37,8 @@ class Block(nn.Module):
 class DownBlock(Block):
     """Returns the block's output and every skip it leaves behind."""
 
+    downsamplers: nn.ModuleList
+
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
         skips = []
         for i in range(len(self.resnets)):
@@ -48,6 +52,8 @@ class DownBlock(Block):
 
 class UpBlock(Block):
     """Takes one skip for each residual block off the end of `skips`."""
+
+    upsamplers: nn.ModuleList
 
     def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
         for i in range(len(self.resnets)):

@@ -48,9 +48,9 @@ def run(cfg: config.Config, run_dir: Path, stage_name: str | None = None) -> Pat
         report_skipped(data, runtime)
         model = folder.build(cfg, tokenizer_of(cfg, run_dir, data), cfg.train.seed)
         for part in model.parts().values():
-            part.to(
-                runtime.device, memory_format=torch.channels_last if cfg.train.channels_last else torch.preserve_format
-            )
+            part.to(runtime.device)
+            if cfg.train.channels_last:
+                part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         ended = stage(runtime, run_dir, AutoencoderTask(cfg, model, data, runtime.device), lambda: None)
         if stage_name == "autoencoder":
             return run_dir

@@ -46,7 +46,7 @@ class Average:
     def update(self, step: int) -> None:
         if (step + 1) % self.EVERY == 0:
             decay = min(self.decay, (1 + step) / (10 + step)) ** self.EVERY
-            torch._foreach_lerp_(self.tensors, self.source, 1 - decay)
+            torch._foreach_lerp_(self.tensors, self.source, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     def state(self) -> dict[str, Tensor]:
         return dict(zip(self.names, self.tensors, strict=True))
@@ -69,5 +69,5 @@ def clip(parameters: Iterable[nn.Parameter], largest: float) -> float:
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients).item()
     if largest and largest < norm < math.inf:
-        torch._foreach_mul_(gradients, largest / norm)
+        torch._foreach_mul_(gradients, largest / norm)  # pyright: ignore[reportPrivateImportUsage]
     return norm

@@ -28,9 +28,12 @@ class Task(Protocol):
     """What the loop needs of a stage."""
 
     name: str
-    module: nn.Module
-    stage: config.Stage
     captions: list[str]
+
+    @property
+    def module(self) -> nn.Module: ...
+    @property
+    def stage(self) -> config.Stage: ...
 
     def loss(self, step: int, rows: range) -> tuple[Tensor, dict[str, Tensor]]: ...
     def pictures(self) -> tuple[np.ndarray, dict[str, float]]: ...

@@ -53,7 +53,7 @@ def plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """AdamW's moments and step count under the parameters' names."""
-    names = {p: name for name, p in module.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
     return {f"{names[p]}.{k}": v for p, values in optimizer.state.items() for k, v in values.items()}
 
 
