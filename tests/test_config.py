@@ -143,7 +143,7 @@ def test_all_mistakes_at_once(tmp_path):
         (["denoiser.block_out_channels=[15, 30]"], "denoiser.block_out_channels: the first width"),
         (["text_encoder.num_attention_heads=5"], "text_encoder.num_attention_heads: does not divide"),
         (["train.denoiser.accumulate=3"], "train.denoiser.accumulate: 3 does not divide batch_size 4"),
-        (["diffusion.schedule=flow", "diffusion.prediction=epsilon"], "diffusion.prediction: epsilon says nothing"),
+        (["diffusion.schedule=flow", "diffusion.prediction=epsilon"], "diffusion.prediction: flow goes with"),
     ],
 )
 def test_keys_that_do_not_fit_together(overrides, part, tmp_path, tiny_config):

@@ -91,7 +91,9 @@ def test_train_your_own(photos: Path) -> None:
 def test_export(home: Path, photos: Path) -> None:
     for command in re.findall(r"^tinydiff export runs/photos .*$", README, re.MULTILINE):
         assert "unet" in run(home, command)
-    sizes = [sum(p.stat().st_size for p in (home / name / "unet").iterdir()) for name in ("bundle", "bundle16")]
+    sizes = [
+        sum(p.stat().st_size for p in (home / name / "unet").iterdir()) for name in ("photos-onnx", "photos-onnx16")
+    ]
     assert sizes[1] < sizes[0]
 
 

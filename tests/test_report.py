@@ -19,6 +19,8 @@ from tinydiff import config, images, report
 
 VOID = {"meta", "img", "path", "br"}
 
+STEPS = ("train.autoencoder.steps=2000", "train.denoiser.steps=4000")
+
 
 class Page(HTMLParser):
     """Elements, text and sources of a document; fails on tags that are not balanced."""
@@ -71,7 +73,7 @@ def run(tmp_path: Path) -> Path:
     """A run that is half-way through its second stage."""
     path = tmp_path / "a <b> & run"
     (path / "samples").mkdir(parents=True)
-    (path / "tinydiff.toml").write_text(config.to_toml(config.load(None, ["data.path='<i>data'"])))
+    (path / "tinydiff.toml").write_text(config.to_toml(config.load(None, ["data.path='<i>data'", *STEPS])))
     lines = [
         metric("autoencoder", n, loss=1 / n, lr=1e-3, grad_norm=0.5, l1=0.1, steps_per_second=2.0)
         for n in range(10, 2001, 10)

@@ -306,8 +306,8 @@ def conflicts(config: Config) -> Iterator[str]:
         yield "denoiser.down_block_types: needs one entry for each of block_out_channels"
     if config.denoiser.block_out_channels[0] % 2:
         yield "denoiser.block_out_channels: the first width is also that of the time's sines and cosines; it must be even"
-    if (config.diffusion.schedule, config.diffusion.prediction) == ("flow", "epsilon"):
-        yield "diffusion.prediction: epsilon says nothing at the flow schedule's pure noise; use flow, v or sample"
+    if (config.diffusion.schedule == "flow") != (config.diffusion.prediction == "flow"):
+        yield "diffusion.prediction: flow goes with diffusion.schedule flow, the others do not: diffusers has no other form"
     if config.text_encoder.hidden_size % config.text_encoder.num_attention_heads:
         yield "text_encoder.num_attention_heads: does not divide hidden_size"
     for name, stage in (("autoencoder", config.train.autoencoder), ("denoiser", config.train.denoiser)):

@@ -88,14 +88,12 @@ def export(
     atol: float = 1e-4,
     replace: bool = False,
     say: Callable[[str], Any] = lambda text: None,
-    vae: bool = True,
 ) -> list[dict[str, Any]]:
     """Write the bundle `out` and return one row a graph, with its largest difference from torch (`verify_graphs`), and
     one for a whole image (`verify_image`).
 
     `precision` fp16 stores the weights as float16 and casts each to float32 inside the graph, once, when onnxruntime opens
-    it: half the size, and arithmetic in float32 on every device. `say` hears what is being done. Without `vae` the bundle
-    lacks vae/, the autoencoder's weights for torch, which the ONNX graphs do not need.
+    it: half the size, and arithmetic in float32 on every device. `say` hears what is being done.
     Raises ModelError, leaving nothing behind, where a graph differs by more than `atol`, and UsageError where `out` exists
     or `opset` is none of OPSETS.
     """
@@ -104,8 +102,8 @@ def export(
     exact = folder.load(model_dir)
     model = rounded(exact, PRECISIONS[precision], model_dir)
     with committed(out, replace=replace) as bundle:
-        copy_description(model_dir, bundle, vae)
-        for part in ("unet", "text_encoder", *(["vae"] if vae else [])):
+        copy_description(model_dir, bundle)
+        for part in FILES:
             save_weights(model.parts()[part].state_dict(), bundle / part / FILES[part], PRECISIONS[precision])
         for name in NETWORKS:
             say(f"export {name}")
@@ -128,14 +126,14 @@ def rounded(model: Model, dtype: torch.dtype, path: Path) -> Model:
     return model
 
 
-def copy_description(model_dir: Path, bundle: Path, vae: bool) -> None:
+def copy_description(model_dir: Path, bundle: Path) -> None:
     """Every file of the model folder that is no weight, each network's configuration beside its graph."""
     for name in ("tokenizer", "scheduler"):
         shutil.copytree(model_dir / name, bundle / name, copy_function=shutil.copyfile)
     for name in ("model_index.json", "tinydiff.toml"):
         if (model_dir / name).exists():
             shutil.copyfile(model_dir / name, bundle / name)
-    for name, network in [*NETWORKS.items(), *([("vae", NETWORKS["vae_decoder"])] if vae else [])]:
+    for name, network in [*NETWORKS.items(), ("vae", NETWORKS["vae_decoder"])]:
         (bundle / name).mkdir()
         shutil.copyfile(model_dir / network.part / "config.json", bundle / name / "config.json")
 

@@ -6,6 +6,7 @@ own seed, so an image does not depend on its batch or on the backend.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -94,8 +95,9 @@ def generate(
     """
     d = backend.description
     check_size(d, request.width, request.height)
-    *_, x0 = denoise_latents(backend, prompts, seeds, request, negatives, on_step)
-    return images.to_uint8(backend.decode(x0 / np.float32(d.scaling_factor)))
+    with np.errstate(all="ignore"):  # what is not finite is reported by its step
+        (x,) = deque(denoise_latents(backend, prompts, seeds, request, negatives, on_step), maxlen=1)
+    return images.to_uint8(backend.decode(x / np.float32(d.scaling_factor)))
 
 
 def denoise_latents(

@@ -5,12 +5,14 @@ A stale cache cannot be read: the key is in the file name, and the file name is 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -34,12 +36,12 @@ def cached(folder: Path, data: Images, vae: Autoencoder, progress: Callable[[int
     d = data.data
     text = f"{data.source.fingerprint()} {d.resolution} {d.flip} {d.background} {digest(vae)}"
     path = folder / f"latents-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
-    if not path.exists():
-        mean, std = compute(data, vae, progress)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_file(path, save({"mean": mean, "std": std}), force=True)
-    tensors = load_file(path)
-    return tensors["mean"], tensors["std"]
+    with contextlib.suppress(OSError, SafetensorError):  # missing, or cut off by a dying disk: compute it again
+        tensors = load_file(path)
+        return tensors["mean"], tensors["std"]
+    mean, std = compute(data, vae, progress)
+    write_file(path, save({"mean": mean, "std": std}), force=True)
+    return mean, std
 
 
 @torch.no_grad()

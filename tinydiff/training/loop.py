@@ -245,7 +245,7 @@ def step(runtime: Runtime, task: Task, average: Average, optimizer: torch.optim.
     runtime.scaler.step(optimizer)
     runtime.scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    average.update(n)
+    average.update(n, last=n + 1 == cfg.steps)
     return {"loss": total, "lr": rate, "grad_norm": norm} | terms
 
 

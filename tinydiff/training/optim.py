@@ -43,9 +43,11 @@ class Average:
         self.names = [name for name, _ in module.named_parameters()]
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        if (step + 1) % self.EVERY == 0:
-            decay = min(self.decay, (1 + step) / (10 + step)) ** self.EVERY
+    def update(self, step: int, last: bool = False) -> None:
+        """Take in the weights after `step`; the `last` step of a stage always counts."""
+        since = step % self.EVERY + 1
+        if last or since == self.EVERY:
+            decay = min(self.decay, (1 + step) / (10 + step)) ** since
             torch._foreach_lerp_(self.tensors, self.source, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     def state(self) -> dict[str, Tensor]:
