@@ -65,7 +65,8 @@ steps = [round(1000 - i * 50) - 1 for i in range(20)]
 for i, t in enumerate(steps):
     a, s = np.float32(bars[t] ** 0.5), np.float32((1 - bars[t]) ** 0.5)
     b = bars[steps[i + 1]] if i < 19 else 1.0
-    v = unet.run(None, {"sample": np.concatenate([x, x]), "timestep": np.array(t, np.float32), "encoder_hidden_states": context})[0]
+    feed = {"sample": np.concatenate([x, x]), "timestep": np.array(t, np.float32), "encoder_hidden_states": context}
+    v = unet.run(None, feed)[0]
     v = v[:1] + np.float32(3) * (v[1:] - v[:1])
     x0, eps = a * x - s * v, s * x + a * v
     x = np.float32(b ** 0.5) * x0 + np.float32((1 - b) ** 0.5) * eps
