@@ -23,7 +23,7 @@ from tinydiff.files import shown
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
-    import tomli as tomllib
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 
 MAX_LIST = 16
