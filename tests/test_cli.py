@@ -154,7 +154,7 @@ def test_damaged_model(tmp_path: Path) -> None:
 
 
 def test_interrupted_generation_leaves_no_file(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tinydiff", "generate", "x", "--count", "500", "-o", "out/", "--batch-size", "500"]
+    command = [sys.executable, "-m", "tinydiff", "generate", "x", "--count", "9", "-o", "out/", "--steps", "1000"]
     process = subprocess.Popen(command, cwd=tmp_path, env=ENV, stderr=subprocess.PIPE)
     time.sleep(3)
     process.send_signal(2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -141,13 +142,14 @@ def generate(
     no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Leave the settings out of the PNG.")] = False,
 ) -> None:
     """Draw images from prompts."""
-    from tinydiff import drawing
-
     choose("--backend", backend, BACKENDS)
     choose("--device", device, DEVICES)
+    opened = opening(model, backend, device)
+    from tinydiff import drawing  # imported while the graphs are being opened
+
     sink = drawing.Sink(output, force, many=prompt == "-" or count > 1)
     prompts = drawing.read_prompts(prompt)
-    opened, request, size = ready(model, backend, device, locals())
+    request, size = complete(opened, locals())
     jobs = drawing.jobs(prompts, seed, count)
     for image in drawing.draw(opened, jobs, negative, request, size):
         path = sink.write(image, None if no_metadata else image.settings)
@@ -162,15 +164,22 @@ def say_image(path: str, image: Any, as_json: bool) -> None:
         print(f"{path}: {image.settings['prompt']!r}, seed {image.settings['seed']}", file=sys.stderr)
 
 
-def ready(model: str | None, backend: str, device: str, given: dict[str, Any]) -> tuple[Backend, Request, int]:
-    """Open the model and complete the request with its own defaults: (backend, request, batch size)."""
+def opening(model: str | None, backend: str, device: str) -> Backend:
+    """The model on its runtime, its graphs still being opened."""
     from tinydiff.backends import find_model, open_backend
+
+    return open_backend(find_model(model), backend, device, wait=False)
+
+
+def complete(opened: Backend, given: dict[str, Any]) -> tuple[Request, int]:
+    """What to draw, the model's own settings where a flag is not given: (request, batch size)."""
     from tinydiff.pipeline import Request, check_size
 
     for flag, names in (("sampler", SAMPLERS), ("schedule", SPACINGS)):
         if given.get(flag) is not None:
             choose(f"--{flag}", given[flag], tuple(names))
-    opened = open_backend(find_model(model), backend, device)
+    if not math.isfinite(given.get("cfg_scale") or 0):
+        raise UsageError(f"--cfg-scale {given['cfg_scale']}: give a number, such as 3")
     d = opened.description
     values = {
         k: given[k] if given.get(k) is not None else getattr(d.generate, k)
@@ -182,7 +191,7 @@ def ready(model: str | None, backend: str, device: str, given: dict[str, Any]) -
             f"--steps {request.steps}: the model has {len(d.schedule)} noise levels; give at most that many"
         )
     check_size(d, request.width, request.height)
-    return opened, request, given.get("batch_size") or d.generate.batch_size
+    return request, given.get("batch_size") or d.generate.batch_size
 
 
 def choose(flag: str, value: str, names: tuple[str, ...]) -> None:
@@ -241,7 +250,8 @@ def evaluate(
 ) -> None:
     """Score a model: the oracle on shapes, the nearest image on a folder."""
     choose("--backend", backend, BACKENDS)
-    opened, request, size = ready(model, backend, device, locals())
+    opened = opening(model, backend, device)
+    request, size = complete(opened, locals())
     from tinydiff import evaluate as scoring
     from tinydiff.training.progress import Progress
 

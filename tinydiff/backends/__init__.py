@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tinydiff.errors import ModelError
-from tinydiff.pipeline import Backend
+
+if TYPE_CHECKING:
+    from tinydiff.pipeline import Backend
 
 SHIPPED = "emoji"
 
@@ -26,15 +29,18 @@ def find_model(name: str | None) -> Path:
     raise ModelError(f"{path}: no such model; give a model folder, a finished run, or a shipped model ({known})")
 
 
-def open_backend(path: Path, kind: str = "auto", device: str = "auto") -> Backend:
-    """The model at `path` on onnxruntime where it holds ONNX graphs (or `kind` says so), else on torch."""
+def open_backend(path: Path, kind: str = "auto", device: str = "auto", wait: bool = True) -> Backend:
+    """The model at `path` on onnxruntime where it holds ONNX graphs (or `kind` says so), else on torch.
+
+    `wait` false returns while the graphs are still being opened; what is wrong with them is then raised by their first use.
+    """
     has_graphs = (path / "unet" / "model.onnx").is_file()
     if kind == "onnx" and not has_graphs:
         raise ModelError(f"{path}: holds no ONNX graphs; write them with `tinydiff export {path} -o DIR`")
     if kind == "onnx" or (kind == "auto" and has_graphs):
         from tinydiff.backends.onnx import OnnxBackend
 
-        return OnnxBackend(path, device)
+        return OnnxBackend(path, device, wait)
     from tinydiff.backends.pytorch import TorchBackend
 
     return TorchBackend(path, device)

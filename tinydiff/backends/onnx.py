@@ -23,7 +23,6 @@ import onnxruntime as ort
 from tinydiff.checkpoints.description import describe
 from tinydiff.errors import ModelError, ResourceError
 from tinydiff.files import shown, verify
-from tinydiff.text.tokenizer import Tokenizer
 
 IO = {  # names of inputs and outputs, as optimum has them
     "text_encoder": (("input_ids",), ("last_hidden_state", "pooler_output")),
@@ -31,6 +30,7 @@ IO = {  # names of inputs and outputs, as optimum has them
     "vae_encoder": (("sample",), ("latent_parameters",)),
     "vae_decoder": (("latent_sample",), ("sample",)),
 }
+DRAWING = ("unet", "vae_decoder", "text_encoder")  # the graphs that text to image needs, the longest to open first
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
 DTYPES = {
@@ -50,37 +50,54 @@ IDENTITY = (  # y = x, the smallest graph that shows whether a provider works
 class OnnxBackend:
     """A bundle's sessions on one device: "cpu", "cuda", or "auto", which is cuda where it works.
 
-    Raises ModelError where the bundle is damaged or incomplete, ResourceError where `device` cannot be had.
+    Raises ModelError where the bundle is damaged or incomplete, ResourceError where `device` cannot be had; with `wait`
+    false they may come from the first use of a network instead, and the graphs are opened meanwhile.
     """
 
     name = "onnx"
 
-    def __init__(self, path: Path, device: str = "auto"):
-        verify(path)
+    def __init__(self, path: Path, device: str = "auto", wait: bool = True):
         self.path, self.device = path, choose_device(device)
-        self.description = describe(path)
-        with ThreadPoolExecutor(3) as pool:  # onnxruntime opens graphs side by side
-            names = ("unet", "vae_decoder", "text_encoder")
-            opening = [pool.submit(open_session, path, name, self.device) for name in names]
-            self.tokenizer = Tokenizer.load(path / "tokenizer")
-            self.unet, self.vae_decoder, self.text_encoder = (each.result() for each in opening)
+        self.pool = ThreadPoolExecutor(
+            4
+        )  # onnxruntime opens graphs side by side, and neither it nor hashing needs Python
+        self.checks = self.pool.submit(verify, path, (*DRAWING, "scheduler", "tokenizer"))
+        self.sessions = {name: self.pool.submit(open_session, path, name, self.device) for name in DRAWING}
+        try:
+            from tinydiff.text.tokenizer import Tokenizer
+
+            self.description, self.tokenizer = describe(path), Tokenizer.load(path / "tokenizer")
+        except ModelError:
+            self.checks.result()  # what is wrong with the files says more than what came of it
+            raise
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until everything that drawing needs is open, or raises what keeps it from that."""
+        self.checks.result()
+        for session in self.sessions.values():
+            session.result()
 
     @cached_property
     def vae_encoder(self) -> ort.InferenceSession:
         """Opened when first needed: drawing from text alone never does."""
+        verify(self.path, ("vae_encoder",))
         return open_session(self.path, "vae_encoder", self.device)
 
     def encode_text(self, ids: np.ndarray) -> np.ndarray:
-        return run(self.text_encoder, "last_hidden_state", input_ids=ids)
+        self.wait()
+        return run(self.sessions["text_encoder"].result(), "last_hidden_state", input_ids=ids)
 
     def denoise(self, x: np.ndarray, t: float, context: np.ndarray) -> np.ndarray:
-        return run(self.unet, "out_sample", sample=x, timestep=np.array(t), encoder_hidden_states=context)
+        unet = self.sessions["unet"].result()
+        return run(unet, "out_sample", sample=x, timestep=np.array(t), encoder_hidden_states=context)
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         return run(self.vae_encoder, "latent_parameters", sample=pixels)
 
     def decode(self, z: np.ndarray) -> np.ndarray:
-        return run(self.vae_decoder, "sample", latent_sample=z)
+        return run(self.sessions["vae_decoder"].result(), "sample", latent_sample=z)
 
 
 def run(session: ort.InferenceSession, output: str, **inputs: np.ndarray) -> np.ndarray:
