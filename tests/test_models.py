@@ -201,6 +201,17 @@ def test_text_encoder_never_looks_ahead():
 
 
 @torch.no_grad()
+def test_a_word_starts_out_as_most_of_its_own_vector():
+    torch.manual_seed(0)
+    text = TextEncoder(config.TextEncoder(), 600, EOS)
+    ids, other = torch.randint(0, 500, (2, 64, 16))
+    other[:, :5], other[:, 6:] = ids[:, :5], ids[:, 6:]
+    before, after = text(ids)[0], text(other)[0]
+    change = ((before - after) ** 2).mean((0, 2)) / (2 * before.var(0).mean())  # 1: as unlike as two captions
+    assert change[5] > 0.7
+
+
+@torch.no_grad()
 def test_text_encoder_pools_at_the_first_end():
     text = TextEncoder(TEXTS["quick"], 600, EOS)
     randomise(text)

@@ -157,6 +157,8 @@ def test_levels_are_picked_as_their_density_says():
     us, normals = rng.random(20_000), rng.standard_normal(20_000)
     uniform = np.array([pick_level(u, n, "uniform", 100) for u, n in zip(us, normals, strict=True)])
     assert np.bincount(uniform, minlength=100).min() > 120 and uniform.max() == 99
+    noisy = np.array([pick_level(u, n, "high_noise", 100) for u, n in zip(us, normals, strict=True)])
+    assert (noisy >= 50).mean() == pytest.approx(3 / 4, abs=0.01)
     logit = np.array([pick_level(u, n, "logit_normal", 100) for u, n in zip(us, normals, strict=True)])
     inside = math.erf(math.log(3) / math.sqrt(2))  # sigmoid(N) in [1/4, 3/4] is |N| < log 3
     assert ((logit >= 25) & (logit < 75)).mean() == pytest.approx(inside, abs=0.01)

@@ -91,7 +91,9 @@ class Diffusion:
     schedule: str = key("cosine", "training noise levels", choices=tuple(SCHEDULES))
     num_train_timesteps: int = key(1000, "how many of them", 10, 100_000)
     prediction: str = key("v", "what the network predicts", choices=tuple(PREDICTIONS))
-    timestep_density: str = key("uniform", "how training picks levels", choices=("uniform", "logit_normal"))
+    timestep_density: str = key(
+        "high_noise", "how training picks levels", choices=("uniform", "high_noise", "logit_normal")
+    )
     min_snr_gamma: float = key(0.0, "clips the loss weight at this signal-to-noise ratio; 0 is off", 0)
     offset_noise: float = key(0.0, "share of noise that is constant over each channel", 0, 1)
     caption_dropout: float = key(0.1, "share of captions emptied, which guidance needs", 0, 1)

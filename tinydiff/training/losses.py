@@ -55,9 +55,10 @@ def snr_weight(alpha: np.ndarray, sigma: np.ndarray, prediction: str, gamma: flo
 def pick_level(u: float, normal: float, density: str, count: int) -> int:
     """An index into the training levels from a uniform and a normal number.
 
-    `logit_normal` is sigmoid(N(0, 1)) (Esser et al. 2024, section 3.1).
+    `high_noise` has the density 2t on t in [0, 1]: three quarters of the levels are from the noisier half, where the layout
+    of an image is decided. `logit_normal` is sigmoid(N(0, 1)) (Esser et al. 2024, section 3.1).
     """
-    share = 1 / (1 + math.exp(-normal)) if density == "logit_normal" else u
+    share = {"uniform": u, "high_noise": u**0.5, "logit_normal": 1 / (1 + math.exp(-normal))}[density]
     return min(int(share * count), count - 1)
 
 
