@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tinydiff import config
-from tinydiff.checkpoints import folder
-from tinydiff.checkpoints.description import SCHEDULERS, describe, scheduler_config
+from tinydiff.checkpoints import folder, scheduler
+from tinydiff.checkpoints.description import describe
 from tinydiff.diffusion.predictions import PREDICTIONS
 from tinydiff.diffusion.samplers import SAMPLERS
-from tinydiff.diffusion.schedules import SCHEDULES
+from tinydiff.diffusion.schedules import CLEAN, SCHEDULES, training_levels
 from tinydiff.errors import ModelError, UsageError
 
 WEIGHTS = {name: Path(name) / file for name, file in folder.FILES.items()}
@@ -153,12 +153,16 @@ def test_description(tiny_model, tiny_config):
 
 
 def test_description_of_a_foreign_folder(copied):
-    """Stable Diffusion 1.x: scaled_linear betas in the file, the defaults for generation."""
-    scheduler = foreign(copied) / "scheduler" / "scheduler_config.json"
+    """Stable Diffusion 1.x: scaled_linear betas in the file, diffusers' defaults for the rest."""
+    path = foreign(copied) / "scheduler" / "scheduler_config.json"
     sd = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    scheduler.write_text(json.dumps(sd | {"_class_name": "PNDMScheduler", "num_train_timesteps": 1000}))
+    sd |= {"_class_name": "PNDMScheduler", "num_train_timesteps": 1000, "set_alpha_to_one": False, "steps_offset": 1}
+    path.write_text(json.dumps(sd | {"skip_prk_steps": True}))
     d = describe(copied)
-    assert d.prediction == "epsilon" and d.generate == config.Generate()
+    assert d.prediction == "epsilon" and d.generate == config.Generate(50, 7.5, "plms", "leading")
+    plms, euler = d.levels("plms", 50, "leading"), d.levels("euler", 50, "leading")
+    assert [level.t for level in plms[:-1]] == list(range(981, 0, -20)) and plms[:-1] == euler[:-1]
+    assert plms[-1] == d.schedule[0] and euler[-1] == CLEAN
     assert d.schedule[500].alpha ** 2 == pytest.approx(0.27633268, rel=1e-6)
 
 
@@ -186,13 +190,46 @@ def test_description_of_what_is_not_supported(copied, name, changes, part):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedule_and_prediction_survive_the_file(copied, tiny_config, schedule, prediction):
     cfg = replace(tiny_config, diffusion=replace(tiny_config.diffusion, schedule=schedule, prediction=prediction))
-    (copied / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler_config(cfg)))
+    (copied / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler.write(cfg)))
     d = describe(copied)
-    assert d.schedule == SCHEDULES[schedule](1000) and d.prediction == prediction
+    np.testing.assert_allclose(d.schedule, SCHEDULES[schedule](1000), rtol=1e-9)
+    assert d.prediction == prediction
 
 
-def test_every_sampler_has_a_scheduler():
-    assert SCHEDULERS.keys() == SAMPLERS.keys()
+@pytest.mark.parametrize(
+    "changes", [{"zero_terminal_snr": True}, {"schedule": "flow", "prediction": "flow", "shift": 3.0}]
+)
+def test_changes_to_a_schedule_survive_the_file(tiny_config, changes):
+    d = replace(tiny_config.diffusion, **changes)
+    read = scheduler.read(scheduler.write(replace(tiny_config, diffusion=d)))
+    assert read.schedule == training_levels(d.schedule, d.num_train_timesteps, d.shift, d.zero_terminal_snr)
+    assert read.schedule != SCHEDULES[d.schedule](d.num_train_timesteps) and read.prediction == d.prediction
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace", "karras", "exponential", "beta"])
+def test_sampler_and_spacing_survive_the_file(tiny_config, name, spacing):
+    assert scheduler.SCHEDULERS.keys() == SAMPLERS.keys()
+    cfg = replace(tiny_config, generate=replace(tiny_config.generate, sampler=name, schedule=spacing))
+    read = scheduler.read(scheduler.write(cfg))
+    assert (read.sampler, read.spacing) == (name, spacing)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "sampler", "spacing"),
+    [
+        ("PNDMScheduler", {}, "plms", "leading"),
+        ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, "euler", "karras"),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}, "dpmpp_2m", "linspace"),
+        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, "euler", "linspace"),
+        ("TCDScheduler", {}, "dpmpp_2m", "linspace"),
+        (None, {}, "dpmpp_2m", "linspace"),
+    ],
+)
+def test_schedulers_of_others(kind, settings, sampler, spacing):
+    read = scheduler.read(settings | ({"_class_name": kind} if kind else {}))
+    assert (read.sampler, read.spacing) == (sampler, spacing)
+    assert read.prediction == ("flow" if kind and kind.startswith("Flow") else "epsilon")
 
 
 @pytest.mark.peers

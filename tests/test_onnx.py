@@ -23,7 +23,7 @@ from onnx import helper as h
 from tinydiff import config
 from tinydiff.backends import onnx as backend
 from tinydiff.backends.onnx import OnnxBackend
-from tinydiff.checkpoints.description import scheduler_config
+from tinydiff.checkpoints import scheduler
 from tinydiff.checkpoints.folder import write_json
 from tinydiff.errors import ModelError, ResourceError
 from tinydiff.text.tokenizer import Tokenizer
@@ -69,7 +69,7 @@ def path(tmp_path: Path) -> Path:
     cfg, bundle = config.Config(), tmp_path / "bundle"
     for name in ("scheduler", "unet", "vae_decoder"):
         (bundle / name).mkdir(parents=True)
-    write_json(bundle / "scheduler" / "scheduler_config.json", scheduler_config(cfg))
+    write_json(bundle / "scheduler" / "scheduler_config.json", scheduler.write(cfg))
     write_json(bundle / "unet" / "config.json", {"block_out_channels": [1, 1], "sample_size": 8})
     write_json(bundle / "vae_decoder" / "config.json", {"block_out_channels": [1, 1], "latent_channels": 2})
     Tokenizer.train(["red heart"], 514, 8).save(bundle / "tokenizer")

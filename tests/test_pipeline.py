@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from tinydiff.backends import find_model, open_backend
+from tinydiff.checkpoints import scheduler
 from tinydiff.checkpoints.description import Description
 from tinydiff.config import Generate
 from tinydiff.diffusion import noise
 from tinydiff.diffusion.samplers import SAMPLERS
-from tinydiff.diffusion.schedules import SCHEDULES
 from tinydiff.errors import DivergedError, ModelError, UsageError
 from tinydiff.pipeline import Request, check_size, generate
 
@@ -32,15 +32,16 @@ class Words:
         return ""
 
 
+SCHEDULER = scheduler.read({"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"})
+
+
 class Fake:
     """A backend that has learnt one flat image for each text: a hundredth of its length, and says what it was asked."""
 
     name, tokenizer = "fake", Words()
 
     def __init__(self, scaling_factor=0.5):
-        self.description = Description(
-            Path("fake"), SCHEDULES["cosine"](1000), "sample", 3, 2, 4, scaling_factor, 8, Generate()
-        )
+        self.description = Description(Path("fake"), SCHEDULER, 3, 2, 4, scaling_factor, 8, Generate())
         self.texts, self.calls = [], []
 
     def encode_text(self, ids):

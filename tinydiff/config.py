@@ -90,6 +90,8 @@ class Denoiser:
 class Diffusion:
     schedule: str = key("cosine", "training noise levels", choices=tuple(SCHEDULES))
     num_train_timesteps: int = key(1000, "how many of them", 10, 100_000)
+    zero_terminal_snr: bool = key(False, "the noisiest level has no signal left (not for flow, nor for epsilon)")
+    shift: float = key(1.0, "multiplies the noise-to-signal ratio of every level of flow", 0.01, 100)
     prediction: str = key("v", "what the network predicts", choices=tuple(PREDICTIONS))
     timestep_density: str = key(
         "high_noise", "how training picks levels", choices=("uniform", "high_noise", "logit_normal")
@@ -136,7 +138,9 @@ class Train:
     autoencoder: AutoencoderStage = section(
         AutoencoderStage, "stage 1: image -> latent -> image", steps=800, lr=2e-3, save_every=400, sample_every=400
     )
-    denoiser: Stage = section(Stage, "stage 2: text encoder and denoiser on the latents", steps=4500, warmup=200)
+    denoiser: Stage = section(
+        Stage, "stage 2: text encoder and denoiser on the latents", steps=2000, warmup=200, ema=0.998
+    )
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,7 @@ class Generate:
     steps: int = key(20, "sampling steps", 1, 1000)
     cfg_scale: float = key(3.0, "guidance: 1 is the plain conditional model", 0, 100)
     sampler: str = key("dpmpp_2m", "solver", choices=tuple(SAMPLERS))
-    schedule: str = key("trailing", "which noise levels are visited", choices=tuple(SPACINGS))
+    schedule: str = key("trailing", "which noise levels are visited", choices=SPACINGS)
     batch_size: int = key(8, "images at once", 1, 4096)
 
 
@@ -310,6 +314,10 @@ def conflicts(config: Config) -> Iterator[str]:
         yield "denoiser.block_out_channels: the first width is also that of the time's sines and cosines; it must be even"
     if (config.diffusion.schedule == "flow") != (config.diffusion.prediction == "flow"):
         yield "diffusion.prediction: flow goes with diffusion.schedule flow, the others do not: diffusers has no other form"
+    if config.diffusion.zero_terminal_snr and config.diffusion.prediction in ("epsilon", "flow"):
+        yield "diffusion.zero_terminal_snr: of pure noise only v and sample say anything; change diffusion.prediction"
+    if config.diffusion.shift != 1 and config.diffusion.schedule != "flow":
+        yield "diffusion.shift: only the schedule flow is shifted"
     if config.text_encoder.hidden_size % config.text_encoder.num_attention_heads:
         yield "text_encoder.num_attention_heads: does not divide hidden_size"
     for name, stage in (("autoencoder", config.train.autoencoder), ("denoiser", config.train.denoiser)):

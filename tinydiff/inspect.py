@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from tinydiff import backends, config, images
-from tinydiff.checkpoints.description import BETA_SCHEDULES, Description, describe
+from tinydiff.checkpoints.description import Description, describe
+from tinydiff.checkpoints.scheduler import BETA_SCHEDULES
 from tinydiff.errors import ModelError, UsageError
 from tinydiff.files import read_json, shown
 

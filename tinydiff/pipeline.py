@@ -19,7 +19,7 @@ from tinydiff.diffusion import noise
 from tinydiff.diffusion.guidance import classifier_free
 from tinydiff.diffusion.predictions import PREDICTIONS
 from tinydiff.diffusion.samplers import SAMPLERS
-from tinydiff.diffusion.schedules import Level, sampling_levels
+from tinydiff.diffusion.schedules import Level
 from tinydiff.errors import DivergedError, UsageError
 
 
@@ -111,7 +111,7 @@ def denoise_latents(
     """The latents after each step, float32 (B, C, h, w)."""
     d = backend.description
     shape = (d.latent_channels, request.height // d.factor, request.width // d.factor)
-    levels = sampling_levels(d.schedule, request.steps, request.schedule)
+    levels = d.levels(request.sampler, request.steps, request.schedule)
     denoise = guided(backend, prompts, negatives or [""] * len(prompts), request.cfg_scale)
     x = noise.normal(seeds, shape) * levels[0].sigma
     sampler = SAMPLERS[request.sampler](denoise, x, levels, lambda step: noise.normal(seeds, shape, step + 1))

@@ -8,22 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tinydiff import config
-from tinydiff.diffusion.schedules import SCHEDULES, Level, from_betas, linear, scaled_linear
+from tinydiff.checkpoints.scheduler import Scheduler, read
+from tinydiff.diffusion.schedules import Levels, sampling_levels
 from tinydiff.errors import ModelError
 from tinydiff.files import read_json
-
-BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
-PREDICTION_TYPES = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v", "flow_prediction": "flow"}
-SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_ancestral": "EulerAncestralDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "dpmpp_2m": "DPMSolverMultistepScheduler",
-}
 
 
 @dataclass(frozen=True)
@@ -31,8 +21,7 @@ class Description:
     """What sampling needs to know of a model besides its networks."""
 
     path: Path
-    schedule: list[Level]
-    prediction: str
+    scheduler: Scheduler
     latent_channels: int
     factor: int  # pixels a latent, along each side
     multiple: int  # width and height must be multiples of this many pixels
@@ -40,10 +29,24 @@ class Description:
     size: int  # pixels, the side it was trained at
     generate: config.Generate
 
+    @property
+    def schedule(self) -> Levels:
+        """The training levels, cleanest first."""
+        return self.scheduler.schedule
+
+    @property
+    def prediction(self) -> str:
+        return self.scheduler.prediction
+
+    def levels(self, sampler: str, steps: int, spacing: str) -> Levels:
+        """The levels that a sampler visits, noisiest first, and the one it ends on."""
+        scheduler = self.scheduler
+        return sampling_levels(self.schedule, steps, spacing, scheduler.offset, scheduler.end(sampler))
+
 
 def describe(path: Path) -> Description:
     """The description of a model folder or bundle; ModelError names what is missing."""
-    scheduler = read_json(path / "scheduler" / "scheduler_config.json")
+    said = read_json(path / "scheduler" / "scheduler_config.json")
     vae = read_json(
         next(
             (p for n in ("vae", "vae_decoder") if (p := path / n / "config.json").exists()),
@@ -53,51 +56,17 @@ def describe(path: Path) -> Description:
     unet = read_json(path / "unet" / "config.json")
     try:
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        toml = path / "tinydiff.toml"
+        toml, scheduler = path / "tinydiff.toml", read(said)
+        theirs = config.Generate(50, 7.5, scheduler.sampler, scheduler.spacing)  # diffusers' defaults
         return Description(
             path=path,
-            schedule=_levels(scheduler),
-            prediction=PREDICTION_TYPES[scheduler.get("prediction_type", "epsilon")],
+            scheduler=scheduler,
             latent_channels=int(vae.get("latent_channels", 4)),
             factor=factor,
             multiple=factor * 2 ** (len(unet["block_out_channels"]) - 1),
             scaling_factor=float(vae.get("scaling_factor") or 0.18215),
             size=int(unet["sample_size"]) * factor,
-            generate=config.load(toml).generate if toml.exists() else config.Generate(),
+            generate=config.load(toml).generate if toml.exists() else theirs,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: its configuration files lack or misstate {error}") from None
-
-
-def _levels(scheduler: dict[str, Any]) -> list[Level]:
-    count = int(scheduler.get("num_train_timesteps", 1000))
-    if scheduler.get("trained_betas"):
-        return from_betas(scheduler["trained_betas"])
-    if scheduler.get("use_flow_sigmas"):
-        return SCHEDULES["flow"](count)
-    name = BETA_SCHEDULES[scheduler.get("beta_schedule", "linear")]
-    if name == "cosine":
-        return SCHEDULES[name](count)
-    make = {"linear": linear, "scaled_linear": scaled_linear}[name]
-    return make(count, scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02))
-
-
-def scheduler_config(cfg: config.Config) -> dict[str, Any]:
-    """`scheduler_config.json` that makes diffusers sample this model as tinydiff does by default."""
-    names = {ours: theirs for theirs, ours in PREDICTION_TYPES.items()}
-    flow = cfg.diffusion.schedule == "flow"
-    start, end = {"scaled_linear": (0.00085, 0.012)}.get(cfg.diffusion.schedule, (1e-4, 0.02))
-    theirs = {ours: name for name, ours in BETA_SCHEDULES.items()}
-    return {
-        "_class_name": SCHEDULERS["dpmpp_2m" if flow else cfg.generate.sampler],
-        "num_train_timesteps": cfg.diffusion.num_train_timesteps,
-        "beta_schedule": theirs.get(cfg.diffusion.schedule, "linear"),
-        "beta_start": start,
-        "beta_end": end,
-        "prediction_type": names[cfg.diffusion.prediction],
-        "timestep_spacing": cfg.generate.schedule,
-        "steps_offset": 1,
-        "clip_sample": False,
-        "set_alpha_to_one": True,
-        "final_sigmas_type": "zero",
-    } | ({"use_flow_sigmas": True} if flow else {})

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tinydiff import __version__, config
-from tinydiff.checkpoints.description import scheduler_config
+from tinydiff.checkpoints import scheduler
 from tinydiff.errors import ModelError
 from tinydiff.files import committed, read_json, verify
 from tinydiff.models.autoencoder import Autoencoder
@@ -70,7 +70,7 @@ def write(folder: Path, model: Model, cfg: config.Config, dtype: torch.dtype = t
         write_json(folder / name / "config.json", component_config(name, model, cfg))
     model.tokenizer.save(folder / "tokenizer")
     (folder / "scheduler").mkdir()
-    write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(cfg))
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler.write(cfg))
     write_json(folder / "model_index.json", index(cfg))
     (folder / "tinydiff.toml").write_text(config.to_toml(cfg), encoding="utf-8")
 
@@ -88,7 +88,7 @@ def index(cfg: config.Config) -> dict[str, Any]:
         "image_encoder": [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],
-        "scheduler": ["diffusers", scheduler_config(cfg)["_class_name"]],
+        "scheduler": ["diffusers", scheduler.write(cfg)["_class_name"]],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],

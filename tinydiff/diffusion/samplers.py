@@ -1,8 +1,9 @@
 """Solvers that walk from noise to an image along a list of levels.
 
-A sampler takes `denoise(x, level) -> x0`, the start x at levels[0], the levels (noisiest first, the clean one last) and
-`noise(step) -> array like x`. It is a generator of (x, x0) after each step; the last x is the image. Only + - * / touch
-x, so numpy, torch and anything else with those four run the very same lines.
+A sampler takes `denoise(x, level) -> x0`, the start x at levels[0], the levels (noisiest first, the last one usually
+clean) and `noise(i) -> array like x`, standard normal, a different one for every i. It is a generator of (x, x0) after
+each step; the last x is the image. Only + - * / touch x, so numpy, torch and anything else with those four run the very
+same lines. In comments rho is sigma/alpha, lambda is -log rho and h is the lambda that a step gains.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from tinydiff.diffusion.schedules import Level
+from tinydiff.diffusion.schedules import Level, Levels, log_snr
 
 Denoise = Callable[[Any, Level], Any]
-Sampler = Callable[[Denoise, Any, Sequence[Level], Callable[[int], Any]], Iterator[tuple[Any, Any]]]
+Noise = Callable[[int], Any]
+Sampler = Callable[[Denoise, Any, Levels, Noise], Iterator[tuple[Any, Any]]]
+Weights = Callable[[list[float], float], list[float]]
 
-
-STEEPEST = 10.0
+STEEPEST = 100.0  # the largest fall of rho in one step that is more than a first-order step by x0
+FEW = 15  # below this many steps, multistep methods lower their order towards the end, as diffusers has them
 
 
 def move(x: Any, x0: Any, here: Level, there: Level) -> Any:
@@ -27,63 +30,284 @@ def move(x: Any, x0: Any, here: Level, there: Level) -> Any:
     return x * (there.sigma / here.sigma) + x0 * (there.alpha - here.alpha * there.sigma / here.sigma)
 
 
-def ancestral(denoise: Denoise, x: Any, levels: Sequence[Level], noise: Callable[[int], Any], eta: float) -> Iterator:
-    """DDIM (Song et al. 2021, equation 16): a share `eta` of the noise that is removed too much is drawn anew.
+def move_by(x: Any, eps: Any, here: Level, there: Level) -> Any:
+    """`move` for an estimate of eps: no estimate of x0 may be had from it where alpha is 0."""
+    return (x - eps * here.sigma) * (there.alpha / here.alpha) + eps * there.sigma
 
-    Written in sigma/alpha this is Euler's method at eta = 0 and Euler ancestral at eta = 1.
+
+def steep(here: Level, there: Level) -> bool:
+    """Whether rho falls so far that eps tells nothing of x0, as from pure noise and on the cosine schedule's first step."""
+    return here.alpha == 0 or here.sigma * there.alpha > STEEPEST * here.alpha * there.sigma > 0
+
+
+def redraw(x: Any, x0: Any, here: Level, there: Level, eta: float, noise: Callable[[], Any]) -> Any:
+    """`move`, with a share `eta` of the noise that the step may redraw drawn anew (DDIM, equation 16)."""
+    kept = (there.sigma * here.alpha) / (there.alpha * here.sigma) if there.alpha > 0 else 1.0  # exp(-h)
+    fresh = eta * math.sqrt(max(0.0, 1 - kept * kept))
+    x = move(x, x0, here, Level(there.alpha, there.sigma * math.sqrt(1 - fresh * fresh), there.t))
+    return x + noise() * (fresh * there.sigma) if fresh * there.sigma > 0 else x
+
+
+def ancestral(denoise: Denoise, x: Any, levels: Levels, noise: Noise, eta: float) -> Iterator:
+    """DDIM (Song et al. 2021): at eta = 0 also Euler's method in rho, at eta = 1 DDPM and Euler ancestral."""
+    for step, (here, there) in enumerate(pairwise(levels)):
+        x0 = denoise(x, here)
+        x = redraw(x, x0, here, there, eta, lambda step=step: noise(step))
+        yield x, x0
+
+
+def lcm(denoise: Denoise, x: Any, levels: Levels, noise: Noise) -> Iterator:
+    """Latent consistency sampling (Luo et al. 2023, algorithm 3): x0 with wholly new noise. For models distilled so."""
+    for step, (here, there) in enumerate(pairwise(levels)):
+        x0 = denoise(x, here)
+        x = x0 * there.alpha + noise(step) * there.sigma if there.sigma > 0 else x0 * there.alpha
+        yield x, x0
+
+
+# ---- single step: further network calls inside a step -----------------------------------------------------------------
+
+
+def heun(denoise: Denoise, x: Any, levels: Levels, noise: Noise) -> Iterator:
+    """Heun's second-order method in rho (Karras et al. 2022, algorithm 1): two network calls a step.
+
+    Where the step is steep, half the slope at its end would outweigh everything; Euler's step stands.
+    """
+    for here, there in pairwise(levels):
+        x0 = denoise(x, here)
+        if there.sigma > 0 and not steep(here, there):
+            ratio = (here.sigma * there.alpha) / (here.alpha * there.sigma)
+            x0 = x0 + (denoise(move(x, x0, here, there), there) - x0) * (ratio / 2)
+        x = move(x, x0, here, there)
+        yield x, x0
+
+
+def dpm2(denoise: Denoise, x: Any, levels: Levels, noise: Noise) -> Iterator:
+    """The midpoint rule in rho, the middle taken in lambda (Karras et al. 2022's ODE, DPM-Solver-2's point): two calls."""
+    for here, there in pairwise(levels):
+        x0 = denoise(x, here)
+        if there.sigma > 0 and not steep(here, there):
+            middle = levels.at((log_snr(here) + log_snr(there)) / 2)
+            halfway = move(x, x0, here, middle)
+            eps = (halfway - denoise(halfway, middle) * middle.alpha) / middle.sigma
+            x = move_by(x, eps, here, there)
+        else:
+            x = move(x, x0, here, there)
+        yield x, x0
+
+
+def dpm_solver(denoise: Denoise, x: Any, levels: Levels, noise: Noise, order: int) -> Iterator:
+    """DPM-Solver-1, -2 and -3 (Lu et al. 2022a, algorithms 1, 4, 5), whose inner points are levels of the list itself.
+
+    So each level costs one call, whatever the order: `order` levels make one step of the paper, started over from its
+    first. The step to a clean level is first order, and so is a steep one.
+    """
+    steps = list(pairwise(levels))
+    start, calls = (x, levels[0]), []  # calls: (lambda, eps) since the start
+    for step, (here, there) in enumerate(steps):
+        x0 = denoise(x, here)
+        if not calls:
+            start = x, here
+        if there.sigma == 0 or steep(here, there):
+            x, calls = move(x, x0, here, there), []
+        else:
+            calls = [*calls, (log_snr(here), (x - x0 * here.alpha) / here.sigma)]
+            x = move_by(start[0], _inner(calls, log_snr(there)), start[1], there)
+            last_but_one = step == len(steps) - 2  # where diffusers starts over, so as to end on a step of first order
+            calls = [] if len(calls) == order or (len(calls) == order - 1 and last_but_one) else calls
+        yield x, x0
+
+
+def _inner(calls: list[tuple[float, Any]], end: float) -> Any:
+    """The eps that takes a step from the first of `calls` to lambda = `end`, of as many orders as there are calls."""
+    (start, eps), (last, latest) = calls[0], calls[-1]
+    if len(calls) == 1:
+        return eps
+    h = end - start
+    weight = 0.5 if len(calls) == 2 else 1 / h - 1 / math.expm1(h)
+    return eps + (latest - eps) * (weight * h / (last - start))
+
+
+def dpmpp_sde(denoise: Denoise, x: Any, levels: Levels, noise: Noise) -> Iterator:
+    """DPM-Solver++ SDE (Lu et al. 2022b; k-diffusion's single step): the middle's x0 for the whole step, two calls.
+
+    The noise up to the middle is part of the whole step's, as a Brownian path over rho has it.
     """
     for step, (here, there) in enumerate(pairwise(levels)):
         x0 = denoise(x, here)
-        kept = (there.sigma * here.alpha) / (there.alpha * here.sigma) if there.alpha > 0 else 1.0
-        fresh = eta * math.sqrt(max(0.0, 1 - kept * kept))
-        x = move(x, x0, here, Level(there.alpha, there.sigma * math.sqrt(1 - fresh * fresh), there.t))
-        if fresh * there.sigma > 0:
-            x = x + noise(step) * (fresh * there.sigma)
+        if math.isfinite(log_snr(here)) and math.isfinite(log_snr(there)):
+            middle = levels.at((log_snr(here) + log_snr(there)) / 2)
+            early, late = noise(2 * step), noise(2 * step + 1)
+            x0 = denoise(redraw(x, x0, here, middle, 1.0, lambda early=early: early), middle)
+            a, b, c = (level.sigma / level.alpha for level in (here, middle, there))
+            whole = early * math.sqrt((a - b) / (a - c)) + late * math.sqrt((b - c) / (a - c))
+            x = redraw(x, x0, here, there, 1.0, lambda whole=whole: whole)
+        else:
+            x = redraw(x, x0, here, there, 1.0, lambda step=step: noise(2 * step))
         yield x, x0
 
 
-def heun(denoise: Denoise, x: Any, levels: Sequence[Level], noise: Callable[[int], Any]) -> Iterator:
-    """Heun's second-order method in sigma/alpha (Karras et al. 2022, algorithm 1): two network calls a step.
+# ---- multistep: one network call a step, the earlier ones remembered --------------------------------------------------
 
-    Where sigma/alpha falls more than `STEEPEST`-fold at once, as it does on the cosine schedule's first step, half the
-    slope at its end would outweigh everything; Euler's step stands.
+
+def dpmpp(denoise: Denoise, x: Any, levels: Levels, noise: Noise, order: int, eta: float) -> Iterator:
+    """DPM-Solver++ 2M (Lu et al. 2022b, algorithm 2), and its SDE forms with eta = 1 (k-diffusion): one call a step."""
+    count, past = len(levels) - 1, []  # past: (lambda, x0), newest first
+    for step, (here, there) in enumerate(pairwise(levels)):
+        x0 = denoise(x, here)
+        past = [(log_snr(here), x0), *past][: min(order, count - step) if count < FEW else order]
+        x = redraw(x, _extrapolated(past, log_snr(there), 1 + eta), here, there, eta, lambda step=step: noise(step))
+        yield x, x0
+
+
+def _extrapolated(past: list[tuple[float, Any]], end: float, speed: float) -> Any:
+    """The x0 that stands for a whole step to lambda = `end`, from up to three of the past, newest first.
+
+    `speed` is 1 for the ODE and 2 for the SDE, whose noise is forgotten twice as fast.
     """
+    past = [past[0], *(p for p in past[1:] if math.isfinite(p[0]))]
+    (now, x0), (before, x1) = past[0], past[min(1, len(past) - 1)]
+    if len(past) < 2 or not math.isfinite(end):
+        return x0
+    h, r0 = end - now, (now - before) / (end - now)
+    first = (x0 - x1) / r0
+    if len(past) == 2:
+        return x0 + first * 0.5
+    longest, x2 = past[2]
+    r1, hh = (before - longest) / h, speed * h
+    second = (first - (x1 - x2) / r1) / (r0 + r1)
+    whole = -math.expm1(-hh)
+    phi2 = 1 - whole / hh
+    return x0 + (first + second * r0) * (phi2 / whole) - second * ((phi2 / hh - 0.5) / whole)
+
+
+def unipc(denoise: Denoise, x: Any, levels: Levels, noise: Noise) -> Iterator:
+    """UniPC-2 with B(h) = exp(h) - 1 (Zhao et al. 2023, algorithms 1 and 2): the next call corrects the last step."""
+    count, order, start = len(levels) - 1, 0, x
+    past: list[tuple[Level, Any]] = []  # (level, x0), newest first
+    for step, (here, there) in enumerate(pairwise(levels)):
+        x0 = denoise(x, here)
+        if past:
+            x = move(start, _corrected(past[:order], here, x0), past[0][0], here)
+        past, start = [(here, x0), *past][:2], x
+        order = min(len(past), count - step)
+        points = [(log_snr(level), value) for level, value in past[:order]]
+        x = move(x, _extrapolated(points, log_snr(there), 1.0), here, there)
+        yield x, x0
+
+
+def _corrected(past: list[tuple[Level, Any]], here: Level, x0: Any) -> Any:
+    """UniC's x0 for the step that led to `here`, now that x0 there is known."""
+    (before, x1), h = past[0], log_snr(here) - log_snr(past[0][0])
+    if not math.isfinite(h):
+        return x1
+    if len(past) == 1 or not math.isfinite(log_snr(past[1][0])):
+        return x1 + (x0 - x1) * 0.5
+    whole = math.expm1(-h)
+    phi2 = -whole / h - 1
+    b1, b2 = phi2 / whole, 2 * (-phi2 / h - 0.5) / whole
+    r = (log_snr(past[1][0]) - log_snr(before)) / h
+    older = (b1 - b2) / (1 - r)
+    return x1 + (past[1][1] - x1) * (older / r) + (x0 - x1) * (b1 - older)
+
+
+def adams(
+    denoise: Denoise, x: Any, levels: Levels, noise: Noise, order: int, weights: Weights, few: int = 0
+) -> Iterator:
+    """Linear multistep methods on eps: `weights(rhos, end)` for the past ones, newest first, and a step to rho = `end`.
+
+    Below `few` steps in all the order falls towards the end.
+    """
+    count, past = len(levels) - 1, []  # (rho, eps), newest first
+    for step, (here, there) in enumerate(pairwise(levels)):
+        x0 = denoise(x, here)
+        if steep(here, there):
+            x = move(x, x0, here, there)
+        else:
+            past = [(here.sigma / here.alpha, (x - x0 * here.alpha) / here.sigma), *past][:order]
+            used = past[: count - step] if count < few else past
+            each = weights([rho for rho, _ in used], there.sigma / there.alpha)
+            x = move_by(x, weighted(each, [eps for _, eps in used]), here, there)
+        yield x, x0
+
+
+def weighted(weights: Sequence[float], values: Sequence[Any]) -> Any:
+    total = values[0] * weights[0]
+    for weight, value in zip(weights[1:], values[1:], strict=False):
+        total = total + value * weight
+    return total
+
+
+def in_rho(rhos: list[float], end: float) -> list[float]:
+    """LMS (Karras et al.'s k-diffusion): the polynomial through eps at the rhos, averaged over the step in rho."""
+    return _averages(rhos, rhos[0], end, lambda rho: rho)
+
+
+def in_log_rho(rhos: list[float], end: float) -> list[float]:
+    """DEIS (Zhang & Chen 2023, section 3.3), polynomial in log rho: averaged over the step in rho."""
+    return _averages([math.log(rho) for rho in rhos], rhos[0], end, math.log) if end > 0 else [1.0]
+
+
+# Gauss-Legendre quadrature with 8 points: exact for LMS, and to rounding for DEIS on any step that makes sense
+NODES = (0.1834346424956498, 0.5255324099163290, 0.7966664774136267, 0.9602898564975363)
+SHARES = (0.3626837833783620, 0.3137066458778873, 0.2223810344533745, 0.1012285362903763)
+
+
+def _averages(points: list[float], start: float, end: float, coordinate: Callable[[float], float]) -> list[float]:
+    """Mean over [start, end] of each Lagrange polynomial of `points`, as a function of `coordinate`."""
+    middle, half = (start + end) / 2, (end - start) / 2
+    at = [
+        (coordinate(middle + sign * node * half), w / 2)
+        for node, w in zip(NODES, SHARES, strict=True)
+        for sign in (-1, 1)
+    ]
+
+    def lagrange(j: int, u: float) -> float:
+        return math.prod((u - p) / (points[j] - p) for k, p in enumerate(points) if k != j)
+
+    return [sum(w * lagrange(j, u) for u, w in at) for j in range(len(points))]
+
+
+ADAMS = ((1.0,), (1.5, -0.5), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+
+
+def plms(denoise: Denoise, x: Any, levels: Levels, noise: Noise) -> Iterator:
+    """PNDM without its Runge-Kutta start (Liu et al. 2022, equation 12): Adams-Bashforth in the level's number.
+
+    The first step is taken twice, with the mean of the eps at its two ends, so there is one call more than steps.
+    """
+    past: list[Any] = []
     for here, there in pairwise(levels):
         x0 = denoise(x, here)
-        ahead = move(x, x0, here, there)
-        if there.sigma > 0 and here.alpha > 0:
-            ratio = (here.sigma * there.alpha) / (here.alpha * there.sigma)
-            if ratio <= STEEPEST:
-                x0 = x0 + (denoise(ahead, there) - x0) * (ratio / 2)
-                ahead = move(x, x0, here, there)
-        x = ahead
+        if steep(here, there):
+            x = move(x, x0, here, there)
+        else:
+            past = [(x - x0 * here.alpha) / here.sigma, *past][:4]
+            mean = weighted(ADAMS[len(past) - 1], past)
+            ahead = move_by(x, mean, here, there)
+            if len(past) == 1 and there.sigma > 0:
+                after = (ahead - denoise(ahead, there) * there.alpha) / there.sigma
+                ahead = move_by(x, (mean + after) * 0.5, here, there)
+            x = ahead
         yield x, x0
-
-
-def dpmpp_2m(denoise: Denoise, x: Any, levels: Sequence[Level], noise: Callable[[int], Any]) -> Iterator:
-    """DPM-Solver++ 2M (Lu et al. 2022b, algorithm 2): second order from the previous step's x0, one call a step."""
-    before, width = None, math.inf
-    for here, there in pairwise(levels):
-        x0 = slope = denoise(x, here)
-        ahead = log_snr(there) - log_snr(here)
-        if before is not None and 0 < width < math.inf and math.isfinite(ahead):
-            slope = x0 + (x0 - before) * (ahead / (2 * width))
-        x = move(x, slope, here, there)
-        before, width = x0, ahead
-        yield x, x0
-
-
-def log_snr(level: Level) -> float:
-    """Half the log signal-to-noise ratio, log(alpha / sigma); infinite at the ends."""
-    if level.alpha == 0 or level.sigma == 0:
-        return math.inf if level.sigma == 0 else -math.inf
-    return math.log(level.alpha / level.sigma)
 
 
 SAMPLERS: dict[str, Sampler] = {
     "ddim": partial(ancestral, eta=0.0),
+    "ddpm": partial(ancestral, eta=1.0),
     "euler": partial(ancestral, eta=0.0),
     "euler_ancestral": partial(ancestral, eta=1.0),
     "heun": heun,
-    "dpmpp_2m": dpmpp_2m,
+    "dpm2": dpm2,
+    "dpm_solver_1": partial(dpm_solver, order=1),
+    "dpm_solver_2": partial(dpm_solver, order=2),
+    "dpm_solver_3": partial(dpm_solver, order=3),
+    "dpmpp_2m": partial(dpmpp, order=2, eta=0.0),
+    "dpmpp_2m_sde": partial(dpmpp, order=2, eta=1.0),
+    "dpmpp_3m_sde": partial(dpmpp, order=3, eta=1.0),
+    "dpmpp_sde": dpmpp_sde,
+    "plms": plms,
+    "lms": partial(adams, order=4, weights=in_rho),
+    "deis": partial(adams, order=3, weights=in_log_rho, few=FEW),
+    "unipc": unipc,
+    "lcm": lcm,
 }

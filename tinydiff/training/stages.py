@@ -19,7 +19,7 @@ from tinydiff.diffusion.guidance import classifier_free
 from tinydiff.diffusion.noise import keyed
 from tinydiff.diffusion.predictions import PREDICTIONS
 from tinydiff.diffusion.samplers import SAMPLERS
-from tinydiff.diffusion.schedules import SCHEDULES, sampling_levels
+from tinydiff.diffusion.schedules import sampling_levels, training_levels
 from tinydiff.models.autoencoder import mean_and_std
 from tinydiff.training.losses import autoencoder_loss, denoising_loss, pick_level, psnr, snr_weight
 
@@ -100,7 +100,8 @@ class DenoiserTask:
         self.module = Denoise(model)
         self.mean, self.std = (t * model.scaling_factor for t in latents)
         self.order = Order(data.weights(), cfg.train.seed)
-        self.levels = SCHEDULES[cfg.diffusion.schedule](cfg.diffusion.num_train_timesteps)
+        d = cfg.diffusion
+        self.levels = training_levels(d.schedule, d.num_train_timesteps, d.shift, d.zero_terminal_snr)
         self.prediction = PREDICTIONS[cfg.diffusion.prediction]
         self.ids: dict[str, np.ndarray] = {}
         count = len(data.source)
