@@ -17,7 +17,7 @@ from PIL import Image
 from tinydiff import config, evaluate, images, pipeline
 from tinydiff.data import shapes
 from tinydiff.data.folder import FolderSource
-from tinydiff.diffusion.schedules import SCHEDULES
+from tinydiff.diffusion.schedules import SCHEDULES, sampling_levels
 from tinydiff.errors import DataError, UsageError
 
 SIDE = 16
@@ -33,6 +33,7 @@ class Painter:
         self.description = SimpleNamespace(
             path=Path("nowhere"),
             schedule=SCHEDULES["flow"](10),
+            levels=lambda sampler, steps, spacing: sampling_levels(SCHEDULES["flow"](10), steps, spacing),
             prediction="sample",
             latent_channels=3,
             factor=1,
@@ -42,6 +43,9 @@ class Painter:
             generate=config.Generate(),
         )
         self.tokenizer = self
+
+    def cut(self, text: str) -> str:
+        return ""
 
     def encode(self, texts: list[str]) -> np.ndarray:
         self.texts = texts

@@ -205,7 +205,7 @@ def test_runs_without_torch() -> None:
     )
     from tinydiff.backends.pytorch import TorchBackend
 
-    b = TorchBackend(bundle("fp16"), "cpu")
+    b = TorchBackend.open(bundle("fp16"), "cpu")
     context, x = b.encode_text(b.tokenizer.encode(["red heart", "blue"])), np.ones((2, 3, 8, 8), np.float32)
     y = b.denoise(x, 5.0, context)
     want = [float(a.sum()) for a in (context, y, b.decode(y), b.encode_image(x))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,22 +15,28 @@ from tinydiff.checkpoints.description import Description
 from tinydiff.config import Generate
 from tinydiff.diffusion import noise
 from tinydiff.diffusion.samplers import SAMPLERS
+from tinydiff.diffusion.schedules import Level
 from tinydiff.errors import DivergedError, ModelError, UsageError
-from tinydiff.pipeline import Request, check_size, generate
+from tinydiff.pipeline import Request, check_size, encode, generate, scale
+from tinydiff.text.prompts import parse
 
 REQUEST = Request(steps=4, cfg_scale=3.0, sampler="dpmpp_2m", schedule="trailing", width=8, height=8)
 
 
 class Words:
-    """A tokenizer whose ids are the lengths of the texts."""
+    """A tokenizer whose ids are the lengths of the texts; with syntax, the lengths of the words."""
 
-    max_length = 5
+    max_length, bos, eos, pad = 5, 0, 0, 0
 
     def encode(self, texts):
         return np.array([[len(text)] * 5 for text in texts], np.int64)
 
     def cut(self, text):
-        return ""
+        return " ".join(text.split()[3:])
+
+    def spans(self, text):
+        words = list(re.finditer(r"\S+", text))
+        return [len(word[0]) for word in words], [word.start() for word in words]
 
 
 SCHEDULER = scheduler.read({"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"})
@@ -94,6 +101,48 @@ def test_equal_texts_are_encoded_once():
     fake = Fake()
     generate(fake, ["abc"] * 5, range(5), REQUEST)
     assert fake.texts == [[0, 3]]  # the empty prompt and the one prompt
+
+
+def contexts(texts):
+    """What `encode` makes of texts with the fake backend, whose vectors are a hundredth of the ids: (B, K T)."""
+    return np.round(100 * encode(Fake(), [parse(text)[0].pieces for text in texts])[..., 0], 3).tolist()
+
+
+def test_weights_move_vectors_from_those_of_the_empty_prompt():
+    assert contexts(["(abc:2) de [f]"]) == [[0, 6, 2, pytest.approx(1 / 1.1, abs=1e-3), 0]]
+    assert contexts(["(abc:0) de f"]) == [[0, 0, 2, 1, 0]]
+
+
+def test_long_prompts_are_chunks_side_by_side_and_short_ones_filled_up():
+    assert contexts(["a bb ccc dddd", "ee"]) == [[0, 1, 2, 3, 0, 0, 4, 0, 0, 0], [0, 2, 0, 0, 0] + [0] * 5]
+
+
+def test_branches_are_composed_by_their_weights():
+    """ "abc" AND "abcdefg" :2 under guidance 3: u + 3 (c1 - u + 2 (c2 - u)), in one call of four rows."""
+    fake = Fake()
+    image = generate(fake, [parse("abc AND abcdefg :2"), "abcd"], [0, 1], REQUEST, ["ab", "ab"])
+    for found, guided in zip(image, (0.02 + 3 * (0.01 + 2 * 0.05), 0.02 + 3 * 0.02), strict=True):
+        assert (found == round((guided / 0.5 / 2 + 0.5) * 255)).all()
+    assert {n for n, _ in fake.calls} == {5}
+
+
+def test_a_plain_string_has_no_syntax():
+    fake = Fake()
+    generate(fake, ["(a :) AND"], [0], REQUEST)
+    assert fake.texts == [[0, 9]]
+
+
+def test_guidance_that_depends_on_level_and_prompt():
+    """Half-way between cfg_scale and cfg_complex for six words; only within the interval; growing to cfg_max."""
+    six = "one two three four five six"
+    request = replace(REQUEST, cfg_complex=5.0, sampler="ddim")
+    for level, strength in ((Level(0.0, 1.0, 1000.0), 2.0), (Level(1.0, 0.0, 0.0), 6.0), (Level(0.7, 0.7, 500.0), 4.0)):
+        assert scale(replace(REQUEST, cfg_scale=2.0, cfg_max=6.0), [], 1000)(level) == strength
+    fake = Fake()
+    generate(fake, ["a"], [0], replace(REQUEST, cfg_interval=(0.4, 0.8)))
+    assert [n for n, _ in fake.calls] == [1, 2, 2, 1]  # at t = 999, 749, 499, 249
+    found = scale(request, [parse(six), parse("a")], 1000)
+    assert found.ravel().tolist() == [4.0, 3.0]
 
 
 @pytest.mark.parametrize(("width", "height"), [(8, 16), (4, 4)])

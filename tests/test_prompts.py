@@ -199,6 +199,7 @@ def test_any_text_is_parsed_or_refused_in_one_line(text):
         ("a (b", 3, '"(" is never closed; close it with ")", or write "\\(" for the character itself'),
         ("[a (b)", 1, '"[" is never closed; close it with "]", or write "\\[" for the character itself'),
         (r"(a\)", 1, '"(" is never closed; .*'),
+        ("a ( b [", 3, '"(" is never closed; .*'),  # the first of several
         ("sad :(", 6, '"(" is never closed; .* or write "\\(" for the character itself'),
         ("a :)", 4, '")" closes nothing; pair .*, or write "\\)" for the character itself, as in ":\\)"'),
         ("b]", 2, '"]" closes nothing; pair the brackets, or write "\\]" .*'),

@@ -131,6 +131,19 @@ def generate(
     batch_size: Annotated[int | None, typer.Option(min=1, max=4096, help="Images at once.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Sampling steps.")] = None,
     cfg_scale: Annotated[float | None, typer.Option(min=0, max=100, help="Guidance; 1 is none.")] = None,
+    cfg_max: Annotated[
+        float | None, typer.Option(min=0, max=100, help="Guidance at the last step; it grows from --cfg-scale.")
+    ] = None,
+    cfg_complex: Annotated[
+        float | None,
+        typer.Option(min=0, max=100, help="Guidance of endless prompts; short ones stay near --cfg-scale."),
+    ] = None,
+    cfg_interval: Annotated[
+        str | None, typer.Option(metavar="LOW,HIGH", help="Noise levels with guidance: 0 is clean, 1 is noise.")
+    ] = None,
+    cfg_rescale: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Take back the contrast that guidance adds: 0 none, 1 all of it.")
+    ] = None,
     sampler: Annotated[str | None, typer.Option(help=" | ".join(SAMPLERS))] = None,
     schedule: Annotated[str | None, typer.Option(help="Noise levels visited: " + " | ".join(SPACINGS))] = None,
     width: Annotated[int | None, typer.Option("-W", "--width", min=1, max=16384, help="Pixels.")] = None,
@@ -178,13 +191,17 @@ def complete(opened: Backend, given: dict[str, Any]) -> tuple[Request, int]:
     for flag, names in (("sampler", SAMPLERS), ("schedule", SPACINGS)):
         if given.get(flag) is not None:
             choose(f"--{flag}", given[flag], tuple(names))
-    if not math.isfinite(given.get("cfg_scale") or 0):
-        raise UsageError(f"--cfg-scale {given['cfg_scale']}: give a number, such as 3")
+    scales = ("cfg_scale", "cfg_max", "cfg_complex", "cfg_rescale")
+    for name in scales:
+        if not math.isfinite(given.get(name) or 0):
+            raise UsageError(f"--{name.replace('_', '-')} {given[name]}: give a number, such as 3")
     d = opened.description
     values = {
         k: given[k] if given.get(k) is not None else getattr(d.generate, k)
         for k in ("steps", "cfg_scale", "sampler", "schedule")
     }
+    values |= {name: given[name] for name in scales[1:] if given.get(name) is not None}
+    values |= {"cfg_interval": interval(given["cfg_interval"])} if given.get("cfg_interval") else {}
     request = Request(**values, width=given.get("width") or d.size, height=given.get("height") or d.size)
     if request.steps > len(d.schedule):
         raise UsageError(
@@ -192,6 +209,17 @@ def complete(opened: Backend, given: dict[str, Any]) -> tuple[Request, int]:
         )
     check_size(d, request.width, request.height)
     return request, given.get("batch_size") or d.generate.batch_size
+
+
+def interval(text: str) -> tuple[float, float]:
+    """ "0.2,0.8" as two shares; UsageError for anything else."""
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        low, high = 1.0, 0.0
+    if not 0 <= low <= high <= 1:
+        raise UsageError(f"--cfg-interval {text}: give two shares of the noise levels, such as 0.2,0.8")
+    return low, high
 
 
 def choose(flag: str, value: str, names: tuple[str, ...]) -> None:

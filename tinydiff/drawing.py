@@ -20,6 +20,7 @@ import numpy as np
 from tinydiff import images, pipeline
 from tinydiff.errors import UsageError
 from tinydiff.files import shown, write_file
+from tinydiff.text.prompts import parse
 from tinydiff.training.progress import Progress
 
 NUMBERED = "%04d.png"
@@ -94,6 +95,7 @@ def read_prompts(prompt: str) -> Iterator[str | None]:
     if prompt != "-":
         if not prompt.strip():
             raise UsageError("the prompt is empty; say what to draw, such as 'red heart'")
+        parse(clean(prompt))  # says what is wrong with it before anything is drawn
         return iter([clean(prompt)])
     return _stdin()
 
@@ -155,12 +157,13 @@ def batches(items: Iterator[Job | None], size: int) -> Iterator[list[Job]]:
 def draw(
     backend: pipeline.Backend, items: Iterator[Job | None], negative: str, request: pipeline.Request, size: int
 ) -> Iterator[Drawn]:
-    """Every job's image, in order; prompts that do not fit the model's context are named on stderr."""
-    warned: set[str] = set()
+    """Every job's image, in order; prompts longer than the model's context are named on stderr."""
+    noted: set[str] = set()
     negative = clean(negative)
     for batch in batches(items, size):
-        for text in {negative: 0, **{job.prompt: 0 for job in batch}}:
-            warn_of_cut(backend, text, warned)
+        texts = [branch.text for job in batch for branch in parse(job.prompt)]
+        for text in dict.fromkeys([negative, *texts]):
+            note_of_parts(backend, text, noted)
         begun = time.monotonic()
         pixels = _draw_batch(backend, batch, negative, request)
         seconds = (time.monotonic() - begun) / len(batch)
@@ -176,12 +179,14 @@ def _draw_batch(backend: pipeline.Backend, batch: list[Job], negative: str, requ
     )
     on_step = bar.update if bar.bar else lambda step: None
     prompts, seeds = [job.prompt for job in batch], [job.seed for job in batch]
-    return pipeline.generate(backend, prompts, seeds, request, [negative] * len(batch), on_step)
+    return pipeline.generate(
+        backend, [parse(prompt) for prompt in prompts], seeds, request, [negative] * len(batch), on_step
+    )
 
 
-def warn_of_cut(backend: pipeline.Backend, text: str, warned: set[str]) -> None:
-    """Name, once, the end of a prompt that the model cannot read."""
-    if text not in warned and (rest := backend.tokenizer.cut(text)):
+def note_of_parts(backend: pipeline.Backend, text: str, noted: set[str]) -> None:
+    """Say, once, that a text is longer than the model reads at a time, and where its second part begins."""
+    if text not in noted and (rest := backend.tokenizer.cut(text)):
         limit = backend.tokenizer.max_length
-        print(f"warning: the model reads {limit} tokens; left out: {rest!r}", file=sys.stderr)
-    warned.add(text)
+        print(f"note: the model reads {limit} tokens at a time; read in parts, from here on: {rest!r}", file=sys.stderr)
+    noted.add(text)

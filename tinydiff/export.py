@@ -421,7 +421,7 @@ def verify_image(bundle: Path) -> dict[str, Any]:
 
     The row's `same` is the share of pixels that are at most one grey level apart. Raises ModelError below 99.9 %.
     """
-    backends = OnnxBackend(bundle, "cpu"), TorchBackend(bundle, "cpu")
+    backends = OnnxBackend(bundle, "cpu"), TorchBackend.open(bundle, "cpu")
     d = backends[0].description
     g = d.generate
     request = Request(min(g.steps, len(d.schedule)), g.cfg_scale, g.sampler, g.schedule, d.size, d.size)

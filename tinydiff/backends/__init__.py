@@ -43,4 +43,4 @@ def open_backend(path: Path, kind: str = "auto", device: str = "auto", wait: boo
         return OnnxBackend(path, device, wait)
     from tinydiff.backends.pytorch import TorchBackend
 
-    return TorchBackend(path, device)
+    return TorchBackend.open(path, device)

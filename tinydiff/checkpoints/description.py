@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinydiff import config
-from tinydiff.checkpoints.scheduler import Scheduler, read
+from tinydiff.checkpoints.scheduler import Scheduler, read, write
 from tinydiff.diffusion.schedules import Levels, sampling_levels
 from tinydiff.errors import ModelError
 from tinydiff.files import read_json
@@ -70,3 +70,11 @@ def describe(path: Path) -> Description:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: its configuration files lack or misstate {error}") from None
+
+
+def described(cfg: config.Config, scaling_factor: float) -> Description:
+    """The description of the model that a configuration makes, before it is in any folder."""
+    factor = 2 ** (len(cfg.autoencoder.block_out_channels) - 1)
+    multiple = factor * 2 ** (len(cfg.denoiser.block_out_channels) - 1)
+    scheduler, channels = read(write(cfg)), cfg.autoencoder.latent_channels
+    return Description(Path(), scheduler, channels, factor, multiple, scaling_factor, cfg.data.resolution, cfg.generate)

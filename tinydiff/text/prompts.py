@@ -18,11 +18,11 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
+from typing import Protocol
 
 import numpy as np
 
 from tinydiff.errors import UsageError
-from tinydiff.text.tokenizer import Tokenizer
 
 STEP = 1.1
 LARGEST = float(np.finfo(np.float32).max)
@@ -37,6 +37,19 @@ MARKS = re.compile(
     rf"|(?P<weight>(?<!\S):\s*(?P<number>{NUMBER})\s*(?={AND}|\Z))"
     rf"|(?P<AND>{AND})"
 )
+
+
+class Tokens(Protocol):
+    """The part of a tokenizer that drawing needs; `text.tokenizer.Tokenizer` is one."""
+
+    max_length: int
+    bos: int
+    eos: int
+    pad: int
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray: ...
+    def spans(self, text: str) -> tuple[list[int], list[int]]: ...
+    def cut(self, text: str) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -80,7 +93,7 @@ def parse(text: str) -> list[Branch]:
     return branches
 
 
-def chunks(pieces: Sequence[Piece], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+def chunks(pieces: Sequence[Piece], tokenizer: Tokens) -> tuple[np.ndarray, np.ndarray]:
     """Ids (K, T) int64 and their weights (K, T) float32: K >= 1 chunks of T = `tokenizer.max_length`.
 
     A chunk is BOS, up to T - 2 tokens, EOS, padding; BOS, EOS and padding weigh 1. The tokens are those of the whole
@@ -88,7 +101,7 @@ def chunks(pieces: Sequence[Piece], tokenizer: Tokenizer) -> tuple[np.ndarray, n
     A word (what stands between white space) is cut only where it is longer than a chunk.
     """
     text = "".join(piece.text for piece in pieces)
-    tokens, starts = _tokens(text, tokenizer)
+    tokens, starts = tokenizer.spans(text)
     piece = np.searchsorted(np.cumsum([len(piece.text) for piece in pieces]), starts, side="right")
     token_weights = np.array([piece.weight for piece in pieces], np.float32)[piece]
     word = np.searchsorted([match.end() for match in re.finditer(r"\S+", text)], starts, side="right")
@@ -209,12 +222,6 @@ def _joined(runs: Iterable[tuple[float, str]]) -> tuple[Piece, ...]:
     groups = groupby((run for run in runs if run[1]), key=lambda run: run[0])
     pieces = tuple(Piece("".join(text for _, text in group), weight) for weight, group in groups)
     return pieces or (Piece("", 1.0),)
-
-
-def _tokens(text: str, tokenizer: Tokenizer) -> tuple[list[int], np.ndarray]:
-    """The ids of `text` without specials, and for each the index of its first character, (N,) int64."""
-    encoding = tokenizer._backend.encode(text.encode("utf-8", "replace").decode("utf-8"), add_special_tokens=False)
-    return encoding.ids, np.array([start for start, _ in encoding.offsets], np.int64)
 
 
 def _cuts(word: np.ndarray, room: int) -> list[int]:

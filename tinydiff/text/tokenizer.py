@@ -115,6 +115,11 @@ class Tokenizer:
         """The ids of `text` alone: no BOS, EOS, padding or limit."""
         return self._backend.encode(_valid(text), add_special_tokens=False).ids
 
+    def spans(self, text: str) -> tuple[list[int], list[int]]:
+        """`ids` of `text`, and for each the index of its first character."""
+        encoding = self._backend.encode(_valid(text), add_special_tokens=False)
+        return encoding.ids, [start for start, _ in encoding.offsets]
+
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """(B, max_length) int64: BOS, as many ids as fit, EOS, padding."""
         rows = np.full((len(texts), self.max_length), self.pad, dtype=np.int64)

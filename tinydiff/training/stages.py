@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from tinydiff import config, images
+from tinydiff.backends.pytorch import TorchBackend
+from tinydiff.checkpoints.description import described
 from tinydiff.checkpoints.folder import Model
 from tinydiff.data.dataset import Images, Order
-from tinydiff.diffusion.guidance import classifier_free
 from tinydiff.diffusion.noise import keyed
 from tinydiff.diffusion.predictions import PREDICTIONS
-from tinydiff.diffusion.samplers import SAMPLERS
-from tinydiff.diffusion.schedules import sampling_levels, training_levels
+from tinydiff.diffusion.schedules import training_levels
 from tinydiff.models.autoencoder import mean_and_std
+from tinydiff.pipeline import Request, generate
 from tinydiff.training.losses import autoencoder_loss, denoising_loss, pick_level, psnr, snr_weight
 
 
@@ -144,24 +145,10 @@ class DenoiserTask:
         output = self.module(x, times.to(self.device), torch.from_numpy(ids).to(self.device))
         return denoising_loss(output, target, w.to(self.device)), {}
 
-    @torch.no_grad()
     def pictures(self, steps: int = 12) -> tuple[np.ndarray, dict[str, float]]:
         """Generated images, uint8 (16, H, W, 3), of captions spread over the data."""
-        count = self.PICTURES
-        ids = np.stack([self.encode(c) for c in [""] * count + self.captions])
-        context = self.model.text_encoder(torch.from_numpy(ids).to(self.device))[0]
-        shape, seed = tuple(self.mean.shape[1:]), self.cfg.train.seed
-        x = torch.from_numpy(
-            np.stack([keyed(seed, "pictures", 0, i).standard_normal(shape, np.float32) for i in range(count)])
-        )
-
-        def both(x: Tensor, level) -> tuple[Tensor, Tensor]:
-            out = self.model.unet(torch.cat([x, x]), torch.tensor(level.t, device=self.device), context).float()
-            u, c = (self.prediction.to_x0(o, x, level.alpha, level.sigma) for o in out.chunk(2))
-            return u, c
-
-        levels = sampling_levels(self.levels, steps, "trailing")
-        denoise = classifier_free(both, self.cfg.generate.cfg_scale)
-        *_, (_, x0) = SAMPLERS["dpmpp_2m"](denoise, x.to(self.device), levels, lambda step: x)
-        output = self.model.vae.decode(x0 / self.model.scaling_factor)
-        return images.to_uint8(output.float().cpu().numpy()), {}
+        d, g = described(self.cfg, self.model.scaling_factor), self.cfg.generate
+        steps = min(steps, len(self.levels))
+        request = Request(steps, g.cfg_scale, g.sampler, g.schedule, d.size, d.size)
+        seeds = range(self.cfg.train.seed, self.cfg.train.seed + self.PICTURES)
+        return generate(TorchBackend(self.model, d), self.captions, seeds, request), {}
