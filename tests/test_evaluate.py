@@ -36,6 +36,7 @@ class Painter:
             levels=lambda sampler, steps, spacing: sampling_levels(SCHEDULES["flow"](10), steps, spacing),
             prediction="sample",
             latent_channels=3,
+            in_channels=3,
             factor=1,
             multiple=8,
             scaling_factor=1.0,

@@ -48,7 +48,7 @@ class Fake:
     name, tokenizer = "fake", Words()
 
     def __init__(self, scaling_factor=0.5):
-        self.description = Description(Path("fake"), SCHEDULER, 3, 2, 4, scaling_factor, 8, Generate())
+        self.description = Description(Path("fake"), SCHEDULER, 3, 3, 2, 4, scaling_factor, 8, Generate())
         self.texts, self.calls = [], []
 
     def encode_text(self, ids):

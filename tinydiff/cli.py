@@ -23,6 +23,7 @@ from tinydiff.diffusion.schedules import SPACINGS
 from tinydiff.errors import UsageError, UserError
 
 if TYPE_CHECKING:
+    from tinydiff.editing import Edit
     from tinydiff.pipeline import Backend, Request
 
 app = typer.Typer(
@@ -148,6 +149,17 @@ def generate(
     schedule: Annotated[str | None, typer.Option(help="Noise levels visited: " + " | ".join(SPACINGS))] = None,
     width: Annotated[int | None, typer.Option("-W", "--width", min=1, max=16384, help="Pixels.")] = None,
     height: Annotated[int | None, typer.Option("-H", "--height", min=1, max=16384, help="Pixels.")] = None,
+    image: Annotated[Path | None, typer.Option("-i", "--image", help="Change this image.")] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="How far from the image: 0 not at all, 1 anywhere. 0.6, or 1 where it is masked."),
+    ] = None,
+    mask: Annotated[Path | None, typer.Option(help="Change only what is white in this image.")] = None,
+    outpaint: Annotated[
+        str | None,
+        typer.Option(metavar="L,T,R,B", help="Draw on: so many pixels more to the left, top, right, bottom."),
+    ] = None,
+    fit: Annotated[bool, typer.Option("--fit", help="Scale and crop image and mask to -W and -H.")] = False,
     backend: Annotated[str, typer.Option(help=" | ".join(BACKENDS))] = "auto",
     device: Annotated[str, typer.Option(help=" | ".join(DEVICES))] = "auto",
     as_json: Json = False,
@@ -163,10 +175,11 @@ def generate(
     sink = drawing.Sink(output, force, many=prompt == "-" or count > 1)
     prompts = drawing.read_prompts(prompt)
     request, size = complete(opened, locals())
+    request, edit = edited(opened, request, locals())
     jobs = drawing.jobs(prompts, seed, count)
-    for image in drawing.draw(opened, jobs, negative, request, size):
-        path = sink.write(image, None if no_metadata else image.settings)
-        say_image(path, image, as_json)
+    for drawn in drawing.draw(opened, jobs, negative, request, size, edit):
+        path = sink.write(drawn, None if no_metadata else drawn.settings)
+        say_image(path, drawn, as_json)
 
 
 def say_image(path: str, image: Any, as_json: bool) -> None:
@@ -209,6 +222,42 @@ def complete(opened: Backend, given: dict[str, Any]) -> tuple[Request, int]:
         )
     check_size(d, request.width, request.height)
     return request, given.get("batch_size") or d.generate.batch_size
+
+
+def edited(opened: Backend, request: Request, given: dict[str, Any]) -> tuple[Request, Edit | None]:
+    """What is to be done to an image, and the request at that image's size. Raises UsageError for flags that do not fit."""
+    names = ("strength", "mask", "outpaint", "fit")
+    if not given["image"]:
+        if lonely := [f"--{name}" for name in names if given[name] not in (None, False)]:
+            raise UsageError(f"{', '.join(lonely)}: there is no image to change; give one with -i")
+        return request, None
+    from dataclasses import replace
+
+    from tinydiff import editing
+    from tinydiff.pipeline import check_size
+
+    if (given["width"] or given["height"]) and not given["fit"]:
+        raise UsageError("-W, -H: an image keeps its size; add --fit to scale and crop it")
+    strength = (
+        given["strength"] if given["strength"] is not None else 1.0 if given["mask"] or given["outpaint"] else 0.6
+    )
+    if not 0 <= strength <= 1:
+        raise UsageError(f"--strength {strength}: give a number from 0 (as it is) to 1 (anything)")
+    size = (request.width, request.height) if given["fit"] else None
+    sides = margins(given["outpaint"]) if given["outpaint"] else None
+    edit = editing.read(given["image"], strength, given["mask"], sides, size, opened.description.factor)
+    height, width = edit.image.shape[:2]
+    check_size(opened.description, width, height)
+    return replace(request, width=width, height=height), edit
+
+
+def margins(text: str) -> tuple[int, int, int, int]:
+    """ "L,T,R,B" as pixels; UsageError for anything else."""
+    parts = text.split(",")
+    if len(parts) != 4 or not all(part.strip().isdecimal() for part in parts) or not any(int(part) for part in parts):
+        raise UsageError(f"--outpaint {text}: give four numbers of pixels, left,top,right,bottom, such as 0,0,64,0")
+    left, top, right, bottom = (int(part) for part in parts)
+    return left, top, right, bottom
 
 
 def interval(text: str) -> tuple[float, float]:

@@ -6,6 +6,7 @@ Prompts are drawn in batches as they come in; each image is written as soon as i
 from __future__ import annotations
 
 import queue
+import re
 import secrets
 import sys
 import threading
@@ -18,12 +19,14 @@ from typing import Any
 import numpy as np
 
 from tinydiff import images, pipeline
+from tinydiff.editing import Edit
 from tinydiff.errors import UsageError
 from tinydiff.files import shown, write_file
-from tinydiff.text.prompts import parse
+from tinydiff.text.prompts import Branch, parse
 from tinydiff.training.progress import Progress
 
 NUMBERED = "%04d.png"
+COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
 @dataclass(frozen=True)
@@ -95,15 +98,23 @@ def read_prompts(prompt: str) -> Iterator[str | None]:
     if prompt != "-":
         if not prompt.strip():
             raise UsageError("the prompt is empty; say what to draw, such as 'red heart'")
-        parse(clean(prompt))  # says what is wrong with it before anything is drawn
+        understood(clean(prompt))  # says what is wrong with it before anything is drawn
         return iter([clean(prompt)])
     return _stdin()
 
 
 def clean(text: str) -> str:
-    """One line of valid Unicode without control characters."""
-    valid = text.encode("utf-8", "replace").decode("utf-8")
+    """One line of valid Unicode without control characters and terminal colours."""
+    valid = COLOURS.sub(" ", text.encode("utf-8", "replace").decode("utf-8"))
     return " ".join("".join(c if c.isprintable() or c in "\u200d\ufe0f" else " " for c in valid).split())
+
+
+def understood(prompt: str) -> list[Branch]:
+    """The prompt's branches; UsageError names the prompt too, since it may be one of many."""
+    try:
+        return parse(prompt)
+    except UsageError as error:
+        raise UsageError(f"{error} (in {prompt[:60]!r})") from None
 
 
 def _stdin() -> Iterator[str | None]:
@@ -155,33 +166,40 @@ def batches(items: Iterator[Job | None], size: int) -> Iterator[list[Job]]:
 
 
 def draw(
-    backend: pipeline.Backend, items: Iterator[Job | None], negative: str, request: pipeline.Request, size: int
+    backend: pipeline.Backend,
+    items: Iterator[Job | None],
+    negative: str,
+    request: pipeline.Request,
+    size: int,
+    edit: Edit | None = None,
 ) -> Iterator[Drawn]:
     """Every job's image, in order; prompts longer than the model's context are named on stderr."""
     noted: set[str] = set()
     negative = clean(negative)
     for batch in batches(items, size):
-        texts = [branch.text for job in batch for branch in parse(job.prompt)]
+        texts = [branch.text for job in batch for branch in understood(job.prompt)]
         for text in dict.fromkeys([negative, *texts]):
             note_of_parts(backend, text, noted)
         begun = time.monotonic()
-        pixels = _draw_batch(backend, batch, negative, request)
+        pixels = _draw_batch(backend, batch, negative, request, edit)
         seconds = (time.monotonic() - begun) / len(batch)
         for job, image in zip(batch, pixels, strict=True):
             settings = {"prompt": job.prompt, "negative": negative, "seed": job.seed, **asdict(request)}
+            settings |= {"strength": edit.strength} if edit else {}
             settings |= {"model": backend.description.path.name, "backend": backend.name}
             yield Drawn(job.index, image, settings, seconds)
 
 
-def _draw_batch(backend: pipeline.Backend, batch: list[Job], negative: str, request: pipeline.Request) -> np.ndarray:
+def _draw_batch(
+    backend: pipeline.Backend, batch: list[Job], negative: str, request: pipeline.Request, edit: Edit | None
+) -> np.ndarray:
     bar = Progress(
         f"image {batch[0].index + 1}" + (f" to {batch[-1].index + 1}" if len(batch) > 1 else ""), request.steps
     )
     on_step = bar.update if bar.bar else lambda step: None
     prompts, seeds = [job.prompt for job in batch], [job.seed for job in batch]
-    return pipeline.generate(
-        backend, [parse(prompt) for prompt in prompts], seeds, request, [negative] * len(batch), on_step
-    )
+    branches = [understood(prompt) for prompt in prompts]
+    return pipeline.generate(backend, branches, seeds, request, [negative] * len(batch), on_step, edit)
 
 
 def note_of_parts(backend: pipeline.Backend, text: str, noted: set[str]) -> None:

@@ -70,25 +70,29 @@ def to_uint8(pixels: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.moveaxis(np.rint(levels).astype(np.uint8), -3, -1))
 
 
-def fit(image: np.ndarray, size: int, crop: str = "center", background: str = "#ffffff") -> np.ndarray:
-    """uint8 (H, W, 3) to (size, size, 3), aspect kept: "center" crops the longer side, "pad" fills the shorter one.
+def fit(
+    image: np.ndarray, size: int | tuple[int, int], crop: str = "center", background: str = "#ffffff"
+) -> np.ndarray:
+    """uint8 (H, W, 3) to `size`, (width, height) or a square's side, aspect kept: "center" crops what is too long, "pad"
+    fills what is too short.
 
     Lanczos, which averages over all that a pixel covers when it reduces. An image of exactly `size` comes back unchanged.
     Raises UsageError for another `crop`.
     """
     if crop not in CROPS:
         raise UsageError(f'crop is "{crop}"; use one of {", ".join(CROPS)}')
+    wide, high = size if isinstance(size, tuple) else (size, size)
     height, width = image.shape[:2]
-    if (height, width) == (size, size):
+    if (height, width) == (high, wide):
         return image
     if crop == "center":
-        side = min(height, width)
-        left, top = (width - side) / 2, (height - side) / 2
-        return _resize(image, (size, size), (left, top, left + side, top + side))
-    scale = size / max(height, width)
+        scale = min(width / wide, height / high)
+        left, top = (width - wide * scale) / 2, (height - high * scale) / 2
+        return _resize(image, (wide, high), (left, top, left + wide * scale, top + high * scale))
+    scale = min(wide / width, high / height)
     new_width, new_height = max(1, round(width * scale)), max(1, round(height * scale))
-    canvas = np.full((size, size, 3), _colour(background), dtype=np.uint8)
-    left, top = (size - new_width) // 2, (size - new_height) // 2
+    canvas = np.full((high, wide, 3), _colour(background), dtype=np.uint8)
+    left, top = (wide - new_width) // 2, (high - new_height) // 2
     inside = canvas[top : top + new_height, left : left + new_width]
     inside[:] = _resize(image, (new_width, new_height), (0, 0, width, height))
     return canvas

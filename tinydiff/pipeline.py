@@ -22,13 +22,15 @@ from tinydiff.diffusion.guidance import (
     complexity,
     composed,
     growing,
+    keeping,
     rescale,
     unadjusted,
     within,
 )
 from tinydiff.diffusion.predictions import PREDICTIONS
 from tinydiff.diffusion.samplers import SAMPLERS, Denoise
-from tinydiff.diffusion.schedules import Level
+from tinydiff.diffusion.schedules import Level, Levels
+from tinydiff.editing import Edit, cells
 from tinydiff.errors import DivergedError, UsageError
 from tinydiff.text.prompts import Branch, Piece, Tokens, chunks
 
@@ -95,18 +97,20 @@ def generate(
     request: Request,
     negatives: Sequence[str] | None = None,
     on_step: Callable[[int], Any] = lambda step: None,
+    edit: Edit | None = None,
 ) -> np.ndarray:
     """One image a prompt: uint8 (B, H, W, 3). `seeds` key the noise; `on_step` hears of every finished step.
 
-    A prompt is plain text, or what `text.prompts.parse` makes of one with weights and ANDs.
-
-    Raises UsageError for a size the model cannot draw and DivergedError where the network returns non-finite values.
+    A prompt is plain text, or what `text.prompts.parse` makes of one with weights and ANDs. With an `edit` its image,
+    of the request's size, is changed: at strength 0 it goes through the autoencoder and back, at 1 only a mask keeps any of
+    it. Raises UsageError for a size the model cannot draw and DivergedError where the network returns non-finite values.
     """
     d = backend.description
     check_size(d, request.width, request.height)
     with np.errstate(all="ignore"):  # what is not finite is reported by its step
-        (x,) = deque(denoise_latents(backend, prompts, seeds, request, negatives, on_step), maxlen=1)
-    return images.to_uint8(backend.decode(x / np.float32(d.scaling_factor)))
+        (x,) = deque(denoise_latents(backend, prompts, seeds, request, negatives, on_step, edit), maxlen=1)
+    drawn = images.to_uint8(backend.decode(x / np.float32(d.scaling_factor)))
+    return edit.over(drawn) if edit else drawn
 
 
 def denoise_latents(
@@ -116,25 +120,69 @@ def denoise_latents(
     request: Request,
     negatives: Sequence[str] | None,
     on_step: Callable[[int], Any],
+    edit: Edit | None = None,
 ) -> Iterator[np.ndarray]:
-    """The latents after each step, float32 (B, C, h, w)."""
+    """The latents at the start and after each step, float32 (B, C, h, w)."""
     d = backend.description
     shape = (d.latent_channels, request.height // d.factor, request.width // d.factor)
     levels = d.levels(request.sampler, request.steps, request.schedule)
-    denoise = guided(backend, prompts, negatives or [""] * len(prompts), request)
-    x = noise.normal(seeds, shape) * levels[0].sigma
+    beside = concatenated(backend, edit, shape)
+    denoise = guided(backend, prompts, negatives or [""] * len(prompts), request, beside)
+    x = noise.normal(seeds, shape)
+    if edit:
+        known = latents(backend, edit.image)
+        levels = Levels(levels[request.steps - int(request.steps * edit.strength) :], levels.at)
+        if edit.mask is not None and beside is None:
+            denoise = keeping(denoise, known, cells(edit.mask, d.factor))
+        # SDEdit (Meng et al. 2022, algorithm 1), but for a start of noise alone where nothing of the image is to stay
+        x = x * levels[0].sigma + (known * levels[0].alpha if edit.strength < 1 else 0)
+    else:
+        x = x * levels[0].sigma
+    yield x
     sampler = SAMPLERS[request.sampler](denoise, x, levels, lambda step: noise.normal(seeds, shape, step + 1))
     for step, (x, _) in enumerate(sampler):
         if not np.isfinite(x).all():
             raise DivergedError(
-                f"the network returned non-finite values at step {step + 1} of {request.steps}; use fp32 weights"
+                f"the network returned non-finite values at step {step + 1} of {len(levels) - 1}; use fp32 weights"
             )
         on_step(step + 1)
         yield x
 
 
-def guided(backend: Backend, prompts: Sequence[Prompt], negatives: Sequence[str], request: Request) -> Denoise:
-    """The denoiser (x, level) -> x0 under the request's guidance; where that is 1, the prompt alone is asked."""
+def latents(backend: Backend, image: np.ndarray) -> np.ndarray:
+    """The scaled mean latent (1, C, h, w) float32 of one uint8 image (H, W, 3)."""
+    d = backend.description
+    moments = backend.encode_image(images.to_pixels(image[None]))
+    return moments[:, : d.latent_channels] * np.float32(d.scaling_factor)
+
+
+def concatenated(backend: Backend, edit: Edit | None, shape: tuple[int, ...]) -> np.ndarray | None:
+    """What an inpainting model reads beside x: the mask and the masked image's latents (1, 1 + C, h, w); else None.
+
+    Without an image that is one of which everything is to be drawn.
+    """
+    d = backend.description
+    if d.in_channels == d.latent_channels:
+        return None
+    mask = (
+        edit.mask if edit and edit.mask is not None else np.ones((shape[1] * d.factor, shape[2] * d.factor), np.float32)
+    )
+    grey = edit.image if edit else np.full((*mask.shape, 3), 127, np.uint8)
+    kept = np.where(mask[..., None] < 0.5, grey, np.uint8(127))
+    return np.concatenate([cells(mask, d.factor)[None, None], latents(backend, kept)], axis=1)
+
+
+def guided(
+    backend: Backend,
+    prompts: Sequence[Prompt],
+    negatives: Sequence[str],
+    request: Request,
+    beside: np.ndarray | None = None,
+) -> Denoise:
+    """The denoiser (x, level) -> x0 under the request's guidance; where that is 1, the prompt alone is asked.
+
+    `beside` (1, C', h, w) is concatenated to what the network reads.
+    """
     d, count = backend.description, len(prompts)
     branches = [as_branches(prompt) for prompt in prompts]
     rows = [i for i, parts in enumerate(branches) for _ in parts]  # the image of each conditional row
@@ -149,7 +197,8 @@ def guided(backend: Backend, prompts: Sequence[Prompt], negatives: Sequence[str]
     to_x0 = PREDICTIONS[d.prediction].to_x0
 
     def ask(x: np.ndarray, level: Level, context: np.ndarray) -> np.ndarray:
-        return to_x0(backend.denoise(x, level.t, context), x, level.alpha, level.sigma)
+        read = x if beside is None else np.concatenate([x, np.repeat(beside, len(x), axis=0)], axis=1)
+        return to_x0(backend.denoise(read, level.t, context), x, level.alpha, level.sigma)
 
     def one(x: np.ndarray, level: Level) -> np.ndarray:
         return ask(x, level, contexts[-count:])

@@ -23,6 +23,7 @@ class Description:
     path: Path
     scheduler: Scheduler
     latent_channels: int
+    in_channels: int  # what the network reads: the latents, and in an inpainting model a mask and an image's latents
     factor: int  # pixels a latent, along each side
     multiple: int  # width and height must be multiples of this many pixels
     scaling_factor: float
@@ -61,7 +62,8 @@ def describe(path: Path) -> Description:
         return Description(
             path=path,
             scheduler=scheduler,
-            latent_channels=int(vae.get("latent_channels", 4)),
+            latent_channels=(channels := int(vae.get("latent_channels", 4))),
+            in_channels=int(unet.get("in_channels", channels)),
             factor=factor,
             multiple=factor * 2 ** (len(unet["block_out_channels"]) - 1),
             scaling_factor=float(vae.get("scaling_factor") or 0.18215),
@@ -77,4 +79,6 @@ def described(cfg: config.Config, scaling_factor: float) -> Description:
     factor = 2 ** (len(cfg.autoencoder.block_out_channels) - 1)
     multiple = factor * 2 ** (len(cfg.denoiser.block_out_channels) - 1)
     scheduler, channels = read(write(cfg)), cfg.autoencoder.latent_channels
-    return Description(Path(), scheduler, channels, factor, multiple, scaling_factor, cfg.data.resolution, cfg.generate)
+    return Description(
+        Path(), scheduler, channels, channels, factor, multiple, scaling_factor, cfg.data.resolution, cfg.generate
+    )

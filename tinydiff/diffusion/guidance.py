@@ -87,3 +87,12 @@ def complexity(words: Sequence[str]) -> float:
     """
     n = len({word.lower() for word in words if len(word) > 2})
     return n / (n + 6)
+
+
+def keeping(denoise: Denoise, known: Any, mask: Any) -> Denoise:
+    """x0 where `mask` is 1, and `known` where it is 0: inpainting with any model and any solver.
+
+    What is known holds for x0 at every level (as Song et al. 2021, section 5, hold it for x): the solver's noise there
+    then follows by itself.
+    """
+    return lambda x, level: known + (denoise(x, level) - known) * mask
