@@ -65,6 +65,11 @@ def test_help_imports_no_array_library(tmp_path: Path) -> None:
         (["generate", "x", "-i", "x.png", "--strength", "1.5"], "from 0"),
         (["generate", "x", "-i", "x.png", "--outpaint", "1,2"], "four numbers"),
         (["generate", "x", "-i", "x.png", "-W", "64"], "--fit"),
+        (["generate", "x", "--frames", "3"], "--to PROMPT"),
+        (["generate", "x", "--seed-path", "1"], "two or more seeds"),
+        (["generate", "x", "--to", "y", "-o", "x.jpg"], ".webp"),
+        (["generate", "x AND y", "--to", "z"], "AND"),
+        (["generate", "x", "--to", "y", "--count", "2"], "no --count"),
         (["train", "--set", "train.sed=1"], "did you mean 'seed'"),
         (["train", "missing.toml"], "missing.toml"),
         (["train", "--stage", "decoder"], "denoiser"),
@@ -168,6 +173,36 @@ def test_interrupted_generation_leaves_no_file(tmp_path: Path) -> None:
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and b"Traceback" not in said
     assert not list(tmp_path.rglob("*.png*"))
+
+
+def test_frames_in_one_file(tmp_path: Path) -> None:
+    way = ("generate", "red heart", "--to", "blue heart", "--frames", "3", "-s", "3", "--steps", "2")
+    assert tinydiff(*way, "-o", "way.png", cwd=tmp_path).returncode == 0
+    assert tinydiff(*way, "-o", "frames/", cwd=tmp_path).returncode == 0
+    assert tinydiff(*way, "-o", "way.webp", cwd=tmp_path).returncode == 0
+    refused(2, *way, "-o", "way.png", cwd=tmp_path, says="--force")
+    frames = [np.asarray(Image.open(tmp_path / "frames" / f"{i:04d}.png")) for i in range(3)]
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "way.png")), np.concatenate(frames, axis=1))
+    moving = Image.open(tmp_path / "way.webp")
+    assert moving.n_frames == 4  # there and back again
+    for i, frame in enumerate([*frames, frames[1]]):
+        moving.seek(i)
+        np.testing.assert_array_equal(np.asarray(moving.convert("RGB")), frame)
+
+
+def test_editing_from_the_command_line(tmp_path: Path) -> None:
+    assert tinydiff("generate", "red heart", "-s", "3", "-o", "a.png", cwd=tmp_path).returncode == 0
+    Image.fromarray(np.repeat(np.uint8([[0, 255]]), 32, axis=1).repeat(64, axis=0)).save(tmp_path / "mask.png")
+    masked = tinydiff("generate", "blue heart", "-i", "a.png", "--mask", "mask.png", "-o", "b.png", cwd=tmp_path)
+    assert masked.returncode == 0
+    a, b = (np.asarray(Image.open(tmp_path / name)) for name in ("a.png", "b.png"))
+    assert (a[:, :32] == b[:, :32]).all() and (a[:, 32:] != b[:, 32:]).any()
+    assert (
+        tinydiff("generate", "x", "-i", "a.png", "--outpaint", "0,16,0,0", "-o", "c.png", cwd=tmp_path).returncode == 0
+    )
+    assert Image.open(tmp_path / "c.png").size == (64, 80)
+    refused(3, "generate", "x", "-i", "absent.png", cwd=tmp_path, says="absent.png")
+    refused(2, "generate", "x", "-i", "a.png", "--outpaint", "1,0,0,0", cwd=tmp_path, says="nearest are 64 and 80")
 
 
 def test_cli_reference_is_current() -> None:

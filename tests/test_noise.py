@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinydiff.diffusion.noise import keyed, normal
+from tinydiff.diffusion.noise import keyed, normal, slerp
 
 NORMALS = [-1.8044724, -0.1972256, -0.4351492]
 INTEGERS = [4087722685, 2692386727, 257446835]
@@ -57,3 +57,18 @@ def test_another_process_draws_the_same():
     code = "from tinydiff.diffusion.noise import keyed; print(*keyed(5, 'sampling', 1, 2).random(3).tolist())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert list(map(float, run.stdout.split())) == keyed(5, "sampling", 1, 2).random(3).tolist()
+
+
+def test_between_seeds_noise_stays_noise():
+    """The ends of a way are the seeds' own noise; between them every point has the length that noise has."""
+    a, b = normal([3], (4, 16, 16)), normal([8], (4, 16, 16))
+    np.testing.assert_allclose(normal([(3, 8, 0.0), (3, 8, 1.0)], (4, 16, 16)), np.concatenate([a, b]), atol=1e-6)
+    way = normal([(3, 8, share) for share in (0.25, 0.5, 0.75)], (4, 16, 16))
+    assert way.dtype == np.float32 and way.std(axis=(1, 2, 3)) == pytest.approx(np.ones(3), abs=0.05)
+    angles = [np.arccos(np.vdot(a, x) / np.linalg.norm(a) / np.linalg.norm(x)) for x in [*way, b[0]]]
+    np.testing.assert_allclose(np.diff(angles), angles[0], rtol=0.05)  # steps along the circle, all but equal
+
+
+def test_slerp_of_parallel_vectors_is_a_line():
+    a = np.ones((2, 2), np.float32)
+    np.testing.assert_allclose(slerp(a, a * 3, 0.5), a * 2)

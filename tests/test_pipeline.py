@@ -18,7 +18,7 @@ from tinydiff.diffusion.samplers import SAMPLERS
 from tinydiff.diffusion.schedules import Level
 from tinydiff.errors import DivergedError, ModelError, UsageError
 from tinydiff.pipeline import Request, check_size, encode, generate, scale
-from tinydiff.text.prompts import parse
+from tinydiff.text.prompts import blend, parse
 
 REQUEST = Request(steps=4, cfg_scale=3.0, sampler="dpmpp_2m", schedule="trailing", width=8, height=8)
 
@@ -124,6 +124,22 @@ def test_branches_are_composed_by_their_weights():
     for found, guided in zip(image, (0.02 + 3 * (0.01 + 2 * 0.05), 0.02 + 3 * 0.02), strict=True):
         assert (found == round((guided / 0.5 / 2 + 0.5) * 255)).all()
     assert {n for n, _ in fake.calls} == {5}
+
+
+def test_on_the_way_between_prompts_vectors_are_mixed():
+    fake = Fake()
+    images = generate(fake, [blend("abcd", "abcdefgh", share) for share in (0.0, 0.25, 1.0)], [0, 0, 0], REQUEST)
+    for image, prompt in zip(images, (0.04, 0.05, 0.08), strict=True):
+        assert (image == round((3 * prompt / 0.5 / 2 + 0.5) * 255)).all()
+    with pytest.raises(UsageError, match="AND"):
+        blend("a", "b AND c", 0.5)
+
+
+def test_the_ends_of_a_way_are_the_images_themselves(backend):
+    request = Request(3, 2.0, "dpmpp_2m", "trailing", 16, 16)
+    ends = generate(backend, ["red", "blue"], [1, 2], request)
+    way = generate(backend, [blend("red", "blue", 0.0), blend("red", "blue", 1.0)], [(1, 2, 0.0), (1, 2, 1.0)], request)
+    assert near(ends, way)
 
 
 def test_a_plain_string_has_no_syntax():

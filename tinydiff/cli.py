@@ -129,6 +129,13 @@ def generate(
         ),
     ] = None,
     count: Annotated[int, typer.Option(min=1, max=1_000_000, help="Images a prompt, of seeds s, s+1, ...")] = 1,
+    to: Annotated[str | None, typer.Option(help="Frames on the way to this prompt.")] = None,
+    seed_path: Annotated[
+        str | None, typer.Option(metavar="S,S,...", help="Frames on the way through these seeds' noise.")
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=2, max=10_000, help="How many, 16 by default, in one .png, .webp, .gif or .apng.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, max=4096, help="Images at once.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Sampling steps.")] = None,
     cfg_scale: Annotated[float | None, typer.Option(min=0, max=100, help="Guidance; 1 is none.")] = None,
@@ -172,14 +179,38 @@ def generate(
     opened = opening(model, backend, device)
     from tinydiff import drawing  # imported while the graphs are being opened
 
-    sink = drawing.Sink(output, force, many=prompt == "-" or count > 1)
+    moving = to is not None or seed_path is not None
+    if frames and not moving:
+        raise UsageError("--frames: there is no way to go; give --to PROMPT or --seed-path 1,2")
+    reel = moving and "%" not in output and not output.endswith("/") and not Path(output).is_dir()
+    sink = drawing.Reel(output, force) if reel else drawing.Sink(output, force, many=prompt == "-" or count > 1)
     prompts = drawing.read_prompts(prompt)
     request, size = complete(opened, locals())
     request, edit = edited(opened, request, locals())
-    jobs = drawing.jobs(prompts, seed, count)
+    jobs = way(prompts, locals()) if moving else drawing.jobs(prompts, seed, count)
     for drawn in drawing.draw(opened, jobs, negative, request, size, edit):
         path = sink.write(drawn, None if no_metadata else drawn.settings)
         say_image(path, drawn, as_json)
+    sink.close()
+
+
+def way(prompts: Iterator[str | None], given: dict[str, Any]) -> Iterator[Any]:
+    """The frames' jobs. Raises UsageError for flags that do not fit."""
+    from secrets import randbelow
+
+    from tinydiff import drawing
+
+    if given["prompt"] == "-" or given["count"] > 1:
+        raise UsageError("--to, --seed-path: one prompt and one way; give the prompt itself, and no --count")
+    start = given["seed"] if given["seed"] is not None else randbelow(2**31)
+    try:
+        seeds = [int(part) for part in given["seed_path"].split(",")] if given["seed_path"] else [start]
+    except ValueError:
+        seeds = []
+    if not seeds or (given["seed_path"] and len(seeds) < 2) or min(seeds) < 0:
+        raise UsageError(f"--seed-path {given['seed_path']}: give two or more seeds, such as 1,2,3")
+    to = drawing.clean(given["to"]) if given["to"] is not None else None
+    return drawing.frames(next(prompts) or "", to, seeds, given["frames"] or 16)
 
 
 def say_image(path: str, image: Any, as_json: bool) -> None:

@@ -11,18 +11,19 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tinydiff import images, pipeline
+from tinydiff.diffusion.noise import Seed
 from tinydiff.editing import Edit
 from tinydiff.errors import UsageError
 from tinydiff.files import shown, write_file
-from tinydiff.text.prompts import Branch, parse
+from tinydiff.text.prompts import Branch, blend, parse
 from tinydiff.training.progress import Progress
 
 NUMBERED = "%04d.png"
@@ -35,7 +36,9 @@ class Job:
 
     index: int
     prompt: str
-    seed: int
+    seed: Seed
+    toward: str | None = None  # on the way to this prompt
+    share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,39 @@ class Drawn:
     pixels: np.ndarray
     settings: dict[str, Any]
     seconds: float
+
+
+class Reel:
+    """One file of many frames: side by side in a PNG, or moving in a .webp, .gif or .apng (there and back again)."""
+
+    MOVING = (".webp", ".gif", ".apng")
+
+    def __init__(self, output: str, force: bool):
+        self.path, self.force, self.drawn = Path(output), force, list[Drawn]()
+        if self.path.suffix.lower() not in (".png", *self.MOVING):
+            raise UsageError(
+                f"-o {output}: frames go to a .png, .webp, .gif or .apng file, a folder, or out/{NUMBERED}"
+            )
+        if self.path.exists() and not force:
+            raise UsageError(f"{shown(self.path)}: exists; use --force to replace it, or another -o")
+
+    def write(self, image: Drawn, settings: dict[str, Any] | None) -> str:
+        self.drawn.append(replace(image, settings=settings or {}))
+        return str(self.path)
+
+    def close(self) -> None:
+        """Write the file; nothing where nothing was drawn."""
+        if not self.drawn:
+            return
+        stack = np.stack([image.pixels for image in self.drawn])
+        if self.path.suffix.lower() in self.MOVING:
+            data = images.encode_moving(np.concatenate([stack, stack[-2:0:-1]]), self.path.suffix.lower())
+        else:
+            strip = images.grid(stack, len(stack), gap=0)
+            data = images.encode_png(
+                strip, {**self.drawn[0].settings, "frames": len(stack)} if self.drawn[0].settings else None
+            )
+        write_file(self.path, data, force=self.force)
 
 
 class Sink:
@@ -81,6 +117,9 @@ class Sink:
             raise UsageError(f"-o {self.output}: no number pattern; write one like out/{NUMBERED}")
         return Path(name)
 
+    def close(self) -> None:
+        """Every image is written already."""
+
     def write(self, image: Drawn, settings: dict[str, Any] | None) -> str:
         """Write one image; returns its path, '-' for stdout."""
         data = images.encode_png(image.pixels, settings)
@@ -109,10 +148,10 @@ def clean(text: str) -> str:
     return " ".join("".join(c if c.isprintable() or c in "\u200d\ufe0f" else " " for c in valid).split())
 
 
-def understood(prompt: str) -> list[Branch]:
-    """The prompt's branches; UsageError names the prompt too, since it may be one of many."""
+def understood(prompt: str, toward: str | None = None, share: float = 0.0) -> list[Branch]:
+    """The prompt's branches, or those on the way to another; UsageError names the prompt too, it may be one of many."""
     try:
-        return parse(prompt)
+        return parse(prompt) if toward is None else blend(prompt, toward, share)
     except UsageError as error:
         raise UsageError(f"{error} (in {prompt[:60]!r})") from None
 
@@ -153,6 +192,16 @@ def jobs(prompts: Iterator[str | None], seed: int | None, count: int) -> Iterato
             index += 1
 
 
+def frames(prompt: str, toward: str | None, seeds: Sequence[int], count: int) -> Iterator[Job]:
+    """`count` jobs on the way from one prompt to another and from one seed to the next, ends included."""
+    for index in range(count):
+        share = index / max(1, count - 1)
+        at = share * (len(seeds) - 1)
+        i = min(int(at), len(seeds) - 2)
+        seed = seeds[0] if len(seeds) == 1 else (seeds[i], seeds[i + 1], at - i)
+        yield Job(index, prompt, seed, toward, share)
+
+
 def batches(items: Iterator[Job | None], size: int) -> Iterator[list[Job]]:
     """Up to `size` jobs at once, fewer when no more are waiting."""
     batch: list[Job] = []
@@ -177,7 +226,7 @@ def draw(
     noted: set[str] = set()
     negative = clean(negative)
     for batch in batches(items, size):
-        texts = [branch.text for job in batch for branch in understood(job.prompt)]
+        texts = [branch.text for job in batch for branch in understood(job.prompt, job.toward)]
         for text in dict.fromkeys([negative, *texts]):
             note_of_parts(backend, text, noted)
         begun = time.monotonic()
@@ -185,6 +234,7 @@ def draw(
         seconds = (time.monotonic() - begun) / len(batch)
         for job, image in zip(batch, pixels, strict=True):
             settings = {"prompt": job.prompt, "negative": negative, "seed": job.seed, **asdict(request)}
+            settings |= {"toward": job.toward, "share": job.share} if job.toward is not None else {}
             settings |= {"strength": edit.strength} if edit else {}
             settings |= {"model": backend.description.path.name, "backend": backend.name}
             yield Drawn(job.index, image, settings, seconds)
@@ -197,8 +247,8 @@ def _draw_batch(
         f"image {batch[0].index + 1}" + (f" to {batch[-1].index + 1}" if len(batch) > 1 else ""), request.steps
     )
     on_step = bar.update if bar.bar else lambda step: None
-    prompts, seeds = [job.prompt for job in batch], [job.seed for job in batch]
-    branches = [understood(prompt) for prompt in prompts]
+    seeds = [job.seed for job in batch]
+    branches = [understood(job.prompt, job.toward, job.share) for job in batch]
     return pipeline.generate(backend, branches, seeds, request, [negative] * len(batch), on_step, edit)
 
 

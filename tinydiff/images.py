@@ -125,6 +125,16 @@ def encode_png(image: np.ndarray, settings: dict[str, Any] | None) -> bytes:
     return file.getvalue()
 
 
+def encode_moving(frames: np.ndarray, suffix: str, milliseconds: int = 80) -> bytes:
+    """uint8 (N, H, W, 3) as an endless animation: ".webp" (lossless), ".gif" or ".apng"."""
+    first, *rest = (Image.fromarray(frame) for frame in frames)
+    more: dict[str, Any] = {"lossless": True} if suffix == ".webp" else {}
+    kind = {".webp": "WEBP", ".gif": "GIF", ".apng": "PNG"}[suffix]
+    file = BytesIO()
+    first.save(file, kind, save_all=True, append_images=rest, duration=milliseconds, loop=0, **more)
+    return file.getvalue()
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings that `encode_png` wrote. Raises DataError when the file has none."""
     try:

@@ -93,7 +93,7 @@ def check_size(description: Description, width: int, height: int) -> None:
 def generate(
     backend: Backend,
     prompts: Sequence[Prompt],
-    seeds: Sequence[int],
+    seeds: Sequence[noise.Seed],
     request: Request,
     negatives: Sequence[str] | None = None,
     on_step: Callable[[int], Any] = lambda step: None,
@@ -116,7 +116,7 @@ def generate(
 def denoise_latents(
     backend: Backend,
     prompts: Sequence[Prompt],
-    seeds: Sequence[int],
+    seeds: Sequence[noise.Seed],
     request: Request,
     negatives: Sequence[str] | None,
     on_step: Callable[[int], Any],
@@ -189,11 +189,8 @@ def guided(
     weights = [branch.weight for parts in branches for branch in parts]
     alone = len(rows) == count and set(weights) == {1.0}
     strength = scale(request, branches, len(d.schedule))
-    texts = [branch.pieces for parts in branches for branch in parts]
-    if alone and strength is request.cfg_scale and strength == 1:
-        contexts = encode(backend, texts)
-    else:
-        contexts = encode(backend, [*((Piece(text, 1.0),) for text in negatives), *texts])
+    blank = [] if alone and strength is request.cfg_scale and strength == 1 else negatives
+    contexts = vectors(backend, [*map(plain, blank), *(branch for parts in branches for branch in parts)])
     to_x0 = PREDICTIONS[d.prediction].to_x0
 
     def ask(x: np.ndarray, level: Level, context: np.ndarray) -> np.ndarray:
@@ -226,8 +223,22 @@ def scale(request: Request, branches: Sequence[Sequence[Branch]], levels: int) -
 
 
 def as_branches(prompt: Prompt) -> Sequence[Branch]:
-    """A prompt as branches; a string is its own words, whatever brackets it has."""
-    return [Branch((Piece(prompt, 1.0),), 1.0)] if isinstance(prompt, str) else prompt
+    return [plain(prompt)] if isinstance(prompt, str) else prompt
+
+
+def plain(text: str) -> Branch:
+    """A text as its own words, whatever brackets it has."""
+    return Branch((Piece(text, 1.0),), 1.0)
+
+
+def vectors(backend: Backend, branches: Sequence[Branch]) -> np.ndarray:
+    """Text vectors (B, K T, D) of branches, those on the way to another prompt mixed with its."""
+    found = encode(backend, [branch.pieces for branch in branches] + [b.toward for b in branches if b.toward])
+    ahead = iter(found[len(branches) :])
+    mixed = (
+        a + (next(ahead) - a) * np.float32(b.share) if b.toward else a for a, b in zip(found, branches, strict=False)
+    )
+    return np.stack(list(mixed))
 
 
 def encode(backend: Backend, texts: Sequence[tuple[Piece, ...]]) -> np.ndarray:
@@ -236,12 +247,12 @@ def encode(backend: Backend, texts: Sequence[tuple[Piece, ...]]) -> np.ndarray:
     A weight w moves a token's vector from the empty prompt's at its place: blank + w (vector - blank).
     """
     unique, tokenizer = list(dict.fromkeys(texts)), backend.tokenizer
-    plain = ["".join(piece.text for piece in pieces) for pieces in unique]
-    if all(piece.weight == 1 for pieces in unique for piece in pieces) and not any(map(tokenizer.cut, plain)):
-        vectors = backend.encode_text(tokenizer.encode(plain))
+    words = ["".join(piece.text for piece in pieces) for pieces in unique]
+    if all(piece.weight == 1 for pieces in unique for piece in pieces) and not any(map(tokenizer.cut, words)):
+        found = backend.encode_text(tokenizer.encode(words))
     else:
-        vectors = _weighted(backend, [chunks(pieces, tokenizer) for pieces in unique])
-    return vectors[[unique.index(pieces) for pieces in texts]]
+        found = _weighted(backend, [chunks(pieces, tokenizer) for pieces in unique])
+    return found[[unique.index(pieces) for pieces in texts]]
 
 
 def _weighted(backend: Backend, parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:

@@ -19,10 +19,29 @@ def keyed(seed: int, stream: str, step: int = 0, sample: int = 0) -> np.random.G
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
-def normal(seeds: Sequence[int], shape: tuple[int, ...], step: int = 0) -> np.ndarray:
+Seed = int | tuple[int, int, float]  # a key, or a share of the way from one key to another
+
+
+def normal(seeds: Sequence[Seed], shape: tuple[int, ...], step: int = 0) -> np.ndarray:
     """Standard normal float32 (len(seeds), *shape), one generator an image, so that no image depends on its batch.
 
     Step 0 is the start of sampling; a stochastic sampler's step i draws from step i + 1.
     """
-    draws = [keyed(seed, "sampling", step).standard_normal(shape, np.float32) for seed in seeds]
-    return np.stack(draws)
+
+    def draw(seed: Seed) -> np.ndarray:
+        if isinstance(seed, tuple):
+            return slerp(draw(seed[0]), draw(seed[1]), seed[2])
+        return keyed(seed, "sampling", step).standard_normal(shape, np.float32)
+
+    return np.stack([draw(seed) for seed in seeds])
+
+
+def slerp(a: np.ndarray, b: np.ndarray, share: float) -> np.ndarray:
+    """The point a `share` of the way from a to b along a great circle (Shoemake 1985): as long as noise should be."""
+    cosine = float(np.vdot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b)))
+    angle = float(np.arccos(np.clip(cosine, -1, 1)))
+    if np.sin(angle) < 1e-6:
+        return a + (b - a) * np.float32(share)
+    return a * np.float32(np.sin((1 - share) * angle) / np.sin(angle)) + b * np.float32(
+        np.sin(share * angle) / np.sin(angle)
+    )

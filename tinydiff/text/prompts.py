@@ -62,10 +62,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class Branch:
-    """One side of AND: a prompt of its own, and its weight among the branches."""
+    """One side of AND: a prompt of its own, and its weight among the branches.
+
+    With `toward` the text vectors are a `share` of the way to those of another prompt.
+    """
 
     pieces: tuple[Piece, ...]
     weight: float
+    toward: tuple[Piece, ...] | None = None
+    share: float = 0.0
 
     @property
     def text(self) -> str:
@@ -91,6 +96,14 @@ def parse(text: str) -> list[Branch]:
     ]
     _refuse_empty(branches, borders)
     return branches
+
+
+def blend(start: str, end: str, share: float) -> list[Branch]:
+    """A `share` of the way from one prompt to another, in text vectors. Raises UsageError where one has an AND."""
+    one, other = parse(start), parse(end)
+    if len(one) > 1 or len(other) > 1:
+        raise UsageError("there is no way between prompts with AND; write each without it")
+    return [Branch(one[0].pieces, 1.0, other[0].pieces, share)]
 
 
 def chunks(pieces: Sequence[Piece], tokenizer: Tokens) -> tuple[np.ndarray, np.ndarray]:
