@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Draw docs/gallery.png: sixteen prompts through the shipped model, with fixed seeds.
+# Draw docs/gallery.png, sixteen prompts through the shipped model, and docs/edits.png, what the README does to images.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=$(mktemp -d)
@@ -12,4 +12,16 @@ import numpy as np
 from tinydiff import images
 tiles = np.stack([images.open_image(p) for p in sorted(Path(sys.argv[1]).glob("*.png"))])
 Path("docs/gallery.png").write_bytes(images.encode_png(images.grid(np.kron(tiles, np.ones((1, 2, 2, 1), np.uint8)), 8, 8), None))
+END
+sed -n '/<!-- edits -->/,/^```$/p' README.md | grep -v -e '^<!--' -e '^```' > "$folder/edits.sh"
+(cd "$folder" && bash -euo pipefail edits.sh)
+python - "$folder" <<'END'
+import sys
+from pathlib import Path
+import numpy as np
+from tinydiff import images
+rows = [images.open_image(Path(sys.argv[1]) / f"{n}.png") for n in ("face", "sunglasses", "red", "half", "wide", "way")]
+gap = np.full((64, 12, 3), 255, np.uint8)
+row = np.concatenate([part for image in rows for part in (image, gap)][:-1], axis=1)
+Path("docs/edits.png").write_bytes(images.encode_png(np.kron(row, np.ones((2, 2, 1), np.uint8)), None))
 END

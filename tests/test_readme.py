@@ -118,6 +118,14 @@ def test_in_a_pipeline(home: Path) -> None:
     assert not np.array_equal(four[0], four[1])
 
 
+def test_change_an_image(home: Path) -> None:
+    run(home, block("edits"))
+    red, half, wide, way = (pixels(home / f"{name}.png") for name in ("red", "half", "wide", "way"))
+    assert (red[:, :32] == half[:, :32]).all() and (red[:, 32:] != half[:, 32:]).any()
+    assert wide.shape == (64, 96, 3) and way.shape == (64, 6 * 64, 3)
+    assert np.abs(way[:, :64] - red).max() <= 1 and way[:, -64:, 2].mean() > way[:, :64, 2].mean()
+
+
 def agree(first: Path, second: Path) -> bool:
     """At most one grey level apart on at least 99.9 % of pixels."""
     return (np.abs(pixels(first) - pixels(second)).max(axis=-1) <= 1).mean() >= 0.999
