@@ -295,6 +295,14 @@ def test_verify_works_through_a_linked_folder_and_ignores_hidden_files(tmp_path)
     verify(tmp_path / "link")
 
 
+def test_files_are_as_readable_as_their_folder(tmp_path):
+    with committed(tmp_path / "model") as folder:
+        (folder / "weights").write_text("x")
+        (folder / "weights").chmod(0o600)
+    (tmp_path / "plain").write_text("x")
+    assert (tmp_path / "model" / "weights").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_write_file(tmp_path):
     path = tmp_path / "out" / "a.png"
     write_file(path, b"one")

@@ -185,13 +185,17 @@ def _check_free(path: Path, replace: bool, manifest: bool) -> None:
 
 
 def _seal(folder: Path, manifest: bool) -> None:
-    """Syncs every file, then the manifest, then every folder, innermost first."""
-    entries = {}
+    """Syncs every file, then the manifest, then every folder, innermost first.
+
+    Files are made as readable as the folder is: safetensors writes them for their owner alone.
+    """
+    entries, readable = {}, folder.stat().st_mode & 0o666
     for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
         assert path.is_file() and not path.is_symlink(), f"{path} is not a regular file"
         name = path.relative_to(folder).as_posix()
         if name != MANIFEST:
             entries[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+            path.chmod(path.stat().st_mode | readable)
             _sync(path)
     if manifest:
         text = json.dumps({"format": FORMAT, "files": entries}, indent=2) + "\n"

@@ -61,10 +61,12 @@ def load(path: Path, module: nn.Module, average: Average, optimizer: torch.optim
     """A checkpoint into the very objects that `save` took."""
     module.load_state_dict(read_tensors(path / "weights.safetensors"))
     average.load(read_tensors(path / "average.safetensors"))
-    tensors = read_tensors(path / "optimizer.safetensors")
+    moments: dict[str, dict[str, Tensor]] = {}
+    for key, value in read_tensors(path / "optimizer.safetensors").items():
+        name, _, kind = key.rpartition(".")
+        moments.setdefault(name, {})[kind] = value
     for name, p in module.named_parameters():
-        found = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.rpartition(".")[0] == name}
-        if found:
+        if found := moments.get(name):
             optimizer.state[p] = {
                 k: v.to(p.device) if k == "step" else torch.empty_like(p).copy_(v) for k, v in found.items()
             }
