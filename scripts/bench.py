@@ -1,11 +1,13 @@
 """Speed and memory as ratios against named peers, each pair run in turn, several times, in one call.
 
-    python scripts/bench.py [startup] [generate] [train] [--runs N] [--model DIR]
+    python scripts/bench.py [startup] [generate] [train] [samplers] [--runs N] [--model DIR]
 
 startup   `tinydiff --help` against `python -c "import typer"`
 generate  `tinydiff generate` of one image, whole process, against a diffusers script with the same weights, and against
           a bare script that opens the same ONNX sessions and loops in numpy (the floor)
 train     one step of the denoiser stage through the training loop against forward + backward + optimizer on the same batch
+samplers  the arithmetic of each solver, a step of 8 latents of 4x64x64, against one call of a network of Stable Diffusion's
+          size on them (minutes and 4 GB; not run unless named)
 
 Prints one line a comparison: the median ratio with its least and greatest.
 """
@@ -184,6 +186,34 @@ def train(runs: int, config: Path) -> None:
         compare("time, training step / bare step", runs, lambda: seconds(ours), lambda: seconds(bare))
 
 
+def samplers() -> None:
+    """The dearest solver's share of a network call."""
+    import numpy as np
+    import torch
+
+    from tinydiff.config import Denoiser
+    from tinydiff.diffusion.samplers import SAMPLERS
+    from tinydiff.diffusion.schedules import SCHEDULES, sampling_levels
+    from tinydiff.models.unet import UNet
+
+    cross = ("CrossAttnDownBlock2D",) * 3
+    unet = UNet(Denoiser((320, 640, 1280, 1280), (*cross, "DownBlock2D"), 2, 1, 8, 32, False), 4, 768)
+    x = torch.randn(8, 4, 64, 64)
+    with torch.inference_mode():
+        begun = time.perf_counter()
+        unet(x, torch.tensor(500.0), torch.randn(8, 77, 768))
+    call = time.perf_counter() - begun
+    levels, start = sampling_levels(SCHEDULES["scaled_linear"](1000), 20), x.numpy()
+    costs = {}
+    for name, sampler in SAMPLERS.items():
+        begun = time.perf_counter()
+        for _ in sampler(lambda x, level: start, np.array(start), levels, lambda i: start):
+            pass
+        costs[name] = (time.perf_counter() - begun) / 20
+    worst = max(costs, key=lambda name: costs[name])
+    print(f"time, a step of {worst} (the dearest sampler) / one network call: {costs[worst] / call:.1e}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["startup", "generate", "train"])
@@ -202,8 +232,10 @@ def main() -> None:
         elif what == "train":
             keep_pages()
             train(arguments.runs, model / "tinydiff.toml")
+        elif what == "samplers":
+            samplers()
         else:
-            sys.exit(f"{what}: no such benchmark; there are startup, generate and train")
+            sys.exit(f"{what}: no such benchmark; there are startup, generate, train and samplers")
 
 
 if __name__ == "__main__":
