@@ -6,6 +6,7 @@ Fixtures are made, not stored. Nothing here imports torch before a test asks for
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from tinydiff import config
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in the background inherits it ignored
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 210), "yellow": (230, 220, 40)}
 SHAPES = ("square", "stripe", "corner")
 

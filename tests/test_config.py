@@ -14,7 +14,13 @@ from tinydiff.config import Config, conflicts, load, to_toml
 from tinydiff.errors import UsageError
 
 FITTED = {"block_out_channels", "down_block_types", "norm_num_groups", "attention_head_dim", "num_attention_heads"}
-FITTED |= {"hidden_size", "resolution", "accumulate"}  # keys that have to fit another key: left at their default
+FITTED |= {
+    "hidden_size",
+    "resolution",
+    "accumulate",
+    "zero_terminal_snr",
+    "shift",
+}  # keys that have to fit another key: left at their default
 
 
 def values(kind: type) -> st.SearchStrategy:

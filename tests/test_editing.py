@@ -12,6 +12,7 @@ from PIL import Image
 from tests.test_pipeline import REQUEST, Fake
 from tinydiff import images
 from tinydiff.backends import open_backend
+from tinydiff.diffusion import noise
 from tinydiff.diffusion.samplers import SAMPLERS
 from tinydiff.editing import Edit, cells, extended, read
 from tinydiff.errors import UsageError
@@ -152,3 +153,47 @@ def test_a_mask_of_another_size_is_refused(tmp_path):
     image, mask = saved(tmp_path / "a.png", IMAGE), saved(tmp_path / "b.png", IMAGE[:8])
     with pytest.raises(UsageError, match=r"b\.png: the mask is 16x8 and the image 16x16.*--fit"):
         read(image, 1.0, mask)
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")
+def test_diffusers_paints_the_same_with_an_inpainting_model(make_model, tiny_config, monkeypatch):
+    """A network of nine channels with random weights. Theirs draws the masked image's latents where ours takes the mean, and
+    hands back the decoded image where ours puts in the pixels that were kept."""
+    import json
+
+    import torch
+    from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline, UNet2DConditionModel
+
+    cfg = replace(tiny_config, generate=replace(tiny_config.generate, sampler="ddim"))
+    path = make_model(cfg)
+    (path / "manifest.json").unlink()
+    torch.manual_seed(0)
+    settings = json.loads((path / "unet" / "config.json").read_text()) | {"in_channels": 9}
+    UNet2DConditionModel.from_config(settings).save_pretrained(path / "unet")
+    parts = StableDiffusionPipeline.from_pretrained(path).components
+    pipe = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    scaling = pipe.vae.config.scaling_factor
+    monkeypatch.setattr(
+        pipe, "_encode_vae_image", lambda image, generator: pipe.vae.encode(image).latent_dist.mean * scaling
+    )
+    backend, mask = open_backend(path, "torch", "cpu"), Image.fromarray((LEFT * 255).astype(np.uint8))
+    latents = noise.normal([3], (4, 8, 8)) * np.float32(backend.description.schedule[-1].sigma)
+    theirs = pipe(
+        "a red square",
+        image=Image.fromarray(IMAGE),
+        mask_image=mask,
+        latents=torch.from_numpy(latents),
+        strength=1.0,
+        height=SIDE,
+        width=SIDE,
+        num_inference_steps=10,
+        guidance_scale=2.0,
+        output_type="np",
+    ).images[0]
+    request = Request(10, 2.0, "ddim", "trailing", SIDE, SIDE)
+    ours = generate(backend, ["a red square"], [3], request, edit=Edit(IMAGE, 1.0, LEFT))[0]
+    half = slice(0, SIDE // 2)
+    assert ours[:, half].std() > 5
+    assert (np.abs(ours[:, half] - np.rint(theirs[:, half] * 255)) <= 1).mean() >= 0.999

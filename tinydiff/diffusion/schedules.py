@@ -147,8 +147,12 @@ def training_levels(name: str, count: int, shift: float = 1.0, zero_snr: bool = 
 
 
 def leading(count: int, steps: int, offset: int = 1) -> list[int]:
-    """Multiples of count // steps plus an offset, noisiest first (the choice of Stable Diffusion 1.x)."""
-    return [min(i * (count // steps) + offset, count - 1) for i in reversed(range(steps))]
+    """Multiples of count // steps plus an offset, noisiest first (the choice of Stable Diffusion 1.x).
+
+    The offset is as large as there are levels for.
+    """
+    gap = count // steps
+    return [i * gap + min(offset, count - 1 - (steps - 1) * gap) for i in reversed(range(steps))]
 
 
 def trailing(count: int, steps: int, offset: int = 0) -> list[int]:

@@ -74,9 +74,12 @@ class MidBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Denoiser over latents of `channels` channels, conditioned on time and on text vectors of width `context_dim`."""
+    """Denoiser over latents of `channels` channels, conditioned on time and on text vectors of width `context_dim`.
 
-    def __init__(self, config: Denoiser, channels: int, context_dim: int):
+    `extra` channels are read beside the latents: nine in all in Stable Diffusion's inpainting models.
+    """
+
+    def __init__(self, config: Denoiser, channels: int, context_dim: int, extra: int = 0):
         super().__init__()
         widths, groups, time = config.block_out_channels, config.norm_num_groups, config.block_out_channels[0] * 4
 
@@ -89,7 +92,7 @@ class UNet(nn.Module):
             depth, linear = config.transformer_layers_per_block, config.use_linear_projection
             return Transformer2DModel(c, config.attention_head_dim, depth, context_dim, groups, linear)
 
-        self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(channels + extra, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], time)
         n, cross = config.layers_per_block, [kind == CROSS for kind in config.down_block_types]
         self.down_blocks, left = nn.ModuleList(), [widths[0]]
