@@ -135,8 +135,8 @@ def load(path: Path) -> Model:
     unet, vae, text = (read_json(path / name / "config.json") for name in ("unet", "vae", "text_encoder"))
     tokenizer = Tokenizer.load(path / "tokenizer")
     try:
-        channels = unet.get("out_channels", 4)
-        extra = unet.get("in_channels", channels) - channels
+        channels = unet["out_channels"]
+        extra = unet["in_channels"] - channels
         model = Model(
             UNet(known(config.Denoiser, unet), channels, unet["cross_attention_dim"], extra),
             Autoencoder(known(config.Autoencoder, vae)),
