@@ -122,6 +122,21 @@ def generate(runs: int, model: Path) -> None:
                 )
 
 
+class Captions:
+    """A source of 512 captions, all the training step asks for when its latents are cached."""
+
+    skipped = ()
+
+    def __len__(self) -> int:
+        return 512
+
+    def captions(self, i: int) -> list[str]:
+        return [f"image number {i}"]
+
+    def weight(self, i: int) -> float:
+        return 1.0
+
+
 def train(runs: int, config: Path) -> None:
     """The loop's step, data and metrics included, against the bare step on one fixed batch of the same shape."""
     import numpy as np
@@ -135,18 +150,6 @@ def train(runs: int, config: Path) -> None:
     from tinydiff.training import loop
     from tinydiff.training.optim import Average, adamw
     from tinydiff.training.stages import DenoiserTask
-
-    class Captions:
-        skipped = ()
-
-        def __len__(self) -> int:
-            return 512
-
-        def captions(self, i: int) -> list[str]:
-            return [f"image number {i}"]
-
-        def weight(self, i: int) -> float:
-            return 1.0
 
     cfg = configuration.load(config, ["data.path=bench"])
     tokenizer = Tokenizer.train(

@@ -45,6 +45,13 @@ ALIASES = {
     "num-inference-steps": "steps",
 }
 Json = Annotated[bool, typer.Option("--json", help="Results as JSON lines on stdout.")]
+BatchSize = Annotated[int | None, typer.Option(min=1, max=4096, help="Images at once.")]
+Steps = Annotated[int | None, typer.Option(min=1, max=1000, help="Sampling steps.")]
+CfgScale = Annotated[float | None, typer.Option(min=0, max=100, help="Guidance; 1 is none.")]
+SamplerName = Annotated[str | None, typer.Option(help=" | ".join(SAMPLERS))]
+Spacing = Annotated[str | None, typer.Option(help="Noise levels visited: " + " | ".join(SPACINGS))]
+BackendName = Annotated[str, typer.Option(help=" | ".join(BACKENDS))]
+Device = Annotated[str, typer.Option(help=" | ".join(DEVICES))]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
 
@@ -136,9 +143,9 @@ def generate(
     frames: Annotated[
         int | None, typer.Option(min=2, max=10_000, help="How many, 16 by default, in one .png, .webp, .gif or .apng.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, max=4096, help="Images at once.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Sampling steps.")] = None,
-    cfg_scale: Annotated[float | None, typer.Option(min=0, max=100, help="Guidance; 1 is none.")] = None,
+    batch_size: BatchSize = None,
+    steps: Steps = None,
+    cfg_scale: CfgScale = None,
     cfg_max: Annotated[
         float | None, typer.Option(min=0, max=100, help="Guidance at the last step; it grows from --cfg-scale.")
     ] = None,
@@ -152,8 +159,8 @@ def generate(
     cfg_rescale: Annotated[
         float | None, typer.Option(min=0, max=1, help="Take back the contrast that guidance adds: 0 none, 1 all of it.")
     ] = None,
-    sampler: Annotated[str | None, typer.Option(help=" | ".join(SAMPLERS))] = None,
-    schedule: Annotated[str | None, typer.Option(help="Noise levels visited: " + " | ".join(SPACINGS))] = None,
+    sampler: SamplerName = None,
+    schedule: Spacing = None,
     width: Annotated[int | None, typer.Option("-W", "--width", min=1, max=16384, help="Pixels.")] = None,
     height: Annotated[int | None, typer.Option("-H", "--height", min=1, max=16384, help="Pixels.")] = None,
     image: Annotated[Path | None, typer.Option("-i", "--image", help="Change this image.")] = None,
@@ -167,8 +174,8 @@ def generate(
         typer.Option(metavar="L,T,R,B", help="Draw on: so many pixels more to the left, top, right, bottom."),
     ] = None,
     fit: Annotated[bool, typer.Option("--fit", help="Scale and crop image and mask to -W and -H.")] = False,
-    backend: Annotated[str, typer.Option(help=" | ".join(BACKENDS))] = "auto",
-    device: Annotated[str, typer.Option(help=" | ".join(DEVICES))] = "auto",
+    backend: BackendName = "auto",
+    device: Device = "auto",
     as_json: Json = False,
     force: Force = False,
     no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Leave the settings out of the PNG.")] = False,
@@ -347,13 +354,13 @@ def evaluate(
     ] = ...,  # type: ignore[assignment]
     count: Annotated[int, typer.Option(min=1, max=100_000, help="Images to draw for each.")] = 256,
     seed: Annotated[int, typer.Option("-s", "--seed", min=0, help="Picks captions and noise.")] = 0,
-    batch_size: Annotated[int | None, typer.Option(min=1, max=4096, help="Images at once.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Sampling steps.")] = None,
-    cfg_scale: Annotated[float | None, typer.Option(min=0, max=100, help="Guidance; 1 is none.")] = None,
-    sampler: Annotated[str | None, typer.Option(help=" | ".join(SAMPLERS))] = None,
-    schedule: Annotated[str | None, typer.Option(help="Noise levels visited: " + " | ".join(SPACINGS))] = None,
-    backend: Annotated[str, typer.Option(help=" | ".join(BACKENDS))] = "auto",
-    device: Annotated[str, typer.Option(help=" | ".join(DEVICES))] = "auto",
+    batch_size: BatchSize = None,
+    steps: Steps = None,
+    cfg_scale: CfgScale = None,
+    sampler: SamplerName = None,
+    schedule: Spacing = None,
+    backend: BackendName = "auto",
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Score a model: the oracle on shapes, the nearest image on a folder."""

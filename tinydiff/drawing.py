@@ -51,6 +51,12 @@ class Drawn:
     seconds: float
 
 
+def refuse_existing(path: Path, force: bool) -> None:
+    """UsageError, before anything is drawn, where a file would be lost."""
+    if path.exists() and not force:
+        raise UsageError(f"{shown(path)}: exists; use --force to replace it, or another -o")
+
+
 class Reel:
     """One file of many frames: side by side in a PNG, or moving in a .webp, .gif or .apng (there and back again)."""
 
@@ -62,8 +68,7 @@ class Reel:
             raise UsageError(
                 f"-o {output}: frames go to a .png, .webp, .gif or .apng file, a folder, or out/{NUMBERED}"
             )
-        if self.path.exists() and not force:
-            raise UsageError(f"{shown(self.path)}: exists; use --force to replace it, or another -o")
+        refuse_existing(self.path, force)
 
     def write(self, image: Drawn, settings: dict[str, Any] | None) -> str:
         self.drawn.append(replace(image, settings=settings or {}))
@@ -103,8 +108,7 @@ class Sink:
         first = self.path(0)
         if first.suffix.lower() != ".png":
             raise UsageError(f"-o {output}: images are written as PNG; give a name that ends in .png")
-        if first.exists() and not force:
-            raise UsageError(f"{shown(first)}: exists; use --force to replace it, or another -o")
+        refuse_existing(first, force)
 
     def path(self, index: int) -> Path:
         if not self.pattern:
@@ -226,11 +230,13 @@ def draw(
     noted: set[str] = set()
     negative = clean(negative)
     for batch in batches(items, size):
-        texts = [branch.text for job in batch for branch in understood(job.prompt, job.toward)]
-        for text in dict.fromkeys([negative, *texts]):
+        prompts = [understood(job.prompt, job.toward, job.share) for job in batch]
+        for text in dict.fromkeys([negative, *(branch.text for branches in prompts for branch in branches)]):
             note_of_parts(backend, text, noted)
-        begun = time.monotonic()
-        pixels = _draw_batch(backend, batch, negative, request, edit)
+        bar = Progress(f"image {batch[0].index + 1}{to_last(batch)}", request.steps)
+        on_step = bar.update if bar.bar else lambda step: None
+        begun, seeds, negatives = time.monotonic(), [job.seed for job in batch], [negative] * len(batch)
+        pixels = pipeline.generate(backend, prompts, seeds, request, negatives, on_step, edit)
         seconds = (time.monotonic() - begun) / len(batch)
         for job, image in zip(batch, pixels, strict=True):
             settings = {"prompt": job.prompt, "negative": negative, "seed": job.seed, **asdict(request)}
@@ -240,16 +246,9 @@ def draw(
             yield Drawn(job.index, image, settings, seconds)
 
 
-def _draw_batch(
-    backend: pipeline.Backend, batch: list[Job], negative: str, request: pipeline.Request, edit: Edit | None
-) -> np.ndarray:
-    bar = Progress(
-        f"image {batch[0].index + 1}" + (f" to {batch[-1].index + 1}" if len(batch) > 1 else ""), request.steps
-    )
-    on_step = bar.update if bar.bar else lambda step: None
-    seeds = [job.seed for job in batch]
-    branches = [understood(job.prompt, job.toward, job.share) for job in batch]
-    return pipeline.generate(backend, branches, seeds, request, [negative] * len(batch), on_step, edit)
+def to_last(batch: list[Job]) -> str:
+    """How a batch's label goes on behind its first image."""
+    return f" to {batch[-1].index + 1}" if len(batch) > 1 else ""
 
 
 def note_of_parts(backend: pipeline.Backend, text: str, noted: set[str]) -> None:

@@ -58,9 +58,7 @@ class OnnxBackend:
 
     def __init__(self, path: Path, device: str = "auto", wait: bool = True):
         self.path, self.device = path, choose_device(device)
-        self.pool = ThreadPoolExecutor(
-            4
-        )  # onnxruntime opens graphs side by side, and neither it nor hashing needs Python
+        self.pool = ThreadPoolExecutor(4)  # neither opening a graph nor hashing a file needs Python
         self.checks = self.pool.submit(verify, path, (*DRAWING, "scheduler", "tokenizer"))
         self.sessions = {name: self.pool.submit(open_session, path, name, self.device) for name in DRAWING}
         try:

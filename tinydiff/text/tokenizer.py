@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Encoding, Regex, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as BackendTokenizer
 
 from tinydiff.errors import ModelError, UsageError
@@ -113,11 +113,11 @@ class Tokenizer:
 
     def ids(self, text: str) -> list[int]:
         """The ids of `text` alone: no BOS, EOS, padding or limit."""
-        return self._backend.encode(_valid(text), add_special_tokens=False).ids
+        return self._encoding(text).ids
 
     def spans(self, text: str) -> tuple[list[int], list[int]]:
         """`ids` of `text`, and for each the index of its first character."""
-        encoding = self._backend.encode(_valid(text), add_special_tokens=False)
+        encoding = self._encoding(text)
         return encoding.ids, [start for start, _ in encoding.offsets]
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
@@ -134,10 +134,12 @@ class Tokenizer:
 
     def cut(self, text: str) -> str:
         """The tail of `text` that `encode` drops, as typed; "" when all of it fits."""
-        text = _valid(text)
-        offsets = self._backend.encode(text, add_special_tokens=False).offsets
+        _, starts = self.spans(text)
         kept = self.max_length - 2
-        return text[offsets[kept][0] :] if len(offsets) > kept else ""
+        return _valid(text)[starts[kept] :] if len(starts) > kept else ""
+
+    def _encoding(self, text: str) -> Encoding:
+        return self._backend.encode(_valid(text), add_special_tokens=False)
 
 
 def byte_symbols() -> list[str]:
