@@ -147,8 +147,8 @@ class Train:
 class Generate:
     steps: int = key(20, "sampling steps", 1, 1000)
     cfg_scale: float = key(3.0, "guidance: 1 is the plain conditional model", 0, 100)
-    sampler: str = key("dpmpp_2m", "solver", choices=tuple(SAMPLERS))
-    schedule: str = key("trailing", "which noise levels are visited", choices=SPACINGS)
+    sampler: str = key("unipc", "solver", choices=tuple(SAMPLERS))
+    schedule: str = key("log_snr", "which noise levels are visited", choices=SPACINGS)
     batch_size: int = key(8, "images at once", 1, 4096)
 
 

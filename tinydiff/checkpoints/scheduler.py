@@ -13,9 +13,11 @@ from typing import Any
 from tinydiff import config
 from tinydiff.diffusion.schedules import (
     CLEAN,
+    RHOS,
     Level,
     Levels,
     cosine,
+    ends,
     flow,
     from_betas,
     linear,
@@ -107,7 +109,7 @@ def _levels(scheduler: dict[str, Any]) -> Levels:
         return flow(count, float(scheduler.get("shift", 1.0)))
     if scheduler.get("use_flow_sigmas"):
         return flow(count, float(scheduler.get("flow_shift", 1.0)))
-    ends = (scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02))
+    betas = (scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02))
     name = BETA_SCHEDULES[scheduler.get("beta_schedule", "linear")]
     if scheduler.get("trained_betas"):
         levels = from_betas(scheduler["trained_betas"])
@@ -115,7 +117,7 @@ def _levels(scheduler: dict[str, Any]) -> Levels:
         levels = (
             cosine(count)
             if name == "cosine"
-            else {"linear": linear, "scaled_linear": scaled_linear}[name](count, *ends)
+            else {"linear": linear, "scaled_linear": scaled_linear}[name](count, *betas)
         )
     return zero_terminal_snr(levels) if scheduler.get("rescale_betas_zero_snr") else levels
 
@@ -140,7 +142,12 @@ def write(cfg: config.Config) -> dict[str, Any]:
         "set_alpha_to_one": True,
         "final_sigmas_type": "zero",
     }
-    found |= settings | {key: True for key, name in RESPACED.items() if name == g.schedule}
+    found |= settings
+    if g.schedule in RHOS and d.schedule != "flow":  # without sigma_max diffusers starts far beyond our level
+        named = "exponential" if g.schedule == "log_snr" else g.schedule
+        found |= {key: True for key, name in RESPACED.items() if name == named}
+        levels = training_levels(d.schedule, d.num_train_timesteps, d.shift, d.zero_terminal_snr)
+        found |= dict(zip(("sigma_max", "sigma_min"), ends(levels), strict=True))
     if d.zero_terminal_snr:
         found["rescale_betas_zero_snr"] = True
     if d.schedule == "flow":

@@ -205,6 +205,12 @@ RHOS = {"karras": karras, "exponential": exponential, "log_snr": exponential, "b
 SPACINGS = (*INDICES, *RHOS)
 
 
+def ends(schedule: Levels) -> tuple[float, float]:
+    """The largest and the smallest rho that spacings by rho go between."""
+    high, low = (math.exp(-max(log_snr(schedule[i]), NOISIEST)) for i in (-1, 0))
+    return high, low
+
+
 def sampling_levels(
     schedule: Levels, steps: int, spacing: str = "trailing", offset: int = 1, final: Level = CLEAN
 ) -> Levels:
@@ -216,6 +222,5 @@ def sampling_levels(
     if spacing in INDICES:
         levels = [schedule[i] for i in INDICES[spacing](len(schedule), steps, offset)]
     else:
-        high, low = (math.exp(-max(log_snr(schedule[i]), NOISIEST)) for i in (-1, 0))
-        levels = [schedule.at(-math.log(rho)) for rho in RHOS[spacing](high, low, steps)]
+        levels = [schedule.at(-math.log(rho)) for rho in RHOS[spacing](*ends(schedule), steps)]
     return Levels([*levels, final], schedule.at)
