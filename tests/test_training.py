@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tinydiff import config, files
-from tinydiff.checkpoints import folder
+from tinydiff.checkpoints import folder, weights
 from tinydiff.data.dataset import Images, open_source
 from tinydiff.diffusion.predictions import PREDICTIONS
 from tinydiff.errors import BusyError, DivergedError, ModelError, UsageError
@@ -205,9 +205,9 @@ def test_accumulating_changes_no_gradient(tasks, tiny_config, which):
         plain = torch.optim.SGD(task.module.parameters(), lr=1.0)  # whose step is the gradient
         values = loop.step(loop.Runtime(cfg), task, Average(task.module, 0.9), plain, 3)
         results.append((values["loss"], torch.cat([p.detach().flatten() for p in task.module.parameters()])))
-    for loss, weights in results[1:]:
+    for loss, values in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-5)
-        torch.testing.assert_close(weights, results[0][1], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(values, results[0][1], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -322,9 +322,9 @@ def test_what_a_run_leaves_behind(whole, run_config):
     model = folder.load(whole / "model")
     average = files.read_json(whole / "checkpoints" / "denoiser-00000012" / "state.json")
     assert average["step"] == 12 and config.load(whole / "model" / "tinydiff.toml") == run_config
-    stored = folder.read_tensors(whole / "checkpoints" / "denoiser-00000012" / "average.safetensors")
+    stored = weights.tensors([whole / "checkpoints" / "denoiser-00000012" / "average.safetensors"])
     assert all(torch.equal(v, stored[f"unet.{k}"]) for k, v in model.unet.state_dict().items())
-    latents = folder.read_tensors(next((whole / "latents").iterdir()))
+    latents = weights.tensors([next((whole / "latents").iterdir())])
     z = latents["mean"] + latents["std"] * torch.randn(
         latents["mean"].shape, generator=torch.Generator().manual_seed(0)
     )
@@ -356,8 +356,8 @@ def test_a_lost_model_folder_is_published_again(finished, whole, run_config):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_other_precisions_train(run_config, tmp_path, precision):
     loop.run(replace(run_config, train=replace(run_config.train, precision=precision)), tmp_path, "autoencoder")
-    weights = folder.read_tensors(tmp_path / "checkpoints" / "autoencoder-00000012" / "weights.safetensors")
-    assert all(v.dtype == torch.float32 and v.isfinite().all() for v in weights.values())
+    stored = weights.tensors([tmp_path / "checkpoints" / "autoencoder-00000012" / "weights.safetensors"])
+    assert all(v.dtype == torch.float32 and v.isfinite().all() for v in stored.values())
 
 
 def test_other_settings_are_refused_by_name(finished, whole, run_config):

@@ -81,9 +81,16 @@ class Denoiser:
     )
     layers_per_block: int = key(1, "residual blocks (and transformers) a level", 1, 16)
     transformer_layers_per_block: int = key(1, "transformer blocks behind each residual block", 1, 16)
-    attention_head_dim: int = key(4, "attention heads (diffusers' name; it is their number, not their width)", 1)
+    attention_head_dim: int | tuple[int, ...] = key(
+        4, "attention heads, or a list with one number a width (diffusers' name; it is not their width)", 1
+    )
     norm_num_groups: int = key(32, "group normalisation groups; must divide every width", 1)
     use_linear_projection: bool = key(True, "transformers enter and leave by matrices, not 1x1 convolutions")
+
+    def heads(self) -> tuple[int, ...]:
+        """Attention heads at each width."""
+        each = self.attention_head_dim
+        return each if isinstance(each, tuple) else (each,) * len(self.block_out_channels)
 
 
 @dataclass(frozen=True)
@@ -261,6 +268,8 @@ def nearest(name: str, names: Any) -> str:
 
 def check(kind: Any, value: Any, meta: Mapping[str, Any]) -> tuple[str, Any]:
     """(problem, value): '' and the converted value where it is of the kind and in range."""
+    if kind == int | tuple[int, ...]:
+        kind = tuple[int, ...] if isinstance(value, list | tuple) else int
     if kind in (tuple[int, ...], tuple[str, ...]):
         if not isinstance(value, list | tuple) or not value:
             return f"expected a list, got {brief(value)}", value
@@ -305,9 +314,11 @@ def conflicts(config: Config) -> Iterator[str]:
         for width in part.block_out_channels:
             if width % part.norm_num_groups:
                 yield f"{name}.norm_num_groups: {part.norm_num_groups} does not divide width {width}"
-    for width in config.denoiser.block_out_channels:
-        if width % config.denoiser.attention_head_dim:
-            yield f"denoiser.attention_head_dim: {config.denoiser.attention_head_dim} heads do not divide width {width}"
+    for width, heads in zip(config.denoiser.block_out_channels, config.denoiser.heads(), strict=False):
+        if width % heads:
+            yield f"denoiser.attention_head_dim: {heads} heads do not divide width {width}"
+    if len(config.denoiser.heads()) != len(config.denoiser.block_out_channels):
+        yield "denoiser.attention_head_dim: needs one entry for each of block_out_channels, or one number for all"
     if len(config.denoiser.down_block_types) != len(config.denoiser.block_out_channels):
         yield "denoiser.down_block_types: needs one entry for each of block_out_channels"
     if config.denoiser.block_out_channels[0] % 2:

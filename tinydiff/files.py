@@ -87,7 +87,7 @@ def verify(folder: str | Path, parts: Collection[str] | None = None) -> None:
             _verify_listed(folder, _entries(folder), parts)
         else:
             for path in _visible(folder):
-                _refuse_pointer(path)
+                refuse_pointer(path)
     except OSError as error:
         raise ModelError(f"{shown(error.filename or folder)}: {error.strerror}; make it readable") from error
 
@@ -126,7 +126,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise ModelError(f"{shown(path)}: {error.strerror}; check the path, or {RESTORE}") from error
     except (ValueError, RecursionError) as error:
-        _refuse_pointer(path)
+        refuse_pointer(path)
         raise ModelError(f"{shown(path)}: damaged, not valid JSON; {RESTORE}") from error
     if not isinstance(value, dict):
         raise ModelError(f"{shown(path)}: holds no JSON object; {RESTORE}")
@@ -294,13 +294,13 @@ def _verify_file(folder: Path, name: str, entry: dict[str, Any], hashed: bool) -
         raise ModelError(f"{shown(path)}: missing; {RESTORE}")
     size = path.stat().st_size
     if size != entry["size"]:
-        _refuse_pointer(path)
+        refuse_pointer(path)
         raise ModelError(f"{shown(path)}: damaged, {size} bytes where {entry['size']} were written; {RESTORE}")
     if hashed and _sha256(path) != entry["sha256"]:
         raise ModelError(f"{shown(path)}: damaged, its SHA-256 is not the one written; {RESTORE}")
 
 
-def _refuse_pointer(path: Path) -> None:
+def refuse_pointer(path: Path) -> None:
     """Raises ModelError if `path` is what `git clone` leaves in place of a large file when Git LFS is missing."""
     if not path.is_file() or path.stat().st_size > 1024:
         return

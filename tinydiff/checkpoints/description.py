@@ -8,12 +8,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tinydiff import config
 from tinydiff.checkpoints.scheduler import Scheduler, read, write
 from tinydiff.diffusion.schedules import Levels, sampling_levels
 from tinydiff.errors import ModelError
-from tinydiff.files import read_json
+from tinydiff.files import read_json, shown
+
+DENOISERS = ("unet", "transformer")
+OTHERS = {  # part of a pipeline's class name: what it is
+    "StableDiffusionXL": "Stable Diffusion XL",
+    "StableDiffusion3": "Stable Diffusion 3",
+    "Flux": "Flux",
+    "PixArt": "PixArt",
+    "Kandinsky": "Kandinsky",
+    "Wuerstchen": "Wuerstchen",
+    "StableCascade": "Stable Cascade",
+    "Sana": "Sana",
+    "Lumina": "Lumina",
+    "HunyuanDiT": "Hunyuan-DiT",
+    "AuraFlow": "AuraFlow",
+    "QwenImage": "Qwen-Image",
+    "LatentConsistency": "a latent consistency model with embedded guidance",
+}
+SUPPORTED = "give Stable Diffusion 1.x or 2.x, a DiT, or a model trained here"
 
 
 @dataclass(frozen=True)
@@ -45,33 +64,51 @@ class Description:
         return sampling_levels(self.schedule, steps, spacing, scheduler.offset, scheduler.end(sampler))
 
 
+def configs(path: Path) -> dict[str, dict[str, Any]]:
+    """The JSON files of a model: `model_index`, `scheduler`, and each network's `config.json` by its folder's name.
+
+    Raises ModelError naming what is missing, or what the model is where it is of a kind that cannot be opened.
+    """
+    index = read_json(path / "model_index.json") if (path / "model_index.json").exists() else {}
+    kind = str(index.get("_class_name", ""))
+    if other := next((name for key, name in OTHERS.items() if key in kind), None):
+        raise ModelError(f"{shown(path)}: not supported, this is {other} ({kind}); {SUPPORTED}")
+    found = {"model_index": index, "scheduler": read_json(path / "scheduler" / "scheduler_config.json")}
+    denoiser = next((name for name in DENOISERS if (path / name / "config.json").exists()), DENOISERS[0])
+    found[denoiser] = read_json(path / denoiser / "config.json")
+    halves = (name for name in ("vae", "vae_decoder") if (path / name / "config.json").exists())
+    found["vae"] = read_json(path / next(halves, "vae") / "config.json")
+    if (path / "text_encoder" / "config.json").exists():
+        found["text_encoder"] = read_json(path / "text_encoder" / "config.json")
+    return found
+
+
 def describe(path: Path) -> Description:
     """The description of a model folder or bundle; ModelError names what is missing."""
-    said = read_json(path / "scheduler" / "scheduler_config.json")
-    vae = read_json(
-        next(
-            (p for n in ("vae", "vae_decoder") if (p := path / n / "config.json").exists()),
-            path / "vae" / "config.json",
-        )
-    )
-    unet = read_json(path / "unet" / "config.json")
+    found = configs(path)
+    toml, vae = path / "tinydiff.toml", found["vae"]
+    denoiser = next(found[name] for name in DENOISERS if name in found)
     try:
-        factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        toml, scheduler = path / "tinydiff.toml", read(said)
-        theirs = config.Generate(50, 7.5, scheduler.sampler, scheduler.spacing)  # diffusers' defaults
+        factor, scheduler = 2 ** (len(vae["block_out_channels"]) - 1), read(found["scheduler"])
+        theirs = config.Generate(50, 7.5, scheduler.sampler, scheduler.spacing, 1)  # diffusers' defaults
         return Description(
             path=path,
             scheduler=scheduler,
             latent_channels=(channels := int(vae.get("latent_channels", 4))),
-            in_channels=int(unet.get("in_channels", channels)),
+            in_channels=int(denoiser.get("in_channels", channels)),
             factor=factor,
-            multiple=factor * 2 ** (len(unet["block_out_channels"]) - 1),
+            multiple=factor * reduction(denoiser),
             scaling_factor=float(vae.get("scaling_factor") or 0.18215),
-            size=int(unet["sample_size"]) * factor,
+            size=int(denoiser["sample_size"]) * factor,
             generate=config.load(toml).generate if toml.exists() else theirs,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: its configuration files lack or misstate {error}") from None
+
+
+def reduction(denoiser: dict[str, Any]) -> int:
+    """Latents a side that the denoiser reads as one at its lowest resolution, by its `config.json`."""
+    return int(denoiser["patch_size"]) if "patch_size" in denoiser else 2 ** (len(denoiser["block_out_channels"]) - 1)
 
 
 def described(cfg: config.Config, scaling_factor: float) -> Description:

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tinydiff import __version__, config
-from tinydiff.checkpoints import scheduler
+from tinydiff.checkpoints import scheduler, weights
+from tinydiff.checkpoints.description import configs
 from tinydiff.errors import ModelError
-from tinydiff.files import committed, read_json, verify
+from tinydiff.files import committed, shown, verify
 from tinydiff.models.autoencoder import Autoencoder
 from tinydiff.models.text_encoder import TextEncoder
 from tinydiff.models.unet import UNet
@@ -26,6 +26,42 @@ from tinydiff.text.tokenizer import Tokenizer
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FILES = {"unet": WEIGHTS, "vae": WEIGHTS, "text_encoder": "model.safetensors"}
+DEFAULTS: dict[str, dict[str, Any]] = {  # of diffusers and transformers, for keys that an older config.json lacks
+    "unet": {
+        "block_out_channels": (320, 640, 1280, 1280),
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        "layers_per_block": 2,
+        "attention_head_dim": 8,
+        "use_linear_projection": False,
+    },
+    "vae": {"norm_num_groups": 32, "mid_block_add_attention": True},
+    "text_encoder": {},
+}
+ONLY: dict[str, dict[str, Any]] = {  # what makes another network, and the value it has in ours
+    "unet": {
+        "act_fn": "silu",
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "norm_eps": 1e-5,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "downsample_padding": 1,
+        "mid_block_scale_factor": 1,
+        "resnet_time_scale_shift": "default",
+        "resnet_out_scale_factor": 1.0,
+        "time_embedding_type": "positional",
+        "attention_type": "default",
+        "conv_in_kernel": 3,
+        "conv_out_kernel": 3,
+    }
+    | dict.fromkeys(("center_input_sample", "only_cross_attention", "dual_cross_attention"), False)
+    | dict.fromkeys(("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim"))
+    | dict.fromkeys(("time_cond_proj_dim", "time_embedding_dim", "timestep_post_act", "cross_attention_norm"))
+    | {"mid_block_only_cross_attention": None},
+    "vae": {"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True, "shift_factor": None},
+    "text_encoder": {"layer_norm_eps": 1e-5, "model_type": "clip_text_model"},
+}
+IGNORED = ("position_ids", "text_projection.weight")
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 @dataclass
@@ -130,54 +166,63 @@ def component_config(name: str, model: Model, cfg: config.Config) -> dict[str, A
 
 
 def load(path: Path) -> Model:
-    """The networks of a model folder, float32, in evaluation mode. ModelError names a missing or damaged file."""
+    """The networks of a model folder, float32, in evaluation mode; weights stored so are mapped, not copied.
+
+    ModelError names a missing, damaged or unsupported file.
+    """
     verify(path)
-    unet, vae, text = (read_json(path / name / "config.json") for name in ("unet", "vae", "text_encoder"))
+    found = configs(path)
+    stored = {name: weights.files(path / name) for name in found if name not in ("model_index", "scheduler")}
     tokenizer = Tokenizer.load(path / "tokenizer")
     try:
-        channels = unet["out_channels"]
-        extra = unet["in_channels"] - channels
-        model = Model(
-            UNet(known(config.Denoiser, unet), channels, unet["cross_attention_dim"], extra),
-            Autoencoder(known(config.Autoencoder, vae)),
-            TextEncoder(known(config.TextEncoder, text), text["vocab_size"], tokenizer.eos),
-            tokenizer,
-            float(vae.get("scaling_factor") or 0.18215),
-        )
+        with torch.device("meta"):
+            unet, vae, text = found["unet"], found["vae"], found["text_encoder"]
+            channels = int(unet.get("out_channels", 4))
+            extra = int(unet.get("in_channels", 4)) - channels
+            model = Model(
+                UNet(known(config.Denoiser, "unet", unet), channels, unet["cross_attention_dim"], extra),
+                Autoencoder(known(config.Autoencoder, "vae", vae)),
+                TextEncoder(known(config.TextEncoder, "text_encoder", text), text["vocab_size"], tokenizer.eos),
+                tokenizer,
+                float(vae.get("scaling_factor") or 0.18215),
+            )
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: unsupported or incomplete config.json: {error}") from None
     for name, part in model.parts().items():
-        load_weights(part, path / name / FILES[name])
-        part.eval()
+        fill(part, weights.tensors(stored[name]), path / name)
+        part.float().eval()
     return model
 
 
-def known(kind: type, table: dict[str, Any]) -> Any:
-    """The keys of a foreign `config.json` that dataclass `kind` has."""
+def known(kind: type, name: str, table: dict[str, Any]) -> Any:
+    """Dataclass `kind` from a foreign `config.json`, whose makers' defaults stand in for what it lacks.
+
+    Raises ValueError for a network that ours is not.
+    """
+    table = DEFAULTS[name] | {k: v for k, v in table.items() if v is not None}
+    for key, value in ONLY[name].items():
+        if key in table and table[key] != value:
+            raise ValueError(f"{name}: {key} is {table[key]!r}, and only {value!r} is supported")
     names = {f.name for f in fields(kind)}
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in table.items() if k in names})
 
 
-def load_weights(part: nn.Module, path: Path) -> None:
-    """Strictly load a safetensors file into a network; ModelError names the first keys that do not fit."""
-    tensors = read_tensors(path)
+def fill(part: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Strictly give a network its weights, under any name they have had; ModelError names the first that do not fit."""
     wanted = part.state_dict()
-    if "text_model.final_layer_norm.weight" in wanted and "final_layer_norm.weight" in tensors:
-        tensors = {f"text_model.{k}": v for k, v in tensors.items()}  # transformers 5 drops the prefix
-    tensors.pop("text_model.embeddings.position_ids", None)
-    wrong = sorted(wanted.keys() ^ tensors.keys()) + [
-        k for k in wanted.keys() & tensors.keys() if wanted[k].shape != tensors[k].shape
-    ]
+    renamed = {_renamed(k, wanted): v for k, v in tensors.items() if not k.endswith(IGNORED)}
+    common = wanted.keys() & renamed.keys()
+    wrong = sorted(wanted.keys() ^ renamed.keys()) + sorted(k for k in common if wanted[k].shape != renamed[k].shape)
     if wrong:
-        raise ModelError(f"{path}: does not fit its config.json at {', '.join(wrong[:10])}")
-    part.load_state_dict(tensors)
+        raise ModelError(f"{shown(path)}: its weights do not fit its config.json at {', '.join(wrong[:10])}")
+    part.load_state_dict(renamed, assign=True)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file; ModelError where it is missing or damaged."""
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise ModelError(f"{path}: missing; copy the whole model folder") from None
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: damaged ({error}); fetch or train it again") from None
+def _renamed(key: str, wanted: dict[str, Tensor]) -> str:
+    if key in wanted:
+        return key
+    if f"text_model.{key}" in wanted:  # transformers 5 drops the prefix
+        return f"text_model.{key}"
+    stem, _, kind = key.rpartition(".")  # attention of autoencoders before diffusers 0.17
+    module, _, last = stem.rpartition(".")
+    return f"{module}.{OLD_ATTENTION[last]}.{kind}" if last in OLD_ATTENTION else key

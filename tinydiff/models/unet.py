@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -88,9 +89,11 @@ class UNet(nn.Module):
             zero(block.conv2)
             return block
 
-        def transformer(c: int) -> Transformer2DModel:
+        def transformer(heads: int, c: int) -> Transformer2DModel:
             depth, linear = config.transformer_layers_per_block, config.use_linear_projection
-            return Transformer2DModel(c, config.attention_head_dim, depth, context_dim, groups, linear)
+            return Transformer2DModel(c, heads, depth, context_dim, groups, linear)
+
+        makers = [partial(transformer, heads) for heads in config.heads()]
 
         self.conv_in = nn.Conv2d(channels + extra, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], time)
@@ -98,17 +101,17 @@ class UNet(nn.Module):
         self.down_blocks, left = nn.ModuleList(), [widths[0]]
         for i, (before, width) in enumerate(pairwise((widths[0], *widths))):
             pairs = [(before if j == 0 else width, width) for j in range(n)]
-            block = DownBlock(pairs, resnet, transformer if cross[i] else None)
+            block = DownBlock(pairs, resnet, makers[i] if cross[i] else None)
             left += [width] * n
             if i < len(widths) - 1:
                 block.downsamplers = nn.ModuleList([Downsample2D(width, 1)])
                 left.append(width)
             self.down_blocks.append(block)
-        self.mid_block = MidBlock(widths[-1], resnet, transformer)
+        self.mid_block = MidBlock(widths[-1], resnet, makers[-1])
         self.up_blocks, x = nn.ModuleList(), widths[-1]
         for i, width in reversed(list(enumerate(widths))):
             pairs = [((x if j == 0 else width) + left.pop(), width) for j in range(n + 1)]
-            block, x = UpBlock(pairs, resnet, transformer if cross[i] else None), width
+            block, x = UpBlock(pairs, resnet, makers[i] if cross[i] else None), width
             if i > 0:
                 block.upsamplers = nn.ModuleList([Upsample2D(width)])
             self.up_blocks.append(block)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tinydiff.checkpoints.folder import read_tensors
+from tinydiff.checkpoints import weights
 from tinydiff.errors import ModelError
 from tinydiff.files import MANIFEST, committed, read_json, verify
 from tinydiff.training.optim import Average
@@ -59,10 +59,10 @@ def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 def load(path: Path, module: nn.Module, average: Average, optimizer: torch.optim.Optimizer) -> None:
     """A checkpoint into the very objects that `save` took."""
-    module.load_state_dict(read_tensors(path / "weights.safetensors"))
-    average.load(read_tensors(path / "average.safetensors"))
+    module.load_state_dict(weights.tensors([path / "weights.safetensors"]))
+    average.load(weights.tensors([path / "average.safetensors"]))
     moments: dict[str, dict[str, Tensor]] = {}
-    for key, value in read_tensors(path / "optimizer.safetensors").items():
+    for key, value in weights.tensors([path / "optimizer.safetensors"]).items():
         name, _, kind = key.rpartition(".")
         moments.setdefault(name, {})[kind] = value
     for name, p in module.named_parameters():

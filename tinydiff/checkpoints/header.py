@@ -1,0 +1,103 @@
+"""The header of a `.safetensors` file: names, types and shapes of its tensors, read without the tensors and without torch.
+
+What is something else says so in one line: a pickle is named, with the command that converts it, and never opened.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tinydiff.errors import ModelError
+from tinydiff.files import LFS_POINTER, RESTORE, shown
+
+MAX_HEADER = 100_000_000  # the safetensors format's own limit
+NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+# Training leaves a few objects beside the tensors; a stub stands for each, so that none of their code runs.
+CONVERT = (
+    "import sys, torch; from safetensors.torch import save_file; "
+    'stub = type("stub", (), dict.fromkeys(("__init__", "__setstate__"), lambda *a: None)); '
+    'names = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint numpy.dtype '
+    'numpy.core.multiarray.scalar numpy._core.multiarray.scalar"; '
+    "torch.serialization.add_safe_globals([(stub, name) for name in names.split()]); "
+    'd = torch.load(sys.argv[1], "cpu", weights_only=True); d = d.get("state_dict", d); '
+    "save_file({k: v.contiguous().clone() for k, v in d.items() if isinstance(v, torch.Tensor)}, sys.argv[2])"
+)
+
+
+class Stored(NamedTuple):
+    """A tensor in the file; its bytes are from `start` to `end`."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Header:
+    path: Path
+    tensors: dict[str, Stored]
+    metadata: dict[str, str]
+
+    def values(self, name: str) -> np.ndarray:
+        """A small tensor in float64, without torch. Raises KeyError if it is not one of numbers."""
+        dtype, _, start, end = self.tensors[name]
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            data = np.frombuffer(file.read(end - start), NUMPY[dtype])
+        return ((data.astype("<u4") << 16).view("<f4") if dtype == "BF16" else data).astype(float)
+
+
+def header(path: str | Path) -> Header:
+    """Names, types and shapes in a safetensors file, and its metadata. ModelError says what else it is, and the fix."""
+    path, start = Path(path), b""
+    if not path.is_file():
+        raise ModelError(f"{shown(path)}: no such file; check the path")
+    try:
+        with open(path, "rb") as file:
+            start, length = file.read(128), path.stat().st_size
+            size = int.from_bytes(start[:8], "little")
+            if size > min(MAX_HEADER, length - 8):
+                raise ValueError("no safetensors header")
+            file.seek(8)
+            table = json.loads(file.read(size))
+        metadata = {str(k): str(v) for k, v in table.pop("__metadata__", {}).items()}
+        tensors = {name: _stored(entry, 8 + size) for name, entry in table.items()}
+        if max((tensor.end for tensor in tensors.values()), default=8 + size) != length:
+            raise ValueError("its size is not what its header says")
+    except OSError as error:
+        raise ModelError(f"{shown(path)}: {error.strerror}; make it readable") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{shown(path)}: {_misfit(path, start)}") from error
+    return Header(path, tensors, metadata)
+
+
+def _stored(entry: Any, offset: int) -> Stored:
+    """One entry of a header. Raises ValueError, KeyError or TypeError where it makes no sense."""
+    (start, end), dtype, shape = entry["data_offsets"], entry["dtype"], tuple(entry["shape"])
+    if not all(type(n) is int and n >= 0 for n in (start, end, *shape)) or type(dtype) is not str:
+        raise ValueError("no shape or type")
+    if dtype in NUMPY and end - start != math.prod(shape) * np.dtype(NUMPY[dtype]).itemsize:
+        raise ValueError("as many bytes as its shape does not say")
+    return Stored(dtype, shape, offset + start, offset + end)
+
+
+def _misfit(path: Path, start: bytes) -> str:
+    """What a file without a safetensors header is, and what to do about it."""
+    if start.startswith(LFS_POINTER):
+        return "a Git LFS pointer, not the file itself; run `git lfs pull`"
+    if start.startswith((b"PK\3\4", b"\x80")) or path.suffix.lower() in PICKLES:
+        out = path.with_suffix(".safetensors")
+        out = out if out != path else path.with_name(f"{path.stem}-converted.safetensors")
+        command = shlex.join([sys.executable, "-c", CONVERT, str(path), str(out)])
+        return f"a pickle, which could run any code when opened; convert it with {shown(command)}"
+    return f"damaged, or not a safetensors file; {RESTORE}"
