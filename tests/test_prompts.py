@@ -364,6 +364,15 @@ def test_padding_is_the_one_of_the_tokenizer(tokenizer):
     assert np.array_equal(chunks([Piece("a b", 1.0)], other)[0], other.encode(["a b"]))
 
 
+def test_without_bos_a_chunk_begins_with_its_first_token(tokenizer):
+    other = Tokenizer(tokenizer.vocab, tokenizer.merges, LENGTH)
+    other.bos, eos = None, other.eos
+    a, b = (tokenizer.ids(text)[0] for text in "ab")
+    ids, weights = chunks([Piece("a a a a a ", 2.0), Piece("b b b a", 0.5)], other)
+    assert ids.tolist() == [[a, a, a, a, a, b, b, eos], [b, a, eos, eos, eos, eos, eos, eos]]
+    assert weights.tolist() == [[2, 2, 2, 2, 2, 0.5, 0.5, 1], [0.5, 0.5, 1, 1, 1, 1, 1, 1]]
+
+
 def test_a_long_prompt_is_chunked(tokenizer):
     pieces = parse("(red circle:1.2) " * 20_000)[0].pieces
     ids, weights = chunks(pieces, tokenizer)

@@ -40,13 +40,14 @@ MARKS = re.compile(
 
 
 class Tokens(Protocol):
-    """The part of a tokenizer that drawing needs; `text.tokenizer.Tokenizer` is one."""
+    """The part of a tokenizer that drawing needs; those of `text.tokenizer` and `text.sentencepiece` have it."""
 
     max_length: int
-    bos: int
     eos: int
     pad: int
 
+    @property
+    def bos(self) -> int | None: ...  # None where a text begins with its first token
     def encode(self, texts: Sequence[str]) -> np.ndarray: ...
     def spans(self, text: str) -> tuple[list[int], list[int]]: ...
     def cut(self, text: str) -> str: ...
@@ -109,21 +110,23 @@ def blend(start: str, end: str, share: float) -> list[Branch]:
 def chunks(pieces: Sequence[Piece], tokenizer: Tokens) -> tuple[np.ndarray, np.ndarray]:
     """Ids (K, T) int64 and their weights (K, T) float32: K >= 1 chunks of T = `tokenizer.max_length`.
 
-    A chunk is BOS, up to T - 2 tokens, EOS, padding; BOS, EOS and padding weigh 1. The tokens are those of the whole
-    text, whatever its weights, so one chunk equals `tokenizer.encode`; a token weighs what its first character does.
-    A word (what stands between white space) is cut only where it is longer than a chunk.
+    A chunk is BOS where the tokenizer has one, as many tokens as fit, EOS, padding; all but the tokens weigh 1. These are
+    those of the whole text, whatever its weights, so one chunk equals `tokenizer.encode`; a token weighs what its first
+    character does. A word (what stands between white space) is cut only where it is longer than a chunk.
     """
+    head = [] if tokenizer.bos is None else [tokenizer.bos]
     text = "".join(piece.text for piece in pieces)
     tokens, starts = tokenizer.spans(text)
     piece = np.searchsorted(np.cumsum([len(piece.text) for piece in pieces]), starts, side="right")
     token_weights = np.array([piece.weight for piece in pieces], np.float32)[piece]
     word = np.searchsorted([match.end() for match in re.finditer(r"\S+", text)], starts, side="right")
-    cuts = _cuts(word, tokenizer.max_length - 2)
+    cuts = _cuts(word, tokenizer.max_length - len(head) - 1)
     ids = np.full((len(cuts) - 1, tokenizer.max_length), tokenizer.pad, np.int64)
     weights = np.ones(ids.shape, np.float32)
     for row, (start, stop) in enumerate(pairwise(cuts)):
-        ids[row, : stop - start + 2] = [tokenizer.bos, *tokens[start:stop], tokenizer.eos]
-        weights[row, 1 : stop - start + 1] = token_weights[start:stop]
+        chunk = [*head, *tokens[start:stop], tokenizer.eos]
+        ids[row, : len(chunk)] = chunk
+        weights[row, len(head) : len(chunk) - 1] = token_weights[start:stop]
     return ids, weights
 
 
