@@ -18,7 +18,7 @@ from tinydiff.models.t5 import T5Config, T5Encoder, encoder_weights, relative_bu
 
 CONFIGS = {
     "v1.0": T5Config(99, 24, 5, 40, 3, 4, 8, 20),
-    "v1.1": T5Config(120, 16, 8, 24, 2, 3, 32, 128, 1e-5, "gated-gelu", pad_token_id=3),
+    "v1.1": T5Config(120, 16, 8, 24, 2, 3, 32, 128, 1e-3, "gated-gelu", pad_token_id=3),
 }
 
 
