@@ -240,10 +240,36 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
+def fused_attention() -> Any:
+    """onnxruntime's MultiHeadAttention as an operator to write into graphs: q, k, v (B, T, D), bias, key mask, mask."""
+    from onnx.defs import OpSchema
+    from onnxscript.values import Op, Opset
+
+    name, one = "MultiHeadAttention", OpSchema.FormalParameterOption.Single
+    needed = {"query": one, "key": one, "value": one}
+    optional = dict.fromkeys(("bias", "key_padding_mask", "attention_bias"), OpSchema.FormalParameterOption.Optional)
+    kinds = {
+        "num_heads": OpSchema.AttrType.INT,
+        "unidirectional": OpSchema.AttrType.INT,
+        "scale": OpSchema.AttrType.FLOAT,
+    }
+    schema = OpSchema(
+        name,
+        "com.microsoft",
+        1,
+        inputs=[OpSchema.FormalParameter(key, "T", param_option=kind) for key, kind in (needed | optional).items()],
+        outputs=[OpSchema.FormalParameter("output", "T")],
+        type_constraints=[("T", ["tensor(float)"], "")],
+        attributes=[OpSchema.Attribute(key, kind, required=key == "num_heads") for key, kind in kinds.items()],
+    )
+    return Op(Opset("com.microsoft", 1), name, schema)
+
+
 def translations() -> dict[Callable, Callable]:
     """Operators that become fewer ONNX nodes than torch's exporter would write, none of which transposes a weight."""
     from onnxscript import opset18
 
+    multi_head_attention = fused_attention()
     op: Any = opset18  # its signatures ask for more exact types than are known here
 
     def linear(x: Any, weight: Any, bias: Any = None) -> Any:
@@ -261,17 +287,26 @@ def translations() -> dict[Callable, Callable]:
         mean, variance = (op.Constant(value_floats=[v] * weight.shape[0]) for v in (0.0, 1.0))
         return op.BatchNormalization(op.Reshape(y, op.Shape(x)), weight, bias, mean, variance, epsilon=0.0)
 
+    def rows(x: Any) -> Any:
+        """(B, N, T, D/N) -> (B, T, D), which undoes what torch did to it."""
+        return op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), op.Constant(value_ints=[0, 0, -1]))
+
     def attention(
-        q: Any, k: Any, v: Any, mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False, **_: Any
+        q: Any,
+        k: Any,
+        v: Any,
+        mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: Any = None,
+        **_: Any,
     ) -> Any:
-        """softmax(q k^T / sqrt(D/N)) v over (B, N, T, D/N), later tokens hidden where causal."""
-        scale = op.Constant(value_float=float(q.shape[-1]) ** -0.5)
-        scores = op.MatMul(op.Mul(q, scale), op.Transpose(k, perm=[0, 1, 3, 2]))
-        if is_causal:
-            side = op.Shape(q, start=2, end=3)
-            hidden = op.Expand(op.Constant(value_float=float("-inf")), op.Concat(side, side, axis=0))
-            scores = op.Add(scores, op.Trilu(hidden, op.Constant(value_int=1), upper=1))
-        return op.MatMul(op.Softmax(scores, axis=-1), v)
+        """softmax(scale q k^T + mask) v over (B, N, T, D/N) as onnxruntime's own operator, which keeps no (T, T) scores."""
+        heads, given = int(q.shape[1]), {} if scale is None else {"scale": float(scale)}
+        y = multi_head_attention(
+            rows(q), rows(k), rows(v), None, None, mask, num_heads=heads, unidirectional=int(is_causal), **given
+        )
+        return op.Transpose(op.Reshape(y, op.Constant(value_ints=[0, 0, heads, -1])), perm=[0, 2, 1, 3])
 
     aten = torch.ops.aten
     return {
@@ -300,6 +335,7 @@ def simplify(model: IrModel, names: set[str]) -> None:
     share_shapes(graph)
     common.RemoveUnusedNodesPass()(model)
     common.CommonSubexpressionEliminationPass()(model)
+    skip_transposes(graph)
     skip_reshapes(graph)
     common.RemoveUnusedNodesPass()(model)
     for (key, value), content in zip(weights.items(), contents, strict=True):
@@ -319,6 +355,16 @@ def share_shapes(graph: IrGraph) -> None:
         dims = tuple(str(d) for d in node.inputs[0].shape[start:end])
         if "None" not in dims:
             node.outputs[0].replace_all_uses_with(first.setdefault(dims, node.outputs[0]))
+
+
+def skip_transposes(graph: IrGraph) -> None:
+    """Two transposes that undo each other are gone."""
+    for node in graph:
+        source = node.inputs[0].producer() if node.op_type == "Transpose" and node.inputs[0] is not None else None
+        if source is not None and source.op_type == "Transpose" and source.inputs[0] is not None:
+            first, then = (list(n.attributes.get_ints("perm", [])) for n in (source, node))
+            if first and [first[i] for i in then] == sorted(first):
+                node.outputs[0].replace_all_uses_with(source.inputs[0])
 
 
 def skip_reshapes(graph: IrGraph) -> None:

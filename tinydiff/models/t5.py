@@ -160,7 +160,7 @@ def relative_buckets(count: int, reach: int) -> Tensor:
     half, exact = count // 2, count // 4
     if not 0 < exact < reach:
         raise ValueError(f"{count} relative_attention_num_buckets do not suit a distance of {reach}")
-    offset = torch.arange(-reach, reach + 1)
+    offset = torch.arange(-reach, reach + 1, device="cpu")  # a table to keep, even where weights are to come
     distance = offset.abs()
     growth = torch.log(distance.clamp(min=1) / exact) / math.log(reach / exact)
     far = (exact + (growth * (half - exact)).long()).clamp(max=half - 1)
