@@ -93,6 +93,34 @@ class Denoiser:
         return each if isinstance(each, tuple) else (each,) * len(self.block_out_channels)
 
 
+# Table 1 of Peebles & Xie 2023: transformer blocks, attention heads, width of a head.
+SIZES = {"S": (12, 6, 64), "B": (12, 12, 64), "L": (24, 16, 64), "XL": (28, 16, 72)}
+
+
+@dataclass(frozen=True)
+class DiT:
+    size: str = key("S", "a size of the paper, or custom: that of the three keys below", choices=(*SIZES, "custom"))
+    patch_size: int = key(2, "latents a token along each side: 2, 4 or 8", 2, 8)
+    num_layers: int = key(12, "transformer blocks", 1, 128)
+    num_attention_heads: int = key(6, "attention heads", 1, 256)
+    attention_head_dim: int = key(64, "width of each head", 1, 1024)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Transformer blocks, attention heads, width of a head."""
+        return SIZES.get(self.size, (self.num_layers, self.num_attention_heads, self.attention_head_dim))
+
+    def conflicts(self, side: int) -> Iterator[str]:
+        """Keys that are each in range but fit neither each other nor latents of `side` a side."""
+        _, heads, width = self.shape
+        if self.patch_size not in (2, 4, 8):
+            yield f"patch_size: {self.patch_size} is none of 2, 4, 8"
+        elif side % self.patch_size:
+            yield f"patch_size: {self.patch_size} does not divide the latents' side {side}"
+        if heads * width % 4:
+            yield f"attention_head_dim: {heads} heads of {width} are no multiple of 4, which the places' sines need"
+
+
 @dataclass(frozen=True)
 class Diffusion:
     schedule: str = key("cosine", "training noise levels", choices=tuple(SCHEDULES))

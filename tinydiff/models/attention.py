@@ -41,12 +41,26 @@ class GEGLU(nn.Module):
         return x * F.gelu(gate)
 
 
-class FeedForward(nn.Module):
-    """GEGLU and back: (B, T, D) -> (B, T, D), four times as wide inside."""
+class GELU(nn.Module):
+    """Linear layer behind the tanh form of GELU: (B, T, D) -> (B, T, out) (Hendrycks & Gimpel 2016)."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, out: int):
         super().__init__()
-        self.net = nn.ModuleList([GEGLU(dim, dim * 4), nn.Identity(), nn.Linear(dim * 4, dim)])
+        self.proj = nn.Linear(dim, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+ACTIVATIONS = {"geglu": GEGLU, "gelu-approximate": GELU}
+
+
+class FeedForward(nn.Module):
+    """An activation and back: (B, T, D) -> (B, T, D), four times as wide inside."""
+
+    def __init__(self, dim: int, activation: str = "geglu"):
+        super().__init__()
+        self.net = nn.ModuleList([ACTIVATIONS[activation](dim, dim * 4), nn.Identity(), nn.Linear(dim * 4, dim)])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net[2](self.net[0](x))

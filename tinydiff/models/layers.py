@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def timestep_embedding(t: Tensor, width: int) -> Tensor:
-    """Sinusoids of time, cosines first: (B,) -> (B, width) float32 (Vaswani et al. 2017, section 3.5)."""
+def timestep_embedding(t: Tensor, width: int, shift: int = 0) -> Tensor:
+    """Sinusoids of time, cosines first: (B,) -> (B, width) float32 (Vaswani et al. 2017, section 3.5).
+
+    With `shift` 1 the slowest rate is 1/10000, not the step above it.
+    """
     half = width // 2
-    rates = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10000) / half))
+    rates = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * -math.log(10000) / (half - shift))
     angles = t.float()[:, None] * rates
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 

@@ -1,0 +1,135 @@
+"""The published layout of DiT weights (Peebles & Xie 2023), under diffusers' names, which are those of `models/dit.py`.
+
+Sizes are read off names and shapes alone. It knows no file format, and needs torch only to look into tensors it is given.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from tinydiff.config import SIZES, DiT
+from tinydiff.errors import ModelError
+
+EMB = "transformer_blocks.*.norm1.emb"
+NAMES = {  # published: ours; * is the number of a block
+    "x_embedder.proj": "pos_embed.proj",
+    "t_embedder.mlp.0": f"{EMB}.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": f"{EMB}.timestep_embedder.linear_2",
+    "y_embedder.embedding_table": f"{EMB}.class_embedder.embedding_table",
+    "blocks.*.adaLN_modulation.1": "transformer_blocks.*.norm1.linear",
+    "blocks.*.attn.qkv": "transformer_blocks.*.attn1.to_qkv",
+    "blocks.*.attn.proj": "transformer_blocks.*.attn1.to_out.0",
+    "blocks.*.mlp.fc1": "transformer_blocks.*.ff.net.0.proj",
+    "blocks.*.mlp.fc2": "transformer_blocks.*.ff.net.2",
+    "final_layer.adaLN_modulation.1": "proj_out_1",
+    "final_layer.linear": "proj_out_2",
+}
+PLACES = "pos_embed"  # stored, though it follows from the sizes
+PATCHES, LABELS, OUTPUT = "x_embedder.proj.weight", "y_embedder.embedding_table.weight", "final_layer.linear.weight"
+
+
+def is_published(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are a class-conditional DiT in the published layout."""
+    return {PATCHES, LABELS, OUTPUT, "t_embedder.mlp.0.weight"} <= set(names)
+
+
+def depth(names: Iterable[str]) -> int:
+    return len({name.split(".")[1] for name in names if name.startswith("blocks.")})
+
+
+def config_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """What `models.dit.DiT` is built with to hold a published file of these names and shapes.
+
+    Raises ModelError naming the tensor that is missing or of no DiT.
+    """
+    width, channels, patch, _ = shape_of(shapes, PATCHES, 4)
+    _, places, _ = shape_of(shapes, PLACES, 3)
+    outputs, side = shape_of(shapes, OUTPUT, 2)[0] // patch**2, math.isqrt(places)
+    if outputs not in (channels, 2 * channels):
+        raise ModelError(f"{OUTPUT}: {outputs} channels, where a DiT of {channels} predicts as many or twice as many")
+    if side**2 != places:
+        raise ModelError(f"{PLACES}: {places} tokens are no square; only square DiTs are supported")
+    return {
+        "config": named(depth(shapes), heads_of(width), width, patch),
+        "channels": channels,
+        "side": side * patch,
+        "classes": shape_of(shapes, LABELS, 2)[0] - 1,
+        "learned_sigma": outputs == 2 * channels,
+        "norm_eps": 1e-6,
+        "freq_shift": 0,
+    }
+
+
+def shape_of(shapes: Mapping[str, Sequence[int]], name: str, dimensions: int) -> tuple[int, ...]:
+    shape = tuple(shapes.get(name, ()))
+    if len(shape) != dimensions or not all(shape):
+        found = f"has shape {shape}" if shape else "missing"
+        raise ModelError(f"{name}: {found}; this is no whole DiT, fetch it again")
+    return shape
+
+
+def heads_of(width: int) -> int:
+    """Attention heads, which shapes do not tell: those of the paper, and of other widths heads of 64."""
+    known = {heads * head: heads for _, heads, head in SIZES.values()}
+    if width not in known and width % 64:
+        raise ModelError(f"{PATCHES}: width {width} is neither one of the paper's nor a multiple of 64")
+    return known.get(width, width // 64)
+
+
+def named(layers: int, heads: int, width: int, patch: int) -> DiT:
+    """The configuration of these sizes, by the paper's name where it has one."""
+    sizes = layers, heads, width // heads
+    name = next((name for name, known in SIZES.items() if known == sizes), None)
+    return DiT(name, patch) if name else DiT("custom", patch, *sizes)
+
+
+def published(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a published file under our names, as views; a name it should not have stays as it is.
+
+    Raises ModelError where the places of tokens are not the sines and cosines that `models.dit` computes.
+    """
+    left = dict(tensors)
+    check_places(left.pop(PLACES), config_of({k: tuple(v.shape) for k, v in tensors.items()}))
+    result, taken = {}, set()
+    for theirs, ours in pairs(depth(tensors)):
+        for kind in ("weight", "bias"):
+            if (name := f"{theirs}.{kind}") in left:
+                result |= split(f"{ours}.{kind}", left[name])
+                taken.add(name)
+    return result | {name: tensor for name, tensor in left.items() if name not in taken}
+
+
+def pairs(blocks: int) -> Iterator[tuple[str, str]]:
+    """NAMES with every block's number; what all blocks share is repeated for each."""
+    for theirs, ours in NAMES.items():
+        for i in range(blocks if "*" in ours else 1):
+            yield theirs.replace("*", str(i)), ours.replace("*", str(i))
+
+
+def split(name: str, tensor: Any) -> dict[str, Any]:
+    """Queries, keys and values are one matrix in the published layout, three in ours."""
+    if "to_qkv" not in name:
+        return {name: tensor}
+    n = tensor.shape[0] // 3
+    return {name.replace("to_qkv", f"to_{part}"): tensor[i * n : (i + 1) * n] for i, part in enumerate("qkv")}
+
+
+def check_places(stored: Any, sizes: dict[str, Any]) -> None:
+    from tinydiff.models.dit import positions
+
+    side = sizes["side"] // sizes["config"].patch_size
+    wanted = positions(side, side, side, stored.shape[2], stored.device)
+    if not (stored[0].float() - wanted).abs().max() < 1e-2:  # what bfloat16 rounds off
+        raise ModelError(f"{PLACES}: not the sines and cosines of DiT; learned places of tokens are not supported")
+
+
+def is_shared(tensors: Mapping[str, Any]) -> bool:
+    """Whether all blocks embed time and class by equal tensors (our names), so that one module can hold them."""
+    for name, tensor in tensors.items():
+        _, found, rest = name.partition(".norm1.emb.")
+        first = tensors.get(f"{EMB.replace('*', '0')}.{rest}") if found else tensor
+        if first is not tensor and not (first is not None and first.shape == tensor.shape and (first == tensor).all()):
+            return False
+    return True
