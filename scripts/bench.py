@@ -159,7 +159,7 @@ def train(runs: int, config: Path) -> None:
     latents = torch.randn(512, cfg.autoencoder.latent_channels, side, side)
     with loop.Runtime(cfg) as runtime:
         model = folder.build(cfg, tokenizer)
-        model.unet.to(memory_format=torch.channels_last)
+        model.denoiser.to(memory_format=torch.channels_last)
         task = DenoiserTask(cfg, model, Images(Captions(), cfg.data), (latents, latents.abs() * 0.1), runtime.device)
         average, optimizer = (
             Average(task.module, cfg.train.denoiser.ema),
@@ -200,7 +200,7 @@ def samplers() -> None:
     from tinydiff.models.unet import UNet
 
     cross = ("CrossAttnDownBlock2D",) * 3
-    unet = UNet(Denoiser((320, 640, 1280, 1280), (*cross, "DownBlock2D"), 2, 1, 8, 32, False), 4, 768)
+    unet = UNet(Denoiser("unet", (320, 640, 1280, 1280), (*cross, "DownBlock2D"), 2, 1, 8, 32, False), 4, 768)
     x = torch.randn(8, 4, 64, 64)
     with torch.inference_mode():
         begun = time.perf_counter()

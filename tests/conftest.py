@@ -60,7 +60,7 @@ def tiny_config(image_folder: Path) -> config.Config:
             num_attention_heads=2,
             max_position_embeddings=16,
         ),
-        denoiser=config.Denoiser((16, 32), ("CrossAttnDownBlock2D",) * 2, 1, 1, 2, 8, True),
+        denoiser=config.Denoiser("unet", (16, 32), ("CrossAttnDownBlock2D",) * 2, 1, 1, 2, 8, True),
         diffusion=config.Diffusion(schedule="cosine", prediction="v", timestep_density="uniform"),
         train=config.Train(
             precision="fp32",

@@ -20,7 +20,7 @@ from tinydiff.diffusion.samplers import SAMPLERS
 from tinydiff.diffusion.schedules import CLEAN, SCHEDULES, training_levels
 from tinydiff.errors import ModelError, UsageError
 
-WEIGHTS = {name: Path(name) / file for name, file in folder.FILES.items()}
+WEIGHTS = {name: Path(name) / folder.FILES[name] for name in ("unet", "vae", "text_encoder")}
 
 
 @pytest.fixture
@@ -67,9 +67,9 @@ def test_half_precision_is_stored_and_read_as_float32(copied, tiny_config):
     model = folder.load(copied)
     folder.save(copied, model, tiny_config, torch.float16, replace=True)
     assert {t.dtype for t in load_file(copied / WEIGHTS["unet"]).values()} == {torch.float16}
-    read = folder.load(copied).unet.state_dict()
+    read = folder.load(copied).denoiser.state_dict()
     assert all(v.dtype == torch.float32 for v in read.values())
-    assert all(torch.equal(v.half(), model.unet.state_dict()[k].half()) for k, v in read.items())
+    assert all(torch.equal(v.half(), model.denoiser.state_dict()[k].half()) for k, v in read.items())
 
 
 def test_networks_are_initialised_apart(tiny_config, tiny_model):
@@ -247,7 +247,7 @@ def test_diffusers_and_transformers_open_the_parts(tiny_model):
     torch.testing.assert_close(text(ids).last_hidden_state, context, rtol=1e-5, atol=1e-5)
     unet = UNet2DConditionModel.from_pretrained(tiny_model / "unet").eval()
     t = torch.tensor(500.0)
-    torch.testing.assert_close(unet(x, t, context).sample, model.unet(x, t, context), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(unet(x, t, context).sample, model.denoiser(x, t, context), rtol=1e-5, atol=1e-5)
     vae = AutoencoderKL.from_pretrained(tiny_model / "vae").eval()
     torch.testing.assert_close(vae.decode(x).sample, model.vae.decode(x), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(

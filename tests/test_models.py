@@ -18,17 +18,17 @@ from tinydiff.models.unet import UNet
 
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 UNETS = {
-    "linear": config.Denoiser((32, 64), (CROSS, CROSS), 1, 1, 4, 8, True),
-    "convolution": config.Denoiser((32, 64, 64), (CROSS, CROSS, PLAIN), 2, 1, 8, 16, False),
-    "deep": config.Denoiser((16, 32), (PLAIN, CROSS), 1, 2, 2, 8, True),
+    "linear": config.Denoiser("unet", (32, 64), (CROSS, CROSS), 1, 1, 4, 8, True),
+    "convolution": config.Denoiser("unet", (32, 64, 64), (CROSS, CROSS, PLAIN), 2, 1, 8, 16, False),
+    "deep": config.Denoiser("unet", (16, 32), (PLAIN, CROSS), 1, 2, 2, 8, True),
 }
 AUTOENCODERS = {
     "plain": config.Autoencoder((16, 32, 32), 1, 4, 8, False),
     "attention": config.Autoencoder((16, 32), 2, 3, 16, True),
 }
 TEXTS = {
-    "quick": config.TextEncoder(600, 32, 64, 2, 4, 16, "quick_gelu"),
-    "gelu": config.TextEncoder(600, 24, 48, 3, 3, 77, "gelu"),
+    "quick": config.TextEncoder("clip", "", 600, 32, 64, 2, 4, 16, "quick_gelu"),
+    "gelu": config.TextEncoder("clip", "", 600, 24, 48, 3, 3, 77, "gelu"),
 }
 BOS, EOS = 598, 599
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -148,31 +147,6 @@ def test_every_weight_learns(name):
 # In onnxruntime
 
 
-def translations() -> dict[Any, Any]:
-    """Those of `export`, attention with a mask and a scale of its own among them."""
-    from onnxscript import opset18
-
-    op: Any = opset18
-
-    def attention(
-        q: Any, k: Any, v: Any, mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False, scale: Any = None, **_: Any
-    ) -> Any:  # fmt: skip
-        scale = op.Constant(value_float=float(q.shape[-1]) ** -0.5 if scale is None else float(scale))
-        scores = op.MatMul(op.Mul(q, scale), op.Transpose(k, perm=[0, 1, 3, 2]))
-        if is_causal:
-            side = op.Shape(q, start=2, end=3)
-            hidden = op.Expand(op.Constant(value_float=float("-inf")), op.Concat(side, side, axis=0))
-            scores = op.Add(scores, op.Trilu(hidden, op.Constant(value_int=1), upper=1))
-        if mask is not None:
-            scores = op.Add(scores, mask)
-        return op.MatMul(op.Softmax(scores, axis=-1), v)
-
-    return ORIGINAL() | {torch.ops.aten.scaled_dot_product_attention.default: attention}
-
-
-ORIGINAL = export.translations
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_onnxruntime_agrees(monkeypatch, name):
     """One graph at batches and lengths other than the traced ones, beyond the farthest distance and with padding."""
@@ -180,9 +154,8 @@ def test_onnxruntime_agrees(monkeypatch, name):
     import onnxruntime
 
     cfg, model = CONFIGS[name], random_encoder(name)
-    monkeypatch.setattr(export, "translations", translations)
     monkeypatch.setattr(export, "examples", lambda *_: (prompts(cfg, (16, 9), 16),))
-    network = SimpleNamespace(parts=lambda: {"text_encoder": model})
+    network = SimpleNamespace(parts=lambda: {"text_encoder": model}, name="unet", text_encoder=model)
     graph = export.translate("text_encoder", network, export.OPSET)  # type: ignore[arg-type]
     assert set(graph.graph.initializers) >= set(model.state_dict())
     session = onnxruntime.InferenceSession(ir.to_proto(graph).SerializeToString(), providers=["CPUExecutionProvider"])

@@ -323,7 +323,7 @@ def test_what_a_run_leaves_behind(whole, run_config):
     average = files.read_json(whole / "checkpoints" / "denoiser-00000012" / "state.json")
     assert average["step"] == 12 and config.load(whole / "model" / "tinydiff.toml") == run_config
     stored = weights.tensors([whole / "checkpoints" / "denoiser-00000012" / "average.safetensors"])
-    assert all(torch.equal(v, stored[f"unet.{k}"]) for k, v in model.unet.state_dict().items())
+    assert all(torch.equal(v, stored[f"denoiser.{k}"]) for k, v in model.denoiser.state_dict().items())
     latents = weights.tensors([next((whole / "latents").iterdir())])
     z = latents["mean"] + latents["std"] * torch.randn(
         latents["mean"].shape, generator=torch.Generator().manual_seed(0)

@@ -62,6 +62,12 @@ class Autoencoder:
 
 @dataclass(frozen=True)
 class TextEncoder:
+    kind: str = key(
+        "clip",
+        "CLIP's tower, trained; a T5 encoder from the folder `path`, kept as it is; or captions as classes (dit only)",
+        choices=("clip", "t5", "class"),
+    )
+    path: str = key("", "T5: a folder with text_encoder/ and tokenizer/, as a diffusers pipeline has them")
     vocab_size: int = key(1024, "most tokens of the byte-pair tokenizer trained on the captions", 514, 1_000_000)
     hidden_size: int = key(192, "width", 8)
     intermediate_size: int = key(384, "width inside a block's multilayer perceptron", 8)
@@ -73,6 +79,9 @@ class TextEncoder:
 
 @dataclass(frozen=True)
 class Denoiser:
+    kind: str = key(
+        "unet", "a U-Net of the sizes below, or the diffusion transformer of [dit]", choices=("unet", "dit")
+    )
     block_out_channels: tuple[int, ...] = key((64, 192), "widths; each after the first halves the resolution", 1)
     down_block_types: tuple[str, ...] = key(
         ("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -192,7 +201,8 @@ class Config:
     data: Data = section(Data, "the images")
     autoencoder: Autoencoder = section(Autoencoder, "image <-> latent")
     text_encoder: TextEncoder = section(TextEncoder, "prompt -> vectors")
-    denoiser: Denoiser = section(Denoiser, "the U-Net")
+    denoiser: Denoiser = section(Denoiser, "latents, noise level and vectors -> prediction")
+    dit: DiT = section(DiT, "the diffusion transformer, where denoiser.kind is dit")
     diffusion: Diffusion = section(Diffusion, "what noise is, and what is predicted")
     train: Train = section(Train, "how")
     generate: Generate = section(Generate, "defaults of the trained model")
@@ -332,36 +342,54 @@ def brief(value: Any) -> str:
 
 def conflicts(config: Config) -> Iterator[str]:
     """Keys that are each in range but do not fit together."""
-    factor = 2 ** (len(config.autoencoder.block_out_channels) - 1)
-    down = factor * 2 ** (len(config.denoiser.block_out_channels) - 1)
-    if config.data.resolution % down:
-        low = max(down, config.data.resolution // down * down)
-        yield f"data.resolution: {config.data.resolution} is no multiple of {down}; nearest are {low} and {low + down}"
-    for name in ("autoencoder", "denoiser"):
-        part = getattr(config, name)
-        for width in part.block_out_channels:
-            if width % part.norm_num_groups:
-                yield f"{name}.norm_num_groups: {part.norm_num_groups} does not divide width {width}"
-    for width, heads in zip(config.denoiser.block_out_channels, config.denoiser.heads(), strict=False):
-        if width % heads:
-            yield f"denoiser.attention_head_dim: {heads} heads do not divide width {width}"
-    if len(config.denoiser.heads()) != len(config.denoiser.block_out_channels):
-        yield "denoiser.attention_head_dim: needs one entry for each of block_out_channels, or one number for all"
-    if len(config.denoiser.down_block_types) != len(config.denoiser.block_out_channels):
-        yield "denoiser.down_block_types: needs one entry for each of block_out_channels"
-    if config.denoiser.block_out_channels[0] % 2:
-        yield "denoiser.block_out_channels: the first width is also that of the time's sines and cosines; it must be even"
+    yield from _of_sizes(config)
+    yield from _of_text(config)
     if (config.diffusion.schedule == "flow") != (config.diffusion.prediction == "flow"):
         yield "diffusion.prediction: flow goes with diffusion.schedule flow, the others do not: diffusers has no other form"
     if config.diffusion.zero_terminal_snr and config.diffusion.prediction in ("epsilon", "flow"):
         yield "diffusion.zero_terminal_snr: of pure noise only v and sample say anything; change diffusion.prediction"
     if config.diffusion.shift != 1 and config.diffusion.schedule != "flow":
         yield "diffusion.shift: only the schedule flow is shifted"
-    if config.text_encoder.hidden_size % config.text_encoder.num_attention_heads:
-        yield "text_encoder.num_attention_heads: does not divide hidden_size"
     for name, stage in (("autoencoder", config.train.autoencoder), ("denoiser", config.train.denoiser)):
         if stage.batch_size % stage.accumulate:
             yield f"train.{name}.accumulate: {stage.accumulate} does not divide batch_size {stage.batch_size}"
+
+
+def _of_sizes(config: Config) -> Iterator[str]:
+    """Of the image, the autoencoder and the denoiser."""
+    factor, unet = 2 ** (len(config.autoencoder.block_out_channels) - 1), config.denoiser
+    dit = unet.kind == "dit"
+    down = factor * (config.dit.patch_size if dit else 2 ** (len(unet.block_out_channels) - 1))
+    if config.data.resolution % down:
+        low = max(down, config.data.resolution // down * down)
+        yield f"data.resolution: {config.data.resolution} is no multiple of {down}; nearest are {low} and {low + down}"
+    for name in ("autoencoder",) if dit else ("autoencoder", "denoiser"):
+        part = getattr(config, name)
+        for width in part.block_out_channels:
+            if width % part.norm_num_groups:
+                yield f"{name}.norm_num_groups: {part.norm_num_groups} does not divide width {width}"
+    if dit:
+        yield from (f"dit.{problem}" for problem in config.dit.conflicts(config.data.resolution // factor))
+        return
+    for width, heads in zip(unet.block_out_channels, unet.heads(), strict=False):
+        if width % heads:
+            yield f"denoiser.attention_head_dim: {heads} heads do not divide width {width}"
+    if len(unet.heads()) != len(unet.block_out_channels):
+        yield "denoiser.attention_head_dim: needs one entry for each of block_out_channels, or one number for all"
+    if len(unet.down_block_types) != len(unet.block_out_channels):
+        yield "denoiser.down_block_types: needs one entry for each of block_out_channels"
+    if unet.block_out_channels[0] % 2:
+        yield "denoiser.block_out_channels: the first width is also that of the time's sines and cosines; it must be even"
+
+
+def _of_text(config: Config) -> Iterator[str]:
+    text = config.text_encoder
+    if text.hidden_size % text.num_attention_heads:
+        yield "text_encoder.num_attention_heads: does not divide hidden_size"
+    if (text.kind == "t5") != bool(text.path):
+        yield "text_encoder.path: names the folder of a T5 encoder, with text_encoder.kind t5 and no other"
+    if text.kind == "class" and config.denoiser.kind != "dit":
+        yield "text_encoder.kind: class goes with denoiser.kind dit"
 
 
 def to_dict(config: Any) -> dict[str, Any]:

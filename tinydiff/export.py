@@ -22,16 +22,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tinydiff.backends.onnx import IO, OnnxBackend, open_session
 from tinydiff.backends.pytorch import TorchBackend
 from tinydiff.checkpoints import folder
-from tinydiff.checkpoints.folder import FILES, WEIGHTS, Model
+from tinydiff.checkpoints.description import configs
+from tinydiff.checkpoints.folder import FILES, WEIGHTS, Model, save_tensors, write_json
 from tinydiff.errors import ModelError, UsageError
 from tinydiff.files import committed
+from tinydiff.models.text_encoder import OneHot
+from tinydiff.models.unet import UNet
 from tinydiff.pipeline import Request, generate
+from tinydiff.text.labels import Labels
 
 if TYPE_CHECKING:
     from onnx_ir import Graph as IrGraph
@@ -57,12 +60,18 @@ class Network:
 
 PIXELS = ("batch", "", "height", "width")
 TOKENS = ("batch", "sequence")
-NETWORKS = {
-    "text_encoder": Network("text_encoder", "forward", (TOKENS,), ((*TOKENS, ""), ("batch", ""))),
-    "unet": Network("unet", "forward", (PIXELS, (), (*TOKENS, "")), (PIXELS,)),
+TEXT = {"text_encoder": Network("text_encoder", "forward", (TOKENS,), ((*TOKENS, ""), ("batch", "")))}
+AUTOENCODER = {
     "vae_encoder": Network("vae", "encode", (PIXELS,), (("batch", "", "latent_height", "latent_width"),)),
     "vae_decoder": Network("vae", "decode", (PIXELS,), (("batch", "", "image_height", "image_width"),)),
 }
+
+
+def networks(model: Model) -> dict[str, Network]:
+    """The graphs of a model by name, in the order they are written; a class-conditional one has none for text."""
+    context = ("batch", "", "") if isinstance(model.text_encoder, OneHot) else (*TOKENS, "")
+    denoiser = {model.name: Network(model.name, "forward", (PIXELS, (), context), (PIXELS,))}
+    return ({} if isinstance(model.text_encoder, OneHot) else TEXT) | denoiser | AUTOENCODER
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,7 @@ class Size:
     fewer: int
 
 
+MOST = 128  # pixels a side of the image that is compared: a large model takes minutes for a larger one
 SAME = 0.999  # of an image's pixels agree with torch to one grey level
 TRACED = Size(2, 2, 3, 0)
 CHECKED = (Size(3, 4, 2, 1), Size(1, 1, 5, 0))
@@ -102,10 +112,10 @@ def export(
     exact = folder.load(model_dir)
     model = rounded(exact, PRECISIONS[precision], model_dir)
     with committed(out, replace=replace) as bundle:
-        copy_description(model_dir, bundle)
-        for part in FILES:
-            save_weights(model.parts()[part].state_dict(), bundle / part / FILES[part], PRECISIONS[precision])
-        for name in NETWORKS:
+        write_description(model_dir, model, bundle)
+        for name, part in model.parts().items():
+            save_tensors(part.state_dict(), bundle / name / FILES[name], PRECISIONS[precision])
+        for name in networks(model):
             say(f"export {name}")
             write_graph(name, model, bundle, PRECISIONS[precision], opset)
         say("compare with torch")
@@ -126,36 +136,33 @@ def rounded(model: Model, dtype: torch.dtype, path: Path) -> Model:
     return model
 
 
-def copy_description(model_dir: Path, bundle: Path) -> None:
-    """Every file of the model folder that is no weight, each network's configuration beside its graph."""
-    for name in ("tokenizer", "scheduler"):
-        shutil.copytree(model_dir / name, bundle / name, copy_function=shutil.copyfile)
-    for name in ("model_index.json", "tinydiff.toml"):
-        if (model_dir / name).exists():
-            shutil.copyfile(model_dir / name, bundle / name)
-    for name, network in [*NETWORKS.items(), ("vae", NETWORKS["vae_decoder"])]:
+def write_description(model_dir: Path, model: Model, bundle: Path) -> None:
+    """Every file of the model that is no weight, each network's configuration beside its graph."""
+    found = configs(model_dir)
+    if (model_dir / "tokenizer").is_dir():
+        shutil.copytree(model_dir / "tokenizer", bundle / "tokenizer", copy_function=shutil.copyfile)
+    if (model_dir / "tinydiff.toml").exists():
+        shutil.copyfile(model_dir / "tinydiff.toml", bundle / "tinydiff.toml")
+    (bundle / "scheduler").mkdir()
+    write_json(bundle / "scheduler" / "scheduler_config.json", found["scheduler"])
+    write_json(bundle / "model_index.json", found["model_index"])
+    parts = {name: network.part for name, network in networks(model).items()} | {"vae": "vae"}
+    for name, part in parts.items():
         (bundle / name).mkdir()
-        shutil.copyfile(model_dir / network.part / "config.json", bundle / name / "config.json")
-
-
-def save_weights(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:
-    """A safetensors file with floating-point tensors as `dtype`, readable by whom the file system lets."""
-    tensors = {k: v.to(dtype if v.is_floating_point() else v.dtype).contiguous() for k, v in tensors.items()}
-    save_file(tensors, path, {"format": "pt"})
-    path.chmod(0o644)
+        write_json(bundle / name / "config.json", found[part])
 
 
 def write_graph(name: str, model: Model, bundle: Path, dtype: torch.dtype, opset: int) -> None:
     """`name`/model.onnx, its weights in the safetensors file beside it, which is written where it is not there yet."""
     import onnx_ir as ir
 
-    network, place = NETWORKS[name], bundle / name
+    network, place = networks(model)[name], bundle / name
     onnx_model = translate(name, model, opset)
     state = model.parts()[network.part].state_dict()
     weights = {k: v for k, v in onnx_model.graph.initializers.items() if k in state}
     path = place / FILES.get(name, WEIGHTS)
     if not path.exists():
-        save_weights({k: state[k] for k in weights}, path, dtype)
+        save_tensors({k: state[k] for k in weights}, path, dtype)
     link(onnx_model.graph, weights, path)
     strip(onnx_model)
     (place / "model.onnx").write_bytes(ir.to_proto(onnx_model).SerializeToString(deterministic=True))
@@ -177,7 +184,7 @@ class Call(nn.Module):
 
 def translate(name: str, model: Model, opset: int) -> IrModel:
     """The graph of one network, initializers named like its parameters and laid out like them. ModelError."""
-    network, (inputs, outputs) = NETWORKS[name], IO[name]
+    network, (inputs, outputs) = networks(model)[name], IO[name]
     dynamic = tuple({i: torch.export.Dim.DYNAMIC for i, axis in enumerate(axes) if axis} for axes in network.inputs)
     try:
         with quiet(), torch.no_grad():
@@ -209,13 +216,13 @@ def translate(name: str, model: Model, opset: int) -> IrModel:
 def examples(name: str, model: Model, size: Size) -> tuple[Tensor, ...]:
     """Seeded inputs of one network."""
     generator = torch.Generator().manual_seed(0)
-    text = model.text_encoder.text_model.embeddings
-    tokens = text.position_embedding.num_embeddings - size.fewer
+    tokenizer = model.tokenizer
+    tokens = max(1, tokenizer.max_length - size.fewer)
+    ids = torch.randint(tokenizer.vocab_size, (size.batch, tokens), generator=generator)
+    ids[:, -1] = tokenizer.eos
     if name == "text_encoder":
-        ids = torch.randint(text.token_embedding.num_embeddings, (size.batch, tokens), generator=generator)
-        ids[:, -1] = model.text_encoder.end
         return (ids,)
-    step = 2 ** (len(model.unet.down_blocks) - 1)
+    step = 2 ** (len(model.denoiser.down_blocks) - 1) if isinstance(model.denoiser, UNet) else model.denoiser.patch
     channels, side = model.vae.post_quant_conv.in_channels, (size.height * step, size.width * step)
     if name == "vae_encoder":
         factor = 2 ** (len(model.vae.encoder.down_blocks) - 1)
@@ -223,8 +230,11 @@ def examples(name: str, model: Model, size: Size) -> tuple[Tensor, ...]:
     latents = torch.randn(size.batch, channels, *side, generator=generator)
     if name == "vae_decoder":
         return (latents,)
-    context = torch.randn(size.batch, tokens, text.token_embedding.embedding_dim, generator=generator)
-    return latents, torch.tensor(601.0), context
+    with torch.no_grad():
+        context = model.text_encoder(ids)[0]
+    read = model.denoiser.conv_in.in_channels if isinstance(model.denoiser, UNet) else channels
+    more = torch.randn(size.batch, read - channels, *side, generator=generator)
+    return torch.cat([latents, more], dim=1), torch.tensor(601.0), context
 
 
 @contextmanager
@@ -448,7 +458,7 @@ def verify_graphs(bundle: Path, model: Model, atol: float, exact: Model | None =
     Raises ModelError naming a graph whose `max_abs_diff` exceeds `atol`.
     """
     rows = []
-    for name in NETWORKS:
+    for name in networks(model):
         session = open_session(bundle, name, "cpu")
         runs = [
             (inputs, session.run(None, feed(name, inputs))) for inputs in (examples(name, model, s) for s in CHECKED)
@@ -470,8 +480,10 @@ def verify_image(bundle: Path) -> dict[str, Any]:
     backends = OnnxBackend(bundle, "cpu"), TorchBackend.open(bundle, "cpu")
     d = backends[0].description
     g = d.generate
-    request = Request(min(g.steps, len(d.schedule)), g.cfg_scale, g.sampler, g.schedule, d.size, d.size)
-    ours, theirs = (generate(backend, ["red heart"], [0], request).astype(int) for backend in backends)
+    side = min(d.size, max(1, MOST // d.multiple) * d.multiple)
+    request = Request(min(g.steps, 20, len(d.schedule)), g.cfg_scale, g.sampler, g.schedule, side, side)
+    prompt = "0" if isinstance(backends[0].tokenizer, Labels) else "red heart"
+    ours, theirs = (generate(backend, [prompt], [0], request).astype(int) for backend in backends)
     same = float((np.abs(ours - theirs).max(axis=-1) <= 1).mean())
     if same < SAME:
         raise ModelError(f"image: only {same:.2%} of pixels agree with torch after {request.steps} steps; try fp32")
@@ -484,7 +496,7 @@ def feed(name: str, inputs: tuple[Tensor, ...]) -> dict[str, np.ndarray]:
 
 def difference(name: str, model: Model, inputs: tuple[Tensor, ...], got: Any) -> float:
     """Largest difference of any output from torch's, in standard deviations of torch's."""
-    network = NETWORKS[name]
+    network = networks(model)[name]
     with torch.inference_mode():
         wanted = getattr(model.parts()[network.part], network.method)(*inputs)
     wanted = [w.numpy() for w in (wanted if isinstance(wanted, tuple) else (wanted,))]

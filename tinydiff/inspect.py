@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tinydiff import backends, config, images
-from tinydiff.checkpoints.description import Description, describe
+from tinydiff.checkpoints.description import Description, denoiser_of, describe
 from tinydiff.checkpoints.scheduler import BETA_SCHEDULES
 from tinydiff.errors import ModelError, UsageError
 from tinydiff.files import read_json, shown
@@ -68,7 +68,7 @@ def model(path: Path) -> dict[str, Any]:
         "path": str(path),
         "format": "onnx" if graphs and len(graphs) == len(parts) else "diffusers",
         "class": index.get("_class_name"),
-        "onnx": (path / "unet" / "model.onnx").is_file(),
+        "onnx": (path / denoiser_of(path) / "model.onnx").is_file(),
         "components": parts,
         "parameters": sum(part["parameters"] or 0 for part in parts.values()),
         "bytes": sum(part["bytes"] for part in parts.values()),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinydiff.checkpoints.description import denoiser_of
 from tinydiff.errors import ModelError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def find_model(name: str | None) -> Path:
     for candidate in (path, path / "model", shipped / (name or SHIPPED)):
         if (candidate / "model_index.json").is_file():
             return candidate
-    known = ", ".join(sorted(p.name for p in shipped.iterdir() if p.is_dir())) if shipped.is_dir() else "none"
+    known = ", ".join(sorted(p.parent.name for p in shipped.glob("*/model_index.json"))) or "none"
     if path.is_dir():
         raise ModelError(
             f"{path}: no model_index.json; give a model folder, a finished run, or a shipped model ({known})"
@@ -34,7 +35,7 @@ def open_backend(path: Path, kind: str = "auto", device: str = "auto", wait: boo
 
     `wait` false returns while the graphs are still being opened; what is wrong with them is then raised by their first use.
     """
-    has_graphs = (path / "unet" / "model.onnx").is_file()
+    has_graphs = (path / denoiser_of(path) / "model.onnx").is_file()
     if kind == "onnx" and not has_graphs:
         raise ModelError(f"{path}: holds no ONNX graphs; write them with `tinydiff export {path} -o DIR`")
     if kind == "onnx" or (kind == "auto" and has_graphs):

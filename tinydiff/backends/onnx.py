@@ -20,17 +20,18 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from tinydiff.checkpoints.description import describe
+from tinydiff.checkpoints.description import configs, denoiser_of, describe, tokenizer_of
 from tinydiff.errors import ModelError, ResourceError
 from tinydiff.files import shown, verify
+from tinydiff.text.labels import one_hot
 
 IO = {  # names of inputs and outputs, as optimum has them
     "text_encoder": (("input_ids",), ("last_hidden_state", "pooler_output")),
     "unet": (("sample", "timestep", "encoder_hidden_states"), ("out_sample",)),
+    "transformer": (("sample", "timestep", "encoder_hidden_states"), ("out_sample",)),
     "vae_encoder": (("sample",), ("latent_parameters",)),
     "vae_decoder": (("latent_sample",), ("sample",)),
 }
-DRAWING = ("unet", "vae_decoder", "text_encoder")  # the graphs that text to image needs, the longest to open first
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
 DTYPES = {
@@ -59,12 +60,13 @@ class OnnxBackend:
     def __init__(self, path: Path, device: str = "auto", wait: bool = True):
         self.path, self.device = path, choose_device(device)
         self.pool = ThreadPoolExecutor(4)  # neither opening a graph nor hashing a file needs Python
-        self.checks = self.pool.submit(verify, path, (*DRAWING, "scheduler", "tokenizer"))
-        self.sessions = {name: self.pool.submit(open_session, path, name, self.device) for name in DRAWING}
+        self.denoiser = denoiser_of(path)  # what text to image needs, the longest to open first
+        drawing = (self.denoiser, "vae_decoder", *(["text_encoder"] if (path / "text_encoder").is_dir() else []))
+        self.checks = self.pool.submit(verify, path, (*drawing, "scheduler", "tokenizer"))
+        self.sessions = {name: self.pool.submit(open_session, path, name, self.device) for name in drawing}
         try:
-            from tinydiff.text.tokenizer import Tokenizer
-
-            self.description, self.tokenizer = describe(path), Tokenizer.load(path / "tokenizer")
+            found = configs(path)
+            self.description, self.tokenizer = describe(path), tokenizer_of(path, found)
         except ModelError:
             self.checks.result()  # what is wrong with the files says more than what came of it
             raise
@@ -85,11 +87,13 @@ class OnnxBackend:
 
     def encode_text(self, ids: np.ndarray) -> np.ndarray:
         self.wait()
+        if "text_encoder" not in self.sessions:
+            return one_hot(ids, self.tokenizer.vocab_size)
         return run(self.sessions["text_encoder"].result(), "last_hidden_state", input_ids=ids)
 
     def denoise(self, x: np.ndarray, t: float, context: np.ndarray) -> np.ndarray:
-        unet = self.sessions["unet"].result()
-        return run(unet, "out_sample", sample=x, timestep=np.array(t), encoder_hidden_states=context)
+        denoiser = self.sessions[self.denoiser].result()
+        return run(denoiser, "out_sample", sample=x, timestep=np.array(t), encoder_hidden_states=context)
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         return run(self.vae_encoder, "latent_parameters", sample=pixels)

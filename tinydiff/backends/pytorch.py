@@ -34,7 +34,7 @@ class TorchBackend:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.unet.parameters()).device
+        return next(self.model.denoiser.parameters()).device
 
     def tensor(self, x: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(x)).to(self.device)
@@ -46,7 +46,7 @@ class TorchBackend:
     @torch.inference_mode()
     def denoise(self, x: np.ndarray, t: float, context: np.ndarray) -> np.ndarray:
         return (
-            self.model.unet(self.tensor(x), torch.tensor(t, device=self.device), self.tensor(context))
+            self.model.denoiser(self.tensor(x), torch.tensor(t, device=self.device), self.tensor(context))
             .float()
             .cpu()
             .numpy()

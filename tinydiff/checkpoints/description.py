@@ -74,13 +74,18 @@ def configs(path: Path) -> dict[str, dict[str, Any]]:
     if other := next((name for key, name in OTHERS.items() if key in kind), None):
         raise ModelError(f"{shown(path)}: not supported, this is {other} ({kind}); {SUPPORTED}")
     found = {"model_index": index, "scheduler": read_json(path / "scheduler" / "scheduler_config.json")}
-    denoiser = next((name for name in DENOISERS if (path / name / "config.json").exists()), DENOISERS[0])
+    denoiser = denoiser_of(path)
     found[denoiser] = read_json(path / denoiser / "config.json")
     halves = (name for name in ("vae", "vae_decoder") if (path / name / "config.json").exists())
     found["vae"] = read_json(path / next(halves, "vae") / "config.json")
     if (path / "text_encoder" / "config.json").exists():
         found["text_encoder"] = read_json(path / "text_encoder" / "config.json")
     return found
+
+
+def denoiser_of(path: Path) -> str:
+    """The folder that holds a model's denoiser."""
+    return next((name for name in DENOISERS if (path / name / "config.json").exists()), DENOISERS[0])
 
 
 def describe(path: Path) -> Description:
@@ -106,6 +111,23 @@ def describe(path: Path) -> Description:
         raise ModelError(f"{path}: its configuration files lack or misstate {error}") from None
 
 
+def tokenizer_of(path: Path, found: dict[str, dict[str, Any]]) -> Any:
+    """CLIP's or T5's tokenizer, or the labels of a class-conditional model. Raises ModelError."""
+    if "transformer" in found and "text_encoder" not in found:
+        from tinydiff.text.labels import LEAST, Labels
+
+        labels = found["model_index"].get("id2label") or {}
+        names = [str(name) for _, name in sorted(labels.items(), key=lambda item: int(item[0]))]
+        return Labels(names, int(found["transformer"].get("num_embeds_ada_norm") or LEAST))
+    if found.get("text_encoder", {}).get("model_type") == "t5":
+        from tinydiff.text.sentencepiece import T5Tokenizer
+
+        return T5Tokenizer.load(path / "tokenizer")
+    from tinydiff.text.tokenizer import Tokenizer
+
+    return Tokenizer.load(path / "tokenizer")
+
+
 def reduction(denoiser: dict[str, Any]) -> int:
     """Latents a side that the denoiser reads as one at its lowest resolution, by its `config.json`."""
     return int(denoiser["patch_size"]) if "patch_size" in denoiser else 2 ** (len(denoiser["block_out_channels"]) - 1)
@@ -114,7 +136,8 @@ def reduction(denoiser: dict[str, Any]) -> int:
 def described(cfg: config.Config, scaling_factor: float) -> Description:
     """The description of the model that a configuration makes, before it is in any folder."""
     factor = 2 ** (len(cfg.autoencoder.block_out_channels) - 1)
-    multiple = factor * 2 ** (len(cfg.denoiser.block_out_channels) - 1)
+    unet = 2 ** (len(cfg.denoiser.block_out_channels) - 1)
+    multiple = factor * (cfg.dit.patch_size if cfg.denoiser.kind == "dit" else unet)
     scheduler, channels = read(write(cfg)), cfg.autoencoder.latent_channels
     return Description(
         Path(), scheduler, channels, channels, factor, multiple, scaling_factor, cfg.data.resolution, cfg.generate

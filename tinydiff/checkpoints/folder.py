@@ -6,6 +6,7 @@ Parameter names are diffusers' and transformers' own, so there is no conversion;
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tinydiff import __version__, config
-from tinydiff.checkpoints import scheduler, weights
-from tinydiff.checkpoints.description import configs
+from tinydiff.checkpoints import dit, scheduler, weights
+from tinydiff.checkpoints.description import configs, tokenizer_of
 from tinydiff.errors import ModelError
-from tinydiff.files import committed, shown, verify
+from tinydiff.files import committed, read_json, shown, verify
 from tinydiff.models.autoencoder import Autoencoder
-from tinydiff.models.text_encoder import TextEncoder
+from tinydiff.models.dit import DiT
+from tinydiff.models.t5 import T5Config, T5Encoder, encoder_weights
+from tinydiff.models.text_encoder import OneHot, TextEncoder
 from tinydiff.models.unet import UNet
-from tinydiff.text.tokenizer import Tokenizer
+from tinydiff.text.labels import Labels
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-FILES = {"unet": WEIGHTS, "vae": WEIGHTS, "text_encoder": "model.safetensors"}
+FILES = {"unet": WEIGHTS, "transformer": WEIGHTS, "vae": WEIGHTS, "text_encoder": "model.safetensors"}
 DEFAULTS: dict[str, dict[str, Any]] = {  # of diffusers and transformers, for keys that an older config.json lacks
     "unet": {
         "block_out_channels": (320, 640, 1280, 1280),
@@ -36,6 +39,18 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # of diffusers and transformers, for ke
     },
     "vae": {"norm_num_groups": 32, "mid_block_add_attention": True},
     "text_encoder": {},
+    "t5": {},
+    "transformer": {
+        "num_attention_heads": 16,
+        "attention_head_dim": 72,
+        "in_channels": 4,
+        "num_layers": 28,
+        "patch_size": 2,
+        "sample_size": 32,
+        "num_embeds_ada_norm": 1000,
+        "norm_eps": 1e-5,
+        "freq_shift": 1,
+    },
 }
 ONLY: dict[str, dict[str, Any]] = {  # what makes another network, and the value it has in ours
     "unet": {
@@ -59,6 +74,13 @@ ONLY: dict[str, dict[str, Any]] = {  # what makes another network, and the value
     | {"mid_block_only_cross_attention": None},
     "vae": {"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True, "shift_factor": None},
     "text_encoder": {"layer_norm_eps": 1e-5, "model_type": "clip_text_model"},
+    "t5": {"model_type": "t5"},
+    "transformer": {
+        "activation_fn": "gelu-approximate",
+        "norm_type": "ada_norm_zero",
+        "norm_elementwise_affine": False,
+        "attention_bias": True,
+    },
 }
 IGNORED = ("position_ids", "text_projection.weight")
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -66,27 +88,56 @@ OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 
 @dataclass
 class Model:
-    """The three networks and the tokenizer of a text-to-image model."""
+    """The networks and the tokenizer of a text-to-image model; a class-conditional one has `OneHot` for a text encoder."""
 
-    unet: UNet
+    denoiser: UNet | DiT
     vae: Autoencoder
-    text_encoder: TextEncoder
-    tokenizer: Tokenizer
+    text_encoder: TextEncoder | T5Encoder | OneHot
+    tokenizer: Any  # text.prompts.Tokens that can be saved
     scaling_factor: float
 
+    @property
+    def name(self) -> str:
+        """The folder of the denoiser."""
+        return "unet" if isinstance(self.denoiser, UNet) else "transformer"
+
     def parts(self) -> dict[str, nn.Module]:
-        return {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder}
+        """Every network that has weights, by its folder's name."""
+        found = {self.name: self.denoiser, "vae": self.vae, "text_encoder": self.text_encoder}
+        return {name: part for name, part in found.items() if not isinstance(part, OneHot)}
 
 
-def build(cfg: config.Config, tokenizer: Tokenizer, seed: int = 0) -> Model:
-    """The networks of a configuration, each initialised from its own `seed`, so none depends on another's size."""
+def build(cfg: config.Config, tokenizer: Any, seed: int = 0) -> Model:
+    """The networks of a configuration, each initialised from its own `seed`, so none depends on another's size.
+
+    A T5 encoder is not initialised but read from its folder. Raises ModelError where that cannot be.
+    """
+    text = cfg.text_encoder
+    if text.kind == "t5":
+        text_encoder, width = load_t5(Path(text.path) / "text_encoder")
+    elif text.kind == "class":
+        text_encoder, width = OneHot(tokenizer.vocab_size), tokenizer.vocab_size
+    else:
+        torch.manual_seed(seed)
+        text_encoder, width = TextEncoder(text, tokenizer.vocab_size, tokenizer.eos), text.hidden_size
     torch.manual_seed(seed)
-    unet = UNet(cfg.denoiser, cfg.autoencoder.latent_channels, cfg.text_encoder.hidden_size)
+    channels = cfg.autoencoder.latent_channels
+    if cfg.denoiser.kind == "unet":
+        denoiser: UNet | DiT = UNet(cfg.denoiser, channels, width)
+    elif text.kind == "class":
+        denoiser = DiT(cfg.dit, channels, side_of(cfg), classes=width - 1)
+    else:
+        denoiser = DiT(cfg.dit, channels, side_of(cfg), context_dim=width)
     torch.manual_seed(seed)
-    vae = Autoencoder(cfg.autoencoder)
-    torch.manual_seed(seed)
-    text_encoder = TextEncoder(cfg.text_encoder, tokenizer.vocab_size, tokenizer.eos)
-    return Model(unet, vae, text_encoder, tokenizer, 1.0)
+    return Model(denoiser, Autoencoder(cfg.autoencoder), text_encoder, tokenizer, 1.0)
+
+
+def side_of(cfg: config.Config) -> int:
+    """Latents along a side."""
+    return cfg.data.resolution // 2 ** (len(cfg.autoencoder.block_out_channels) - 1)
+
+
+# ---- out ---------------------------------------------------------------------------------------------------------------
 
 
 def save(
@@ -100,69 +151,110 @@ def save(
 def write(folder: Path, model: Model, cfg: config.Config, dtype: torch.dtype = torch.float32) -> None:
     """The files of a model folder, weights stored as `dtype`."""
     for name, part in model.parts().items():
-        tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in part.state_dict().items()}
         (folder / name).mkdir()
-        save_file(tensors, folder / name / FILES[name], {"format": "pt"})
+        save_tensors(part.state_dict(), folder / name / FILES[name], dtype)
         write_json(folder / name / "config.json", component_config(name, model, cfg))
-    model.tokenizer.save(folder / "tokenizer")
+    if not isinstance(model.tokenizer, Labels):
+        model.tokenizer.save(folder / "tokenizer")
     (folder / "scheduler").mkdir()
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler.write(cfg))
-    write_json(folder / "model_index.json", index(cfg))
+    write_json(folder / "model_index.json", index(cfg, model.tokenizer))
     (folder / "tinydiff.toml").write_text(config.to_toml(cfg), encoding="utf-8")
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:
+    """A safetensors file with floating-point tensors as `dtype`, readable by whom the file system lets.
+
+    Every tensor is copied, since the format knows no two names of one.
+    """
+    kinds = {k: dtype if v.is_floating_point() else v.dtype for k, v in tensors.items()}
+    held = {v.data_ptr() for v in tensors.values()}
+    copy = len(held) < len(tensors)
+    save_file(
+        {k: v.detach().to("cpu", kinds[k], copy=copy).contiguous() for k, v in tensors.items()}, path, {"format": "pt"}
+    )
+    path.chmod(0o644)
 
 
 def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def index(cfg: config.Config) -> dict[str, Any]:
-    """`model_index.json` of a Stable Diffusion pipeline."""
-    return {
-        "_class_name": "StableDiffusionPipeline",
-        "_tinydiff_version": __version__,
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", scheduler.write(cfg)["_class_name"]],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
+def without_form(cfg: config.Config) -> str:
+    """Why diffusers has no pipeline for a model of this configuration; "" where it has one."""
+    if cfg.text_encoder.kind == "t5":
+        return "text is read by T5 with its padding masked"
+    if cfg.denoiser.kind == "dit" and cfg.text_encoder.kind == "clip":
+        return "a DiT that reads text"
+    return ""
+
+
+def index(cfg: config.Config, tokenizer: Any) -> dict[str, Any]:
+    """`model_index.json` of a pipeline of diffusers, or of none with the reason."""
+    found = {"_class_name": "StableDiffusionPipeline", "_tinydiff_version": __version__}
+    found |= {"scheduler": ["diffusers", scheduler.write(cfg)["_class_name"]], "vae": ["diffusers", "AutoencoderKL"]}
+    if cfg.text_encoder.kind == "class":
+        own = {"_class_name": "DiTPipeline", "transformer": ["diffusers", "DiTTransformer2DModel"]}
+        return found | own | {"id2label": tokenizer.table()}
+    dit = {"transformer": ["diffusers", "Transformer2DModel"]}
+    found |= dit if cfg.denoiser.kind == "dit" else {"unet": ["diffusers", "UNet2DConditionModel"]}
+    t5 = cfg.text_encoder.kind == "t5"
+    found |= {"text_encoder": ["transformers", "T5EncoderModel" if t5 else "CLIPTextModel"]}
+    found |= {"tokenizer": ["transformers", "T5TokenizerFast" if t5 else "CLIPTokenizer"]}
+    if reason := without_form(cfg):
+        return found | {"_class_name": "TinydiffPipeline", "_no_diffusers_pipeline": reason}
+    found |= {"feature_extractor": [None, None], "image_encoder": [None, None], "safety_checker": [None, None]}
+    return found | {"requires_safety_checker": False}
 
 
 def component_config(name: str, model: Model, cfg: config.Config) -> dict[str, Any]:
     """`config.json` of one network."""
-    side = cfg.data.resolution // 2 ** (len(cfg.autoencoder.block_out_channels) - 1)
+    channels, n = cfg.autoencoder.latent_channels, len(cfg.autoencoder.block_out_channels)
+    sizes = {"sample_size": side_of(cfg), "in_channels": channels, "out_channels": channels}
     if name == "unet":
         ups = [kind.replace("Down", "Up") for kind in reversed(cfg.denoiser.down_block_types)]
-        sizes = {
-            "sample_size": side,
-            "in_channels": cfg.autoencoder.latent_channels,
-            "out_channels": cfg.autoencoder.latent_channels,
-        }
-        own = asdict(cfg.denoiser) | {"up_block_types": ups, "cross_attention_dim": cfg.text_encoder.hidden_size}
+        own = settings(cfg.denoiser) | {"up_block_types": ups, "cross_attention_dim": context_width(model)}
         return {"_class_name": "UNet2DConditionModel"} | sizes | own
+    if name == "transformer":
+        return dit_config(cfg, model.tokenizer.vocab_size - 1, context_width(model)) | sizes
     if name == "vae":
-        n = len(cfg.autoencoder.block_out_channels)
         kinds = {"down_block_types": ["DownEncoderBlock2D"] * n, "up_block_types": ["UpDecoderBlock2D"] * n}
         own = {"in_channels": 3, "out_channels": 3, "act_fn": "silu", "sample_size": cfg.data.resolution}
-        return (
-            {"_class_name": "AutoencoderKL"}
-            | kinds
-            | own
-            | asdict(cfg.autoencoder)
-            | {"scaling_factor": model.scaling_factor}
-        )
+        own |= asdict(cfg.autoencoder) | {"scaling_factor": model.scaling_factor}
+        return {"_class_name": "AutoencoderKL"} | kinds | own
+    if isinstance(model.text_encoder, T5Encoder):
+        return {"architectures": ["T5EncoderModel"], "model_type": "t5"} | asdict(model.text_encoder.config)
     tokenizer = model.tokenizer
-    ids = {
-        "vocab_size": tokenizer.vocab_size,
-        "bos_token_id": tokenizer.bos,
-        "eos_token_id": tokenizer.eos,
-        "pad_token_id": tokenizer.eos,
-    }
-    return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"} | asdict(cfg.text_encoder) | ids
+    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.eos}
+    ids["vocab_size"] = tokenizer.vocab_size
+    return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"} | settings(cfg.text_encoder) | ids
+
+
+def settings(part: Any) -> dict[str, Any]:
+    """A configuration's keys that are diffusers' and transformers' too."""
+    return {key: value for key, value in asdict(part).items() if key not in ("kind", "path")}
+
+
+def context_width(model: Model) -> int:
+    """The width of what the denoiser attends to."""
+    encoder = model.text_encoder
+    if isinstance(encoder, TextEncoder):
+        return encoder.text_model.final_layer_norm.normalized_shape[0]
+    return encoder.shared.embedding_dim if isinstance(encoder, T5Encoder) else encoder.size
+
+
+def dit_config(cfg: config.Config, classes: int, width: int) -> dict[str, Any]:
+    """`config.json` of a DiT: diffusers' own by class, and by text its `Transformer2DModel`."""
+    layers, heads, head = cfg.dit.shape
+    found = {"_class_name": "DiTTransformer2DModel", "num_embeds_ada_norm": classes, "patch_size": cfg.dit.patch_size}
+    found |= {"num_layers": layers, "num_attention_heads": heads, "attention_head_dim": head} | ONLY["transformer"]
+    if cfg.text_encoder.kind != "class":
+        own = {"_class_name": "Transformer2DModel", "num_embeds_ada_norm": 1, "cross_attention_dim": width}
+        found |= own | {"interpolation_scale": 1}
+    return found
+
+
+# ---- in ----------------------------------------------------------------------------------------------------------------
 
 
 def load(path: Path) -> Model:
@@ -173,29 +265,71 @@ def load(path: Path) -> Model:
     verify(path)
     found = configs(path)
     stored = {name: weights.files(path / name) for name in found if name not in ("model_index", "scheduler")}
-    tokenizer = Tokenizer.load(path / "tokenizer")
+    tensors = {name: weights.tensors(files) for name, files in stored.items()}
+    if "transformer" in tensors and dit.is_published(tensors["transformer"]):
+        tensors["transformer"] = dit.published(tensors["transformer"])
+    tokenizer = tokenizer_of(path, found)
     try:
         with torch.device("meta"):
-            unet, vae, text = found["unet"], found["vae"], found["text_encoder"]
-            channels = int(unet.get("out_channels", 4))
-            extra = int(unet.get("in_channels", 4)) - channels
             model = Model(
-                UNet(known(config.Denoiser, "unet", unet), channels, unet["cross_attention_dim"], extra),
-                Autoencoder(known(config.Autoencoder, "vae", vae)),
-                TextEncoder(known(config.TextEncoder, "text_encoder", text), text["vocab_size"], tokenizer.eos),
+                denoiser_of(found, tensors),
+                Autoencoder(known(config.Autoencoder, "vae", found["vae"])),
+                text_encoder_of(found, tokenizer),
                 tokenizer,
-                float(vae.get("scaling_factor") or 0.18215),
+                float(found["vae"].get("scaling_factor") or 0.18215),
             )
     except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{path}: unsupported or incomplete config.json: {error}") from None
+        raise ModelError(f"{shown(path)}: unsupported or incomplete config.json: {error}") from None
     for name, part in model.parts().items():
-        fill(part, weights.tensors(stored[name]), path / name)
+        fill(part, tensors[name], path / name)
         part.float().eval()
     return model
 
 
+def denoiser_of(found: Mapping[str, dict[str, Any]], tensors: Mapping[str, dict[str, Tensor]]) -> UNet | DiT:
+    """The denoiser that a folder's configurations describe."""
+    if table := found.get("unet"):
+        channels = int(table.get("out_channels", 4))
+        extra = int(table.get("in_channels", 4)) - channels
+        return UNet(known(config.Denoiser, "unet", table), channels, table["cross_attention_dim"], extra)
+    table = known(dict, "transformer", found["transformer"])
+    width, channels = table["num_attention_heads"] * table["attention_head_dim"], table["in_channels"]
+    context_dim = table.get("cross_attention_dim")
+    return DiT(
+        dit.named(table["num_layers"], table["num_attention_heads"], width, table["patch_size"]),
+        channels,
+        table["sample_size"],
+        classes=0 if context_dim else table["num_embeds_ada_norm"],
+        context_dim=context_dim,
+        learned_sigma=(table.get("out_channels") or channels) == 2 * channels,
+        shared=dit.is_shared(tensors["transformer"]),
+        norm_eps=table["norm_eps"],
+        freq_shift=table["freq_shift"],
+    )
+
+
+def text_encoder_of(found: Mapping[str, dict[str, Any]], tokenizer: Any) -> TextEncoder | T5Encoder | OneHot:
+    if isinstance(tokenizer, Labels):
+        return OneHot(tokenizer.vocab_size)
+    if "text_encoder" not in found:
+        raise ModelError("text_encoder/config.json: missing; copy the whole model folder")
+    table = found["text_encoder"]
+    if table.get("model_type") == "t5":
+        return T5Encoder(known(T5Config, "t5", table))
+    return TextEncoder(known(config.TextEncoder, "text_encoder", table), table["vocab_size"], tokenizer.eos)
+
+
+def load_t5(folder: Path) -> tuple[T5Encoder, int]:
+    """The T5 encoder of a folder and the width of its vectors, float32. ModelError names what is missing or damaged."""
+    cfg = known(T5Config, "t5", read_json(folder / "config.json"))
+    with torch.device("meta"):
+        encoder = T5Encoder(cfg)
+    fill(encoder, weights.tensors(weights.files(folder)), folder)
+    return encoder.float().eval().requires_grad_(False), cfg.d_model
+
+
 def known(kind: type, name: str, table: dict[str, Any]) -> Any:
-    """Dataclass `kind` from a foreign `config.json`, whose makers' defaults stand in for what it lacks.
+    """Dataclass (or dict) `kind` from a foreign `config.json`, whose makers' defaults stand in for what it lacks.
 
     Raises ValueError for a network that ours is not.
     """
@@ -203,13 +337,14 @@ def known(kind: type, name: str, table: dict[str, Any]) -> Any:
     for key, value in ONLY[name].items():
         if key in table and table[key] != value:
             raise ValueError(f"{name}: {key} is {table[key]!r}, and only {value!r} is supported")
-    names = {f.name for f in fields(kind)}
+    names = table if kind is dict else {f.name for f in fields(kind)}
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in table.items() if k in names})
 
 
 def fill(part: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     """Strictly give a network its weights, under any name they have had; ModelError names the first that do not fit."""
     wanted = part.state_dict()
+    tensors = encoder_weights(tensors) if isinstance(part, T5Encoder) else tensors
     renamed = {_renamed(k, wanted): v for k, v in tensors.items() if not k.endswith(IGNORED)}
     common = wanted.keys() & renamed.keys()
     wrong = sorted(wanted.keys() ^ renamed.keys()) + sorted(k for k in common if wanted[k].shape != renamed[k].shape)

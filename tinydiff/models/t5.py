@@ -140,6 +140,7 @@ class T5Encoder(nn.Module):
 
     def __init__(self, config: T5Config):
         super().__init__()
+        self.config = config
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
         self.encoder = Encoder(config)
         self.pad = config.pad_token_id

@@ -113,3 +113,15 @@ class TextEncoder(nn.Module):
         x = self.text_model(input_ids)
         first = (input_ids == self.end).int().argmax(dim=-1)
         return x, x[torch.arange(x.shape[0], device=x.device), first]
+
+
+class OneHot(nn.Module):
+    """Class numbers (B, 1) as rows (B, 1, size) in place of text vectors; it has no weights."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        x = F.one_hot(input_ids, self.size).float()
+        return x, x[:, 0]

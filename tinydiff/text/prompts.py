@@ -114,6 +114,8 @@ def chunks(pieces: Sequence[Piece], tokenizer: Tokens) -> tuple[np.ndarray, np.n
     those of the whole text, whatever its weights, so one chunk equals `tokenizer.encode`; a token weighs what its first
     character does. A word (what stands between white space) is cut only where it is longer than a chunk.
     """
+    if tokenizer.max_length == 1:
+        raise UsageError("prompt: this model draws classes; give a label alone, without weights or brackets")
     head = [] if tokenizer.bos is None else [tokenizer.bos]
     text = "".join(piece.text for piece in pieces)
     tokens, starts = tokenizer.spans(text)

@@ -24,11 +24,15 @@ from tinydiff.checkpoints import folder
 from tinydiff.data import latents
 from tinydiff.data.dataset import Images, open_source
 from tinydiff.errors import DivergedError, UsageError, UserError
+from tinydiff.text.labels import LEAST, Labels
+from tinydiff.text.sentencepiece import T5Tokenizer
 from tinydiff.text.tokenizer import Tokenizer
 from tinydiff.training import state
 from tinydiff.training.optim import Average, adamw, clip, learning_rate
 from tinydiff.training.progress import Progress
 from tinydiff.training.stages import AutoencoderTask, DenoiserTask, Task
+
+TOKENIZERS = {"clip": Tokenizer, "t5": T5Tokenizer, "class": Labels}
 
 
 class Interrupted(UserError):
@@ -113,16 +117,23 @@ def report_skipped(data: Images, runtime: Runtime) -> None:
         )
 
 
-def tokenizer_of(cfg: config.Config, run_dir: Path, data: Images) -> Tokenizer:
-    """The run's tokenizer, trained on the captions the first time."""
-    path = run_dir / "tokenizer"
-    if not path.exists():
-        source = data.source
-        captions = [c for i in range(min(len(source), 200_000)) for c in source.captions(i)]
-        made = Tokenizer.train(captions, cfg.text_encoder.vocab_size, cfg.text_encoder.max_position_embeddings)
-        with files.committed(path) as temporary:
-            made.save(temporary)
-    return Tokenizer.load(path)
+def tokenizer_of(cfg: config.Config, run_dir: Path, data: Images) -> Any:
+    """The run's tokenizer: the first time CLIP's is trained on the captions, T5's copied, or classes are listed."""
+    path, text, source = run_dir / "tokenizer", cfg.text_encoder, data.source
+    count = min(len(source), 200_000)
+    if path.exists():
+        return TOKENIZERS[text.kind].load(path)
+    if text.kind == "t5":
+        made: Any = T5Tokenizer.load(Path(text.path) / "tokenizer", text.max_position_embeddings)
+    elif text.kind == "class":
+        names = sorted({source.captions(i)[0] for i in range(count)})
+        made = Labels(names, max(LEAST, len(names)))
+    else:
+        captions = [c for i in range(count) for c in source.captions(i)]
+        made = Tokenizer.train(captions, text.vocab_size, text.max_position_embeddings)
+    with files.committed(path) as temporary:
+        made.save(temporary)
+    return TOKENIZERS[text.kind].load(path)
 
 
 def finish_autoencoder(model: folder.Model, average: Average) -> None:

@@ -78,14 +78,19 @@ class AutoencoderTask:
 
 
 class Denoise(nn.Module):
-    """Text encoder and denoiser as the one network that stage 2 trains."""
+    """Text encoder and denoiser as the one network that stage 2 trains; an encoder that is kept as it is stands beside it."""
 
     def __init__(self, model: Model):
         super().__init__()
-        self.unet, self.text_encoder = model.unet, model.text_encoder
+        self.denoiser, self.fixed = model.denoiser, []
+        if any(p.requires_grad for p in model.text_encoder.parameters()):
+            self.text_encoder = model.text_encoder
+        else:
+            self.fixed = [model.text_encoder]  # in a list, where a module's weights are nobody's
 
     def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        return self.unet(x, t, self.text_encoder(ids)[0])
+        encoder = self.fixed[0] if self.fixed else self.text_encoder
+        return self.denoiser(x, t, encoder(ids)[0])
 
 
 class DenoiserTask:

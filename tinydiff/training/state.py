@@ -48,7 +48,8 @@ def save(
 
 
 def plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    shared = len({v.data_ptr() for v in tensors.values()}) < len(tensors)  # the format knows no two names of one tensor
+    return {k: v.detach().to("cpu", copy=shared).contiguous() for k, v in tensors.items()}
 
 
 def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
