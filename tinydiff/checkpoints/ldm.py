@@ -1,0 +1,293 @@
+"""Stable Diffusion 1.x and 2.x as CompVis' latent-diffusion code (LDM) lays them out: names of tensors, and sizes.
+
+A network's table is pairs (ours, theirs), ours being diffusers' and transformers' names; an entry stands for every name that
+begins with it, the longest one counting, and is read in both directions. Sizes are read off shapes, and what shapes cannot
+say is in `KINDS`. It knows no file and no tensor.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tinydiff.text.tokenizer import EOS
+
+# ---- names ----------------------------------------------------------------------------------------------------------
+
+Pairs = Iterable[tuple[str, str]]
+Layout = dict[str, Any]  # how many blocks there are: keys of a diffusers configuration
+
+UNET = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+VAE = ("encoder", "decoder", "quant_conv", "post_quant_conv")
+VAE_HALF = {
+    "conv_in": "conv_in",
+    "mid_block.resnets.0": "mid.block_1",
+    "mid_block.resnets.1": "mid.block_2",
+    "mid_block.attentions.0.group_norm": "mid.attn_1.norm",
+    "mid_block.attentions.0.to_q": "mid.attn_1.q",
+    "mid_block.attentions.0.to_k": "mid.attn_1.k",
+    "mid_block.attentions.0.to_v": "mid.attn_1.v",
+    "mid_block.attentions.0.to_out.0": "mid.attn_1.proj_out",
+    "conv_norm_out": "norm_out",
+    "conv_out": "conv_out",
+}
+OPEN_CLIP = {
+    "text_model.embeddings.token_embedding": "token_embedding",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.final_layer_norm": "ln_final",
+}
+OPEN_CLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "self_attn.out_proj": "attn.out_proj",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+
+
+def unet_pairs(layout: Layout) -> Pairs:
+    """Their blocks are numbered through all levels; halving the size is one of them, doubling is part of one."""
+    n, kinds = layout["layers_per_block"], layout["down_block_types"]
+    resnets = [(f"mid_block.resnets.{i}", f"middle_block.{2 * i}") for i in range(2)]
+    yield from UNET.items()
+    for level, kind in enumerate(kinds):
+        down = f"down_blocks.{level}"
+        for j in range(n):
+            block = f"input_blocks.{level * (n + 1) + j + 1}"
+            resnets.append((f"{down}.resnets.{j}", f"{block}.0"))
+            yield f"{down}.attentions.{j}", f"{block}.1"
+        yield f"{down}.downsamplers.0.conv", f"input_blocks.{(level + 1) * (n + 1)}.0.op"
+        up, block = f"up_blocks.{len(kinds) - 1 - level}", ""
+        for j in range(n + 1):
+            block = f"output_blocks.{(len(kinds) - 1 - level) * (n + 1) + j}"
+            resnets.append((f"{up}.resnets.{j}", f"{block}.0"))
+            yield f"{up}.attentions.{j}", f"{block}.1"
+        yield f"{up}.upsamplers.0.conv", f"{block}.{2 if kind.startswith('Cross') else 1}.conv"
+    yield from ((f"{ours}.{a}", f"{theirs}.{b}") for ours, theirs in resnets for a, b in RESNET.items())
+
+
+def vae_pairs(layout: Layout) -> Pairs:
+    """Their decoder's levels are numbered from the image, ours from the latent."""
+    levels, n = len(layout["down_block_types"]), layout["layers_per_block"]
+    yield from ((name, name) for name in VAE[2:])
+    yield from ((f"{half}.{a}", f"{half}.{b}") for half in VAE[:2] for a, b in VAE_HALF.items())
+    for i in range(levels):
+        down, up = f"encoder.down_blocks.{i}", f"decoder.up_blocks.{levels - 1 - i}"
+        yield f"{down}.downsamplers.0.conv", f"encoder.down.{i}.downsample.conv"
+        yield f"{up}.upsamplers.0.conv", f"decoder.up.{i}.upsample.conv"
+        for ours, theirs, blocks in ((down, f"encoder.down.{i}", n), (up, f"decoder.up.{i}", n + 1)):
+            for j in range(blocks):
+                yield f"{ours}.resnets.{j}", f"{theirs}.block.{j}"
+                yield f"{ours}.resnets.{j}.conv_shortcut", f"{theirs}.block.{j}.nin_shortcut"
+
+
+def open_clip_pairs(layout: Layout) -> Pairs:
+    """Queries, keys and values are one tensor: three names of ours, in this order, are one of theirs."""
+    yield from OPEN_CLIP.items()
+    for i in range(layout["num_hidden_layers"]):
+        ours, theirs = f"text_model.encoder.layers.{i}", f"transformer.resblocks.{i}"
+        yield from ((f"{ours}.{a}", f"{theirs}.{b}") for a, b in OPEN_CLIP_LAYER.items())
+        for kind in ("weight", "bias"):
+            yield from ((f"{ours}.self_attn.{x}_proj.{kind}", f"{theirs}.attn.in_proj_{kind}") for x in "qkv")
+
+
+def unet_layout(names: Collection[str]) -> Layout:
+    levels = count(names, r"(input_blocks\.\d+\.0\.op\.)") + 1
+    n = count(names, r"input_blocks\.(\d+)\.") // levels - 1
+    cross = [f"input_blocks.{level * (n + 1) + 1}.1.norm.weight" in names for level in range(levels)]
+    return {"layers_per_block": n, "down_block_types": ["CrossAttnDownBlock2D" if c else "DownBlock2D" for c in cross]}
+
+
+def vae_layout(names: Collection[str]) -> Layout:
+    levels, n = count(names, r"encoder\.down\.(\d+)\."), count(names, r"encoder\.down\.0\.block\.(\d+)\.")
+    return {"layers_per_block": n, "down_block_types": ["DownEncoderBlock2D"] * levels}
+
+
+def open_clip_layout(names: Collection[str]) -> Layout:
+    return {"num_hidden_layers": count(names, r"transformer\.resblocks\.(\d+)\.")}
+
+
+def no_layout(names: Collection[str]) -> Layout:
+    return {}
+
+
+def alike(*pairs: tuple[str, str]) -> Callable[[Layout], Pairs]:
+    """A table that is the same whatever the layout."""
+    return lambda layout: pairs
+
+
+def count(names: Iterable[str], pattern: str) -> int:
+    """How many different first groups `pattern` finds at the beginning of names."""
+    return len({found[1] for name in names if (found := re.match(pattern, name))})
+
+
+TABLES: dict[str, tuple[Callable[[Collection[str]], Layout], Callable[[Layout], Pairs]]] = {
+    "unet": (unet_layout, unet_pairs),
+    "vae": (vae_layout, vae_pairs),
+    "vae_of_diffusers": (no_layout, alike(*((name, name) for name in VAE))),
+    "clip": (no_layout, alike(*((f"text_model.{x}", x) for x in ("embeddings", "encoder", "final_layer_norm")))),
+    "open_clip": (open_clip_layout, open_clip_pairs),
+}
+TOWERS = ("cond_stage_model.", "conditioner.embedders.0.")  # LDM's, and its successor sgm's (SD-Turbo)
+HOMES = {  # where a network can be: what its names begin with, one of them, and their table; written to a table's first
+    "unet": [("model.diffusion_model.", "input_blocks.0.0.weight", "unet")],
+    "vae": [
+        (prefix, f"encoder.{block}.0.conv1.weight", table)
+        for prefix in ("first_stage_model.", "vae.", "")
+        for block, table in (("down.0.block", "vae"), ("down_blocks.0.resnets", "vae_of_diffusers"))
+    ],
+    "text_encoder": [
+        (tower + prefix, probe, table)
+        for prefix, probe, table in (
+            ("transformer.text_model.", "embeddings.token_embedding.weight", "clip"),
+            ("transformer.", "embeddings.token_embedding.weight", "clip"),
+            ("model.", "token_embedding.weight", "open_clip"),
+        )
+        for tower in TOWERS
+    ],
+}
+# Not weights, or not used: of OpenCLIP's 24 blocks the last, for Stable Diffusion 2 is conditioned on the one before it.
+UNUSED = re.compile(
+    r"(^|\.)(position_ids|attn_mask|logit_scale|text_projection(\.weight)?)$|^transformer\.resblocks\.23\."
+)
+EMA = "model_ema."
+EMA_WORDS = re.compile(  # a block is named by two numbers, the second of one digit
+    r"diffusion_model|(?:in|out)put_blocks|middle_block|time_embed|(?:in|emb|out)_layers|skip_connection"
+    r"|transformer_blocks|proj_in|proj_out|attn[12]|norm[123]?|to_[qkv]|to_out|net|conv|proj|ff|out|op|weight|bias|\d+(?=\d)|\d"
+)
+
+
+def averaged(name: str) -> str | None:
+    """The name of the tensor of which `model_ema.…` is the average: its own without dots. None for what is no average."""
+    words = EMA_WORDS.findall(name.removeprefix(EMA)) if name.startswith(EMA) else []
+    return f"model.{'.'.join(words)}" if EMA + "".join(words) == name else None
+
+
+def renamed(name: str, table: Mapping[str, list[str]]) -> list[str]:
+    """`name`, its longest beginning that is in the table replaced; empty where none is."""
+    head, tail = name, ""
+    while head and head not in table:
+        head, _, last = head.rpartition(".")
+        tail = f".{last}{tail}"
+    return [new + tail for new in table[head]] if head else []
+
+
+def forward(pairs: Pairs) -> dict[str, list[str]]:
+    """The table from our names to theirs."""
+    return {ours: [theirs] for ours, theirs in pairs}
+
+
+def backward(pairs: Pairs) -> dict[str, list[str]]:
+    """The table from their names to ours."""
+    table = defaultdict(list)
+    for ours, theirs in pairs:
+        table[theirs].append(ours)
+    return table
+
+
+# ---- sizes: configurations of networks, read off the shapes of tensors under our names --------------------------------
+
+Shapes = Mapping[str, tuple[int, ...]]
+VOCABULARY = 49408
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What shapes do not say of a generation of models, known by how its text encoder is named."""
+
+    number: int
+    hidden_act: str
+    pad: str
+    heads: Callable[[list[int]], int | list[int]]  # of the U-Net's levels, from their widths
+
+
+KINDS = {
+    "clip": Kind(1, "quick_gelu", EOS, lambda widths: 8),
+    "open_clip": Kind(2, "gelu", "!", lambda widths: [max(1, width // 64) for width in widths]),
+}
+
+
+def sizes(shapes: Mapping[str, Shapes], kind: Kind) -> dict[str, dict[str, Any]]:
+    """The configurations of three networks from their shapes. Raises KeyError, ValueError or IndexError where they lack some."""
+    unet, vae, text = _unet(shapes["unet"], kind), _vae(shapes["vae"]), _text_encoder(shapes["text_encoder"], kind)
+    latents, extra = vae["latent_channels"], unet["in_channels"] - unet["out_channels"]
+    if unet["out_channels"] != latents or extra not in (0, latents + 1):
+        raise ValueError(f"{unet['in_channels']} channels in and {unet['out_channels']} out, latents have {latents}")
+    if unet["cross_attention_dim"] != text["hidden_size"]:
+        raise ValueError(f"text of width {text['hidden_size']} for a U-Net of {unet['cross_attention_dim']}")
+    if text["vocab_size"] < VOCABULARY:
+        raise ValueError(f"a vocabulary of {text['vocab_size']} where CLIP has {VOCABULARY}")
+    return {"unet": unet, "vae": vae, "text_encoder": text}
+
+
+def _unet(shapes: Shapes, kind: Kind) -> dict[str, Any]:
+    levels, middle = count(shapes, r"down_blocks\.(\d+)\."), "mid_block.attentions.0"
+    widths = [shapes[f"down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(levels)]
+    cross = [f"down_blocks.{i}.attentions.0.norm.weight" in shapes for i in range(levels)]
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "in_channels": shapes["conv_in.weight"][1],
+        "out_channels": shapes["conv_out.weight"][0],
+        "block_out_channels": widths,
+        "down_block_types": ["CrossAttnDownBlock2D" if c else "DownBlock2D" for c in cross],
+        "up_block_types": ["CrossAttnUpBlock2D" if c else "UpBlock2D" for c in reversed(cross)],
+        "layers_per_block": count(shapes, r"down_blocks\.0\.resnets\.(\d+)\."),
+        "transformer_layers_per_block": count(shapes, rf"{middle}\.transformer_blocks\.(\d+)\."),
+        "attention_head_dim": kind.heads(widths),
+        "cross_attention_dim": shapes[f"{middle}.transformer_blocks.0.attn2.to_k.weight"][1],
+        "norm_num_groups": 32,
+        "use_linear_projection": len(shapes[f"{middle}.proj_in.weight"]) == 2,
+    }
+
+
+def _vae(shapes: Shapes) -> dict[str, Any]:
+    levels = count(shapes, r"encoder\.down_blocks\.(\d+)\.")
+    return {
+        "_class_name": "AutoencoderKL",
+        "in_channels": shapes["encoder.conv_in.weight"][1],
+        "out_channels": shapes["decoder.conv_out.weight"][0],
+        "block_out_channels": [shapes[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(levels)],
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "layers_per_block": count(shapes, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+        "latent_channels": shapes["post_quant_conv.weight"][1],
+        "norm_num_groups": 32,
+        "act_fn": "silu",
+        "mid_block_add_attention": "decoder.mid_block.attentions.0.group_norm.weight" in shapes,
+    }
+
+
+def _text_encoder(shapes: Shapes, kind: Kind) -> dict[str, Any]:
+    vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
+    return {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
+        "num_hidden_layers": count(shapes, r"text_model\.encoder\.layers\.(\d+)\."),
+        "num_attention_heads": max(1, width // 64),
+        "max_position_embeddings": shapes["text_model.embeddings.position_embedding.weight"][0],
+        "hidden_act": kind.hidden_act,
+        "bos_token_id": VOCABULARY - 2,
+        "eos_token_id": VOCABULARY - 1,
+        "pad_token_id": 0 if kind.pad == "!" else VOCABULARY - 1,
+    }
