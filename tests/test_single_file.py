@@ -26,7 +26,7 @@ from test_tokenizer import EXAMPLES
 from torch import Tensor
 
 from tinydiff import config
-from tinydiff.checkpoints import ldm, scheduler, single_file
+from tinydiff.checkpoints import folder, ldm, scheduler, single_file
 from tinydiff.checkpoints.header import header
 from tinydiff.diffusion.schedules import scaled_linear, zero_terminal_snr
 from tinydiff.errors import ModelError, UsageError
@@ -51,8 +51,8 @@ def tiny(kind: str, channels: int = 4, dtype: torch.dtype = torch.float32) -> Mo
     one, prediction = kind == "clip", "epsilon" if kind == "clip" or channels == 9 else "v_prediction"
     widths = (32, 64, 64) if one else (64, 128)
     kinds = ("CrossAttnDownBlock2D",) * (len(widths) - 1) + ("DownBlock2D",)
-    denoiser = config.Denoiser(widths, kinds, 2 if one else 1, 1, 8 if one else 1, 32, not one)
-    text = config.TextEncoder(49408, 32 if one else 64, 48, 3, 1, 77, single_file.KINDS[kind].hidden_act)
+    denoiser = config.Denoiser("unet", widths, kinds, 2 if one else 1, 1, 8 if one else 1, 32, not one)
+    text = config.TextEncoder("clip", "", 49408, 32 if one else 64, 48, 3, 1, 77, single_file.KINDS[kind].hidden_act)
     autoencoder = config.Autoencoder((32, 64), 1 if one else 2, 4, 32, True)
     networks = {
         "unet": UNet(denoiser, 4, text.hidden_size, channels - 4),
@@ -66,9 +66,9 @@ def tiny(kind: str, channels: int = 4, dtype: torch.dtype = torch.float32) -> Mo
     return Model(
         {name: {k: v.to(dtype) for k, v in network.state_dict().items()} for name, network in networks.items()},
         {
-            "unet": vars(denoiser) | unet | {"attention_head_dim": heads},
+            "unet": folder.settings(denoiser) | unet | {"attention_head_dim": heads},
             "vae": vars(autoencoder) | {"scaling_factor": 0.18215, "in_channels": 3, "out_channels": 3},
-            "text_encoder": vars(text),
+            "text_encoder": folder.settings(text),
             "scheduler": SCHEDULER | {"prediction_type": prediction},
         },
     )

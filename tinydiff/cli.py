@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import sys
 from collections.abc import Iterator
@@ -17,14 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tinydiff import __version__
+from tinydiff import __version__, flags
+from tinydiff.diffusion.predictions import PREDICTIONS
 from tinydiff.diffusion.samplers import SAMPLERS
 from tinydiff.diffusion.schedules import SPACINGS
 from tinydiff.errors import UsageError, UserError
 
 if TYPE_CHECKING:
-    from tinydiff.editing import Edit
-    from tinydiff.pipeline import Backend, Request
+    from tinydiff.pipeline import Backend
 
 app = typer.Typer(
     name="tinydiff",
@@ -52,6 +51,10 @@ SamplerName = Annotated[str | None, typer.Option(help=" | ".join(SAMPLERS))]
 Spacing = Annotated[str | None, typer.Option(help="Noise levels visited: " + " | ".join(SPACINGS))]
 BackendName = Annotated[str, typer.Option(help=" | ".join(BACKENDS))]
 Device = Annotated[str, typer.Option(help=" | ".join(DEVICES))]
+Vae = Annotated[Path | None, typer.Option(help="Take the autoencoder of this .safetensors file.")]
+Predicts = Annotated[
+    str | None, typer.Option("--prediction", help="Where a model does not say: " + " | ".join(PREDICTIONS))
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
 
@@ -124,7 +127,9 @@ def unused(folder: Path) -> Path:
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw; - reads one prompt a line from stdin.")],
-    model: Annotated[str | None, typer.Option("-m", "--model", help="Model folder, run, or shipped name.")] = None,
+    model: Annotated[
+        str | None, typer.Option("-m", "--model", help="Model folder, .safetensors file, run, or shipped name.")
+    ] = None,
     output: Annotated[
         str, typer.Option("-o", "--output", help="File, pattern ('out/%04d.png'), folder, or - for stdout.")
     ] = "out.png",
@@ -174,6 +179,8 @@ def generate(
         typer.Option(metavar="L,T,R,B", help="Draw on: so many pixels more to the left, top, right, bottom."),
     ] = None,
     fit: Annotated[bool, typer.Option("--fit", help="Scale and crop image and mask to -W and -H.")] = False,
+    vae: Vae = None,
+    prediction: Predicts = None,
     backend: BackendName = "auto",
     device: Device = "auto",
     as_json: Json = False,
@@ -181,9 +188,9 @@ def generate(
     no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Leave the settings out of the PNG.")] = False,
 ) -> None:
     """Draw images from prompts."""
-    choose("--backend", backend, BACKENDS)
-    choose("--device", device, DEVICES)
-    opened = opening(model, backend, device)
+    flags.choose("--backend", backend, BACKENDS)
+    flags.choose("--device", device, DEVICES)
+    opened = opening(model, backend, device, vae, prediction)
     from tinydiff import drawing  # imported while the graphs are being opened
 
     moving = to is not None or seed_path is not None
@@ -192,32 +199,13 @@ def generate(
     reel = moving and "%" not in output and not output.endswith("/") and not Path(output).is_dir()
     sink = drawing.Reel(output, force) if reel else drawing.Sink(output, force, many=prompt == "-" or count > 1)
     prompts = drawing.read_prompts(prompt)
-    request, size = complete(opened, locals())
-    request, edit = edited(opened, request, locals())
-    jobs = way(prompts, locals()) if moving else drawing.jobs(prompts, seed, count)
+    request, size = flags.complete(opened, locals())
+    request, edit = flags.edited(opened, request, locals())
+    jobs = flags.way(prompts, locals()) if moving else drawing.jobs(prompts, seed, count)
     for drawn in drawing.draw(opened, jobs, negative, request, size, edit):
         path = sink.write(drawn, None if no_metadata else drawn.settings)
         say_image(path, drawn, as_json)
     sink.close()
-
-
-def way(prompts: Iterator[str | None], given: dict[str, Any]) -> Iterator[Any]:
-    """The frames' jobs. Raises UsageError for flags that do not fit."""
-    from secrets import randbelow
-
-    from tinydiff import drawing
-
-    if given["prompt"] == "-" or given["count"] > 1:
-        raise UsageError("--to, --seed-path: one prompt and one way; give the prompt itself, and no --count")
-    start = given["seed"] if given["seed"] is not None else randbelow(2**31)
-    try:
-        seeds = [int(part) for part in given["seed_path"].split(",")] if given["seed_path"] else [start]
-    except ValueError:
-        seeds = []
-    if not seeds or (given["seed_path"] and len(seeds) < 2) or min(seeds) < 0:
-        raise UsageError(f"--seed-path {given['seed_path']}: give two or more seeds, such as 1,2,3")
-    to = drawing.clean(given["to"]) if given["to"] is not None else None
-    return drawing.frames(next(prompts) or "", to, seeds, given["frames"] or 16)
 
 
 def say_image(path: str, image: Any, as_json: bool) -> None:
@@ -228,100 +216,31 @@ def say_image(path: str, image: Any, as_json: bool) -> None:
         print(f"{path}: {image.settings['prompt']!r}, seed {image.settings['seed']}", file=sys.stderr)
 
 
-def opening(model: str | None, backend: str, device: str) -> Backend:
+def opening(
+    model: str | None, backend: str, device: str, vae: Path | None = None, prediction: str | None = None
+) -> Backend:
     """The model on its runtime, its graphs still being opened."""
+    if prediction:
+        flags.choose("--prediction", prediction, tuple(PREDICTIONS))
     from tinydiff.backends import find_model, open_backend
 
-    return open_backend(find_model(model), backend, device, wait=False)
-
-
-def complete(opened: Backend, given: dict[str, Any]) -> tuple[Request, int]:
-    """What to draw, the model's own settings where a flag is not given: (request, batch size)."""
-    from tinydiff.pipeline import Request, check_size
-
-    for flag, names in (("sampler", SAMPLERS), ("schedule", SPACINGS)):
-        if given.get(flag) is not None:
-            choose(f"--{flag}", given[flag], tuple(names))
-    scales = ("cfg_scale", "cfg_max", "cfg_complex", "cfg_rescale")
-    for name in scales:
-        if not math.isfinite(given.get(name) or 0):
-            raise UsageError(f"--{name.replace('_', '-')} {given[name]}: give a number, such as 3")
-    d = opened.description
-    values = {
-        k: given[k] if given.get(k) is not None else getattr(d.generate, k)
-        for k in ("steps", "cfg_scale", "sampler", "schedule")
-    }
-    values |= {name: given[name] for name in scales[1:] if given.get(name) is not None}
-    values |= {"cfg_interval": interval(given["cfg_interval"])} if given.get("cfg_interval") else {}
-    request = Request(**values, width=given.get("width") or d.size, height=given.get("height") or d.size)
-    if request.steps > len(d.schedule):
-        raise UsageError(
-            f"--steps {request.steps}: the model has {len(d.schedule)} noise levels; give at most that many"
-        )
-    check_size(d, request.width, request.height)
-    return request, given.get("batch_size") or d.generate.batch_size
-
-
-def edited(opened: Backend, request: Request, given: dict[str, Any]) -> tuple[Request, Edit | None]:
-    """What is to be done to an image, and the request at that image's size. Raises UsageError for flags that do not fit."""
-    names = ("strength", "mask", "outpaint", "fit")
-    if not given["image"]:
-        if lonely := [f"--{name}" for name in names if given[name] not in (None, False)]:
-            raise UsageError(f"{', '.join(lonely)}: there is no image to change; give one with -i")
-        return request, None
-    from dataclasses import replace
-
-    from tinydiff import editing
-    from tinydiff.pipeline import check_size
-
-    if (given["width"] or given["height"]) and not given["fit"]:
-        raise UsageError("-W, -H: an image keeps its size; add --fit to scale and crop it")
-    strength = (
-        given["strength"] if given["strength"] is not None else 1.0 if given["mask"] or given["outpaint"] else 0.6
-    )
-    if not 0 <= strength <= 1:
-        raise UsageError(f"--strength {strength}: give a number from 0 (as it is) to 1 (anything)")
-    size = (request.width, request.height) if given["fit"] else None
-    sides = margins(given["outpaint"]) if given["outpaint"] else None
-    edit = editing.read(given["image"], strength, given["mask"], sides, size, opened.description.factor)
-    height, width = edit.image.shape[:2]
-    check_size(opened.description, width, height)
-    return replace(request, width=width, height=height), edit
-
-
-def margins(text: str) -> tuple[int, int, int, int]:
-    """ "L,T,R,B" as pixels; UsageError for anything else."""
-    parts = text.split(",")
-    if len(parts) != 4 or not all(part.strip().isdecimal() for part in parts) or not any(int(part) for part in parts):
-        raise UsageError(f"--outpaint {text}: give four numbers of pixels, left,top,right,bottom, such as 0,0,64,0")
-    left, top, right, bottom = (int(part) for part in parts)
-    return left, top, right, bottom
-
-
-def interval(text: str) -> tuple[float, float]:
-    """ "0.2,0.8" as two shares; UsageError for anything else."""
-    try:
-        low, high = (float(part) for part in text.split(","))
-    except ValueError:
-        low, high = 1.0, 0.0
-    if not 0 <= low <= high <= 1:
-        raise UsageError(f"--cfg-interval {text}: give two shares of the noise levels, such as 0.2,0.8")
-    return low, high
-
-
-def choose(flag: str, value: str, names: tuple[str, ...]) -> None:
-    """UsageError with the nearest name where `value` is none of `names`."""
-    if value not in names:
-        from tinydiff.config import nearest
-
-        raise UsageError(f"{flag}: unknown name {value!r}{nearest(value, names)}")
+    return open_backend(find_model(model), backend, device, False, vae, prediction)
 
 
 @app.command()
 def export(
-    model: Annotated[str | None, typer.Argument(help="Model folder or run; the shipped model by default.")] = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The bundle's folder.")] = ...,  # type: ignore[assignment]
-    precision: Annotated[str, typer.Option(help="fp32, or fp16 for weights stored at half size.")] = "fp32",
+    model: Annotated[
+        str | None, typer.Argument(help="Model folder, .safetensors file or run; the shipped model by default.")
+    ] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The bundle's folder, or the file.")] = ...,  # type: ignore[assignment]
+    format_: Annotated[
+        str, typer.Option("--format", help="onnx graphs; or the weights as a diffusers folder, or as a single-file.")
+    ] = "onnx",
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, or fp16 for weights stored at half size; onnx is fp32, others as stored.")
+    ] = None,
+    vae: Vae = None,
+    prediction: Predicts = None,
     opset: Annotated[int | None, typer.Option(help="ONNX operator set.")] = None,
     atol: Annotated[
         float, typer.Option(min=0, help="Largest difference from torch, in standard deviations of the output.")
@@ -329,11 +248,19 @@ def export(
     as_json: Json = False,
     force: Force = False,
 ) -> None:
-    """Write ONNX graphs, verified against torch before they are kept."""
-    choose("--precision", precision, ("fp32", "fp16"))
+    """Write ONNX graphs, verified against torch before they are kept, or the weights in another layout."""
+    flags.choose("--format", format_, ("onnx", "folder", "single-file"))
+    flags.choose("--precision", precision or "fp32", ("fp32", "fp16"))
+    if prediction:
+        flags.choose("--prediction", prediction, tuple(PREDICTIONS))
     from tinydiff.backends import find_model
 
     source = find_model(model)
+    if format_ != "onnx":
+        from tinydiff.checkpoints.convert import FORMATS
+
+        FORMATS[format_](source, output, vae, prediction, precision, force)
+        return
     from tinydiff.export import export as write
 
     def say(text: str) -> None:
@@ -341,7 +268,8 @@ def export(
             print(text, file=sys.stderr)
 
     more: dict[str, Any] = {"opset": opset} if opset else {}
-    for row in write(source, output, precision=precision, atol=atol, replace=force, say=say, **more):
+    more |= {"vae": vae, "prediction": prediction}
+    for row in write(source, output, precision or "fp32", atol=atol, replace=force, say=say, **more):
         text = " ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items())
         print(json.dumps(row) if as_json else text)
 
@@ -364,9 +292,9 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score a model: the oracle on shapes, the nearest image on a folder."""
-    choose("--backend", backend, BACKENDS)
+    flags.choose("--backend", backend, BACKENDS)
     opened = opening(model, backend, device)
-    request, size = complete(opened, locals())
+    request, size = flags.complete(opened, locals())
     from tinydiff import evaluate as scoring
     from tinydiff.training.progress import Progress
 

@@ -28,7 +28,7 @@ from tinydiff.backends.onnx import IO, OnnxBackend, open_session
 from tinydiff.backends.pytorch import TorchBackend
 from tinydiff.checkpoints import folder
 from tinydiff.checkpoints.description import configs
-from tinydiff.checkpoints.folder import FILES, WEIGHTS, Model, save_tensors, write_json
+from tinydiff.checkpoints.folder import FILES, PRECISIONS, WEIGHTS, Model, save_tensors, write_json
 from tinydiff.errors import ModelError, UsageError
 from tinydiff.files import committed
 from tinydiff.models.text_encoder import OneHot
@@ -45,7 +45,6 @@ OPSET = (
     20  # the first with Gelu; from 21 on normalisation and attention are functions, which onnxruntime is slow to open
 )
 OPSETS = range(18, 24)  # those that torch's exporter writes or converts to
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -98,6 +97,8 @@ def export(
     atol: float = 1e-4,
     replace: bool = False,
     say: Callable[[str], Any] = lambda text: None,
+    vae: Path | None = None,
+    prediction: str | None = None,
 ) -> list[dict[str, Any]]:
     """Write the bundle `out` and return one row a graph, with its largest difference from torch (`verify_graphs`), and
     one for a whole image (`verify_image`).
@@ -109,10 +110,10 @@ def export(
     """
     if opset not in OPSETS:
         raise UsageError(f"--opset {opset}: choose one of {OPSETS[0]} to {OPSETS[-1]}")
-    exact = folder.load(model_dir)
+    exact = folder.load(model_dir, vae, prediction)
     model = rounded(exact, PRECISIONS[precision], model_dir)
     with committed(out, replace=replace) as bundle:
-        write_description(model_dir, model, bundle)
+        write_description(model_dir, configs(model_dir, vae, prediction), model, bundle)
         for name, part in model.parts().items():
             save_tensors(part.state_dict(), bundle / name / FILES[name], PRECISIONS[precision])
         for name in networks(model):
@@ -136,11 +137,12 @@ def rounded(model: Model, dtype: torch.dtype, path: Path) -> Model:
     return model
 
 
-def write_description(model_dir: Path, model: Model, bundle: Path) -> None:
+def write_description(model_dir: Path, found: dict[str, dict[str, Any]], model: Model, bundle: Path) -> None:
     """Every file of the model that is no weight, each network's configuration beside its graph."""
-    found = configs(model_dir)
     if (model_dir / "tokenizer").is_dir():
         shutil.copytree(model_dir / "tokenizer", bundle / "tokenizer", copy_function=shutil.copyfile)
+    elif not isinstance(model.tokenizer, Labels):
+        model.tokenizer.save(bundle / "tokenizer")
     if (model_dir / "tinydiff.toml").exists():
         shutil.copyfile(model_dir / "tinydiff.toml", bundle / "tinydiff.toml")
     (bundle / "scheduler").mkdir()

@@ -93,7 +93,14 @@ def verify(folder: str | Path, parts: Collection[str] | None = None) -> None:
 
 
 def write_file(path: str | Path, data: bytes, *, force: bool = False) -> None:
-    """Writes `data` to `path`, making its folder; at no moment is there a part of it. `force` overwrites.
+    """Writes `data` to `path`, making its folder; at no moment is there a part of it. See `written`."""
+    with written(path, force=force) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextmanager
+def written(path: str | Path, *, force: bool = False) -> Iterator[Path]:
+    """Yields a temporary path; the synced file made there becomes `path` when the block ends well. `force` overwrites.
 
     Raises UsageError if `path` exists (also if another process makes it meanwhile), ResourceError for any OSError.
     """
@@ -104,7 +111,8 @@ def write_file(path: str | Path, data: bytes, *, force: bool = False) -> None:
     with _named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            _write(temporary, data)
+            yield temporary
+            _sync(temporary)
             if force:
                 os.rename(temporary, path)
             else:

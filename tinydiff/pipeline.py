@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tinydiff import images
+from tinydiff import images, tiling
 from tinydiff.checkpoints.description import Description
 from tinydiff.diffusion import noise
 from tinydiff.diffusion.guidance import (
@@ -109,7 +109,7 @@ def generate(
     check_size(d, request.width, request.height)
     with np.errstate(all="ignore"):  # what is not finite is reported by its step
         (x,) = deque(denoise_latents(backend, prompts, seeds, request, negatives, on_step, edit), maxlen=1)
-    drawn = images.to_uint8(backend.decode(x / np.float32(d.scaling_factor)))
+    drawn = images.to_uint8(tiling.decode(backend.decode, x / np.float32(d.scaling_factor), d.factor))
     return edit.over(drawn) if edit else drawn
 
 
@@ -152,7 +152,7 @@ def denoise_latents(
 def latents(backend: Backend, image: np.ndarray) -> np.ndarray:
     """The scaled mean latent (1, C, h, w) float32 of one uint8 image (H, W, 3)."""
     d = backend.description
-    moments = backend.encode_image(images.to_pixels(image[None]))
+    moments = tiling.encode(backend.encode_image, images.to_pixels(image[None]), d.factor)
     return moments[:, : d.latent_channels] * np.float32(d.scaling_factor)
 
 

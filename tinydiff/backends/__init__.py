@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinydiff.checkpoints.description import denoiser_of
-from tinydiff.errors import ModelError
+from tinydiff.checkpoints.description import denoiser_of, describe
+from tinydiff.checkpoints.header import header
+from tinydiff.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
     from tinydiff.pipeline import Backend
@@ -19,6 +20,9 @@ def find_model(name: str | None) -> Path:
     package = Path(__file__).resolve().parents[1]
     shipped = next((p for p in (package / "weights", package.parent / "weights") if p.is_dir()), package / "weights")
     path = Path(name) if name else shipped / SHIPPED
+    if path.is_file():
+        header(path)
+        return path
     for candidate in (path, path / "model", shipped / (name or SHIPPED)):
         if (candidate / "model_index.json").is_file():
             return candidate
@@ -30,18 +34,30 @@ def find_model(name: str | None) -> Path:
     raise ModelError(f"{path}: no such model; give a model folder, a finished run, or a shipped model ({known})")
 
 
-def open_backend(path: Path, kind: str = "auto", device: str = "auto", wait: bool = True) -> Backend:
+def open_backend(
+    path: Path,
+    kind: str = "auto",
+    device: str = "auto",
+    wait: bool = True,
+    vae: Path | None = None,
+    prediction: str | None = None,
+) -> Backend:
     """The model at `path` on onnxruntime where it holds ONNX graphs (or `kind` says so), else on torch.
 
+    `vae` is a file whose autoencoder is taken instead of the model's, `prediction` what its denoiser predicts where it does
+    not say so, or wrongly; an ONNX bundle takes neither (UsageError).
     `wait` false returns while the graphs are still being opened; what is wrong with them is then raised by their first use.
     """
     has_graphs = (path / denoiser_of(path) / "model.onnx").is_file()
     if kind == "onnx" and not has_graphs:
         raise ModelError(f"{path}: holds no ONNX graphs; write them with `tinydiff export {path} -o DIR`")
     if kind == "onnx" or (kind == "auto" and has_graphs):
+        if vae or prediction:
+            raise UsageError(f"{path}: --vae and --prediction are for weights; its graphs were exported with theirs")
         from tinydiff.backends.onnx import OnnxBackend
 
         return OnnxBackend(path, device, wait)
     from tinydiff.backends.pytorch import TorchBackend
 
-    return TorchBackend.open(path, device)
+    describe(path, vae, prediction)  # what is wrong with a model is said before torch is imported
+    return TorchBackend.open(path, device, vae, prediction)

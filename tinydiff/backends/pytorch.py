@@ -22,12 +22,14 @@ class TorchBackend:
         self.model, self.description, self.tokenizer = model, description, model.tokenizer
 
     @classmethod
-    def open(cls, path: Path, device: str = "auto") -> TorchBackend:
-        """A model folder's networks in float32 on one device. Raises UsageError where that device is missing."""
+    def open(
+        cls, path: Path, device: str = "auto", vae: Path | None = None, prediction: str | None = None
+    ) -> TorchBackend:
+        """A model's networks in float32 on one device, as `folder.load` reads them. UsageError where that is missing."""
         if device == "cuda" and not torch.cuda.is_available():
             raise UsageError("--device cuda: torch sees no CUDA device here; use auto or cpu")
         chosen = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-        model, description = folder.load(path), describe(path)
+        model, description = folder.load(path, vae, prediction), describe(path, vae, prediction)
         for part in model.parts().values():
             part.to(chosen).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return cls(model, description)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tinydiff import config
-from tinydiff.checkpoints.scheduler import Scheduler, read, write
+from tinydiff.checkpoints.scheduler import PREDICTION_TYPES, Scheduler, read, write
 from tinydiff.diffusion.schedules import Levels, sampling_levels
 from tinydiff.errors import ModelError
 from tinydiff.files import read_json, shown
@@ -64,11 +64,36 @@ class Description:
         return sampling_levels(self.schedule, steps, spacing, scheduler.offset, scheduler.end(sampler))
 
 
-def configs(path: Path) -> dict[str, dict[str, Any]]:
+def configs(path: Path, vae: Path | None = None, prediction: str | None = None) -> dict[str, dict[str, Any]]:
     """The JSON files of a model: `model_index`, `scheduler`, and each network's `config.json` by its folder's name.
 
-    Raises ModelError naming what is missing, or what the model is where it is of a kind that cannot be opened.
+    Those of a single file are made from what it holds. The autoencoder is that of the file `vae` where one is given, and
+    `prediction` (our name) goes before what the model says. Raises ModelError naming what is missing, or what the model is
+    where it is of a kind that cannot be opened.
     """
+    theirs = next((name for name, ours in PREDICTION_TYPES.items() if ours == prediction), None)
+    if path.is_file():
+        from tinydiff.checkpoints import dit, single_file
+        from tinydiff.checkpoints.header import header
+
+        tensors = header(path).tensors
+        if not dit.is_published(tensors):
+            return single_file.configs(path, vae, theirs)
+        found = dit.configs({name: stored.shape for name, stored in tensors.items()})
+        if vae is None:
+            raise ModelError(f"{shown(path)}: a DiT alone, without an autoencoder; give the file of one with --vae")
+    else:
+        found = _of_folder(path)
+    if vae:
+        from tinydiff.checkpoints import single_file
+
+        found["vae"] = single_file.autoencoder(vae)
+    if theirs:
+        found["scheduler"]["prediction_type"] = theirs
+    return found
+
+
+def _of_folder(path: Path) -> dict[str, dict[str, Any]]:
     index = read_json(path / "model_index.json") if (path / "model_index.json").exists() else {}
     kind = str(index.get("_class_name", ""))
     if other := next((name for key, name in OTHERS.items() if key in kind), None):
@@ -88,9 +113,9 @@ def denoiser_of(path: Path) -> str:
     return next((name for name in DENOISERS if (path / name / "config.json").exists()), DENOISERS[0])
 
 
-def describe(path: Path) -> Description:
-    """The description of a model folder or bundle; ModelError names what is missing."""
-    found = configs(path)
+def describe(path: Path, vae: Path | None = None, prediction: str | None = None) -> Description:
+    """The description of a model folder, bundle or single file, as `configs` reads it; ModelError names what is missing."""
+    found = configs(path, vae, prediction)
     toml, vae = path / "tinydiff.toml", found["vae"]
     denoiser = next(found[name] for name in DENOISERS if name in found)
     try:
@@ -119,6 +144,10 @@ def tokenizer_of(path: Path, found: dict[str, dict[str, Any]]) -> Any:
         labels = found["model_index"].get("id2label") or {}
         names = [str(name) for _, name in sorted(labels.items(), key=lambda item: int(item[0]))]
         return Labels(names, int(found["transformer"].get("num_embeds_ada_norm") or LEAST))
+    if path.is_file():
+        from tinydiff.checkpoints import single_file
+
+        return single_file.tokenizer(single_file.kind(path))
     if found.get("text_encoder", {}).get("model_type") == "t5":
         from tinydiff.text.sentencepiece import T5Tokenizer
 

@@ -62,6 +62,39 @@ def config_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     }
 
 
+def configs(shapes: Mapping[str, Sequence[int]]) -> dict[str, dict[str, Any]]:
+    """The JSON files of a diffusers folder that a published file stands for, but for the autoencoder's.
+
+    Noise levels are the paper's. Raises ModelError as `config_of` does.
+    """
+    found = config_of(shapes)
+    layers, heads, head = found["config"].shape
+    channels = found["channels"]
+    transformer = {
+        "_class_name": "DiTTransformer2DModel",
+        "num_layers": layers,
+        "num_attention_heads": heads,
+        "attention_head_dim": head,
+        "patch_size": found["config"].patch_size,
+        "in_channels": channels,
+        "out_channels": channels * (1 + found["learned_sigma"]),
+        "sample_size": found["side"],
+        "num_embeds_ada_norm": found["classes"],
+        "norm_eps": found["norm_eps"],
+        "freq_shift": found["freq_shift"],
+    }
+    scheduler = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear"}
+    scheduler |= {"beta_start": 1e-4, "beta_end": 0.02, "prediction_type": "epsilon", "clip_sample": False}
+    index = {
+        "_class_name": "DiTPipeline",
+        "id2label": {},
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "transformer": ["diffusers", "DiTTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    return {"model_index": index, "scheduler": scheduler, "transformer": transformer}
+
+
 def shape_of(shapes: Mapping[str, Sequence[int]], name: str, dimensions: int) -> tuple[int, ...]:
     shape = tuple(shapes.get(name, ()))
     if len(shape) != dimensions or not all(shape):

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tinydiff import __version__, config
-from tinydiff.checkpoints import dit, scheduler, weights
+from tinydiff.checkpoints import dit, scheduler, single_file, weights
 from tinydiff.checkpoints.description import configs, tokenizer_of
 from tinydiff.errors import ModelError
 from tinydiff.files import committed, read_json, shown, verify
@@ -27,6 +27,7 @@ from tinydiff.models.text_encoder import OneHot, TextEncoder
 from tinydiff.models.unet import UNet
 from tinydiff.text.labels import Labels
 
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FILES = {"unet": WEIGHTS, "transformer": WEIGHTS, "vae": WEIGHTS, "text_encoder": "model.safetensors"}
 DEFAULTS: dict[str, dict[str, Any]] = {  # of diffusers and transformers, for keys that an older config.json lacks
@@ -162,12 +163,12 @@ def write(folder: Path, model: Model, cfg: config.Config, dtype: torch.dtype = t
     (folder / "tinydiff.toml").write_text(config.to_toml(cfg), encoding="utf-8")
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:
-    """A safetensors file with floating-point tensors as `dtype`, readable by whom the file system lets.
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None) -> None:
+    """A safetensors file with floating-point tensors as `dtype` (as they are, where None), readable by whom the system lets.
 
     Every tensor is copied, since the format knows no two names of one.
     """
-    kinds = {k: dtype if v.is_floating_point() else v.dtype for k, v in tensors.items()}
+    kinds = {k: dtype if dtype and v.is_floating_point() else v.dtype for k, v in tensors.items()}
     held = {v.data_ptr() for v in tensors.values()}
     copy = len(held) < len(tensors)
     save_file(
@@ -257,17 +258,12 @@ def dit_config(cfg: config.Config, classes: int, width: int) -> dict[str, Any]:
 # ---- in ----------------------------------------------------------------------------------------------------------------
 
 
-def load(path: Path) -> Model:
-    """The networks of a model folder, float32, in evaluation mode; weights stored so are mapped, not copied.
+def load(path: Path, vae: Path | None = None, prediction: str | None = None) -> Model:
+    """The networks of a model folder or single file, float32, in evaluation mode; see `stored`.
 
     ModelError names a missing, damaged or unsupported file.
     """
-    verify(path)
-    found = configs(path)
-    stored = {name: weights.files(path / name) for name in found if name not in ("model_index", "scheduler")}
-    tensors = {name: weights.tensors(files) for name, files in stored.items()}
-    if "transformer" in tensors and dit.is_published(tensors["transformer"]):
-        tensors["transformer"] = dit.published(tensors["transformer"])
+    found, tensors = stored(path, vae, prediction)
     tokenizer = tokenizer_of(path, found)
     try:
         with torch.device("meta"):
@@ -284,6 +280,29 @@ def load(path: Path) -> Model:
         fill(part, tensors[name], path / name)
         part.float().eval()
     return model
+
+
+def stored(
+    path: Path, vae: Path | None = None, prediction: str | None = None
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Tensor]]]:
+    """What `configs` reads of a model, and its tensors by network under our names: as stored, mapped, not copied.
+
+    Raises ModelError.
+    """
+    if path.is_dir() or not path.exists():
+        verify(path)
+    found = configs(path, vae, prediction)
+    parts = [name for name in found if name not in ("model_index", "scheduler")]
+    files = {name: weights.files(path / name) for name in parts if path.is_dir() and not (vae and name == "vae")}
+    tensors = {name: weights.tensors(each) for name, each in files.items()}
+    for name in parts:
+        if name == "transformer" and path.is_file():
+            tensors[name] = weights.tensors([path])
+        elif name not in tensors:
+            tensors[name] = single_file.tensors(vae if vae and name == "vae" else path, name)
+    if "transformer" in tensors and dit.is_published(tensors["transformer"]):
+        tensors["transformer"] = dit.published(tensors["transformer"])
+    return found, tensors
 
 
 def denoiser_of(found: Mapping[str, dict[str, Any]], tensors: Mapping[str, dict[str, Tensor]]) -> UNet | DiT:

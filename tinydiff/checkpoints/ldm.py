@@ -227,7 +227,11 @@ KINDS = {
 
 def sizes(shapes: Mapping[str, Shapes], kind: Kind) -> dict[str, dict[str, Any]]:
     """The configurations of three networks from their shapes. Raises KeyError, ValueError or IndexError where they lack some."""
-    unet, vae, text = _unet(shapes["unet"], kind), _vae(shapes["vae"]), _text_encoder(shapes["text_encoder"], kind)
+    unet, vae, text = (
+        _unet(shapes["unet"], kind),
+        autoencoder(shapes["vae"]),
+        _text_encoder(shapes["text_encoder"], kind),
+    )
     latents, extra = vae["latent_channels"], unet["in_channels"] - unet["out_channels"]
     if unet["out_channels"] != latents or extra not in (0, latents + 1):
         raise ValueError(f"{unet['in_channels']} channels in and {unet['out_channels']} out, latents have {latents}")
@@ -258,7 +262,7 @@ def _unet(shapes: Shapes, kind: Kind) -> dict[str, Any]:
     }
 
 
-def _vae(shapes: Shapes) -> dict[str, Any]:
+def autoencoder(shapes: Shapes) -> dict[str, Any]:
     levels = count(shapes, r"encoder\.down_blocks\.(\d+)\.")
     return {
         "_class_name": "AutoencoderKL",

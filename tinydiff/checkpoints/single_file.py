@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokenizers import AddedToken
 
-from tinydiff.checkpoints import scheduler
+from tinydiff.checkpoints import ldm, scheduler
 from tinydiff.checkpoints.header import Header, header
 from tinydiff.checkpoints.ldm import HOMES, KINDS, TABLES, UNUSED, VAE, averaged, backward, forward, renamed, sizes
 from tinydiff.diffusion.schedules import scaled_linear
 from tinydiff.errors import ModelError
-from tinydiff.files import RESTORE, shown, write_file
+from tinydiff.files import RESTORE, shown, written
 from tinydiff.text.tokenizer import BOS, END_OF_WORD, EOS, Tokenizer, byte_symbols
 
 if TYPE_CHECKING:
@@ -165,6 +165,16 @@ def configs(
     return found | {"model_index": _index(found)}
 
 
+def autoencoder(path: str | Path) -> dict[str, Any]:
+    """The `config.json` of the autoencoder in a file, which may hold nothing else. ModelError where there is none."""
+    file = header(path)
+    if (part := network(file, "vae")) is None:
+        raise ModelError(f"{shown(file.path)}: has no {PARTS['vae']}")
+    found = ldm.autoencoder(part.shapes)
+    side = 64 * 2 ** (len(found["block_out_channels"]) - 1)
+    return found | {"sample_size": side, "scaling_factor": _scaling(file)}
+
+
 def _said(file: Header) -> str | None:
     """What the file says that its U-Net predicts."""
     keys = (file.metadata.get(SPEC + key, "") for key in ("prediction_type", "predict_key"))
@@ -285,7 +295,7 @@ def write(
     `configs` are a folder's, as `configs` gives them. ModelError where the file could not say what they do: numbers of heads
     and groups, kinds of prediction and vocabularies are Stable Diffusion's own. UsageError if `path` exists, unless `force`.
     """
-    from safetensors.torch import save
+    from safetensors.torch import save_file
 
     kinds = {kind.hidden_act: table for table, kind in KINDS.items()}
     table = kinds.get(configs["text_encoder"].get("hidden_act", "quick_gelu"), "clip")
@@ -298,7 +308,9 @@ def write(
         metadata = _metadata(Path(path).stem, KINDS[table].number, configs)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ModelError(f"{shown(path)}: a single file cannot hold this model ({error}); write a folder") from error
-    write_file(path, save(tensors, metadata), force=force)
+    with written(path, force=force) as temporary:
+        save_file(tensors, temporary, metadata)
+        temporary.chmod(0o644)
 
 
 def _compare(name: str, found: Mapping[str, Any], config: Mapping[str, Any]) -> None:
