@@ -323,7 +323,7 @@ def check(kind: Any, value: Any, meta: Mapping[str, Any]) -> tuple[str, Any]:
         return f"{brief(value)} is not valid Unicode", value
     if meta["choices"] and value not in meta["choices"]:
         return f"unknown name {brief(value)}{nearest(str(value), meta['choices'])}", value
-    if kind is float and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         return f"{value} is not finite", value
     for bound, wrong in (("low", lambda b: value < b), ("high", lambda b: value > b)):
         if meta[bound] is not None and wrong(meta[bound]):

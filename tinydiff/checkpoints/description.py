@@ -116,19 +116,19 @@ def denoiser_of(path: Path) -> str:
 def describe(path: Path, vae: Path | None = None, prediction: str | None = None) -> Description:
     """The description of a model folder, bundle or single file, as `configs` reads it; ModelError names what is missing."""
     found = configs(path, vae, prediction)
-    toml, vae = path / "tinydiff.toml", found["vae"]
+    toml, autoencoder = path / "tinydiff.toml", found["vae"]
     denoiser = next(found[name] for name in DENOISERS if name in found)
     try:
-        factor, scheduler = 2 ** (len(vae["block_out_channels"]) - 1), read(found["scheduler"])
+        factor, scheduler = 2 ** (len(autoencoder["block_out_channels"]) - 1), read(found["scheduler"])
         theirs = config.Generate(50, 7.5, scheduler.sampler, scheduler.spacing, 1)  # diffusers' defaults
         return Description(
             path=path,
             scheduler=scheduler,
-            latent_channels=(channels := int(vae.get("latent_channels", 4))),
+            latent_channels=(channels := int(autoencoder.get("latent_channels", 4))),
             in_channels=int(denoiser.get("in_channels", channels)),
             factor=factor,
             multiple=factor * reduction(denoiser),
-            scaling_factor=float(vae.get("scaling_factor") or 0.18215),
+            scaling_factor=float(autoencoder.get("scaling_factor") or 0.18215),
             size=int(denoiser["sample_size"]) * factor,
             generate=config.load(toml).generate if toml.exists() else theirs,
         )
