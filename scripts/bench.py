@@ -1,6 +1,6 @@
 """Speed and memory as ratios against named peers, each pair run in turn, several times, in one call.
 
-    python scripts/bench.py [startup] [generate] [train] [samplers] [--runs N] [--model DIR]
+    python scripts/bench.py [startup] [generate] [train] [samplers] [full] [--runs N] [--model DIR] [--folder DIR]
 
 startup   `tinydiff --help` against `python -c "import typer"`
 generate  `tinydiff generate` of one image, whole process, against a diffusers script with the same weights, and against
@@ -8,6 +8,9 @@ generate  `tinydiff generate` of one image, whole process, against a diffusers s
 train     one step of the denoiser stage through the training loop against forward + backward + optimizer on the same batch
 samplers  the arithmetic of each solver, a step of 8 latents of 4x64x64, against one call of a network of Stable Diffusion's
           size on them (minutes and 4 GB; not run unless named)
+full      Stable Diffusion 1.5's size with random weights, against diffusers: one network call of two 64x64 latents on torch
+          and through the exported bundle, from process start to the first call, and the memory of an image of 512x512
+          (half an hour, 16 GB of memory, 9 GB of disk; not run unless named; --folder keeps the models)
 
 Prints one line a comparison: the median ratio with its least and greatest.
 """
@@ -217,11 +220,110 @@ def samplers() -> None:
     print(f"time, a step of {worst} (the dearest sampler) / one network call: {costs[worst] / call:.1e}")
 
 
+FIRST_CALL = """
+import sys
+from diffusers import StableDiffusionPipeline
+pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1])
+pipe.unet.forward = lambda *a, **k: sys.exit(0)
+pipe("red heart", num_inference_steps=20, height=512, width=512)
+"""
+
+OUR_FIRST_CALL = """
+import sys
+from pathlib import Path
+from tinydiff.backends import open_backend
+from tinydiff.pipeline import Request, generate
+backend = open_backend(Path(sys.argv[1]), wait=False)
+if backend.name == "onnx":
+    backend.sessions[backend.denoiser].result()
+backend.denoise = lambda *a: sys.exit(0)
+generate(backend, ["red heart"], [0], Request(20, 7.5, "plms", "leading", 512, 512))
+"""
+
+ACTIVATIONS = """
+import sys
+from pathlib import Path
+import numpy as np
+from tinydiff.backends import open_backend
+
+def resident(key):
+    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key))
+
+backend = open_backend(Path(sys.argv[1]), "torch", "cpu")
+for part in backend.model.parts().values():
+    for p in part.parameters():
+        p.sum()  # every page of the weights is resident
+before = resident("VmRSS")
+x = np.zeros((2, 4, 64, 64), np.float32)
+backend.denoise(x, 500.0, np.zeros((2, 77, 768), np.float32))
+backend.decode(x[:1])
+print(resident("VmHWM") - before)
+"""
+
+
+def full(runs: int, folder: Path) -> None:
+    """Stable Diffusion 1.5's size against diffusers."""
+    from parity import build
+
+    weights, graphs = folder / "sd15", folder / "sd15-onnx"
+    if not weights.exists():
+        build("sd15", weights)
+    if not graphs.exists():
+        measure([sys.executable, "-m", "tinydiff", "export", str(weights), "-o", str(graphs)])
+    network_calls(runs, weights, graphs)
+    for name, ours in (("torch", weights), ("onnx", graphs)):
+        a, b = ([sys.executable, "-c", s] for s in (OUR_FIRST_CALL, FIRST_CALL))
+        compare(
+            f"time, process start to first network call, {name} / diffusers",
+            runs,
+            lambda c=[*a, str(ours)]: measure(c)[0],
+            lambda c=[*b, str(weights)]: measure(c)[0],
+        )
+    size = sum(p.stat().st_size for p in weights.rglob("*.safetensors"))
+    said = subprocess.run([sys.executable, "-c", ACTIVATIONS, str(weights)], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "tinydiff", "generate", "red heart", "-m", str(weights), "--steps", "1", "-s", "1"]
+    peak = measure([*command, "-o", str(folder / "x.png"), "--force"])[1]
+    print(
+        f"peak memory of a 512x512 image / weights and one call's activations: {peak / (size + int(said.stdout)):.3f}"
+    )
+
+
+def network_calls(runs: int, weights: Path, graphs: Path) -> None:
+    """One call of two latents, the three runtimes in turn."""
+    import numpy as np
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from tinydiff.backends import open_backend
+
+    theirs = UNet2DConditionModel.from_pretrained(weights / "unet").eval()
+    x, context = (
+        np.random.default_rng(0).standard_normal((2, 4, 64, 64)).astype(np.float32),
+        np.zeros((2, 77, 768), "f4"),
+    )
+
+    def diffusers() -> None:
+        with torch.inference_mode():
+            theirs(torch.tensor(x), torch.tensor(500.0), torch.tensor(context))
+
+    def timed(call: Callable[[], object]) -> float:
+        begun = time.perf_counter()
+        call()
+        return time.perf_counter() - begun
+
+    for name, path in (("torch", weights), ("onnx", graphs)):
+        backend = open_backend(path, name, "cpu")
+        call = lambda backend=backend: backend.denoise(x, 500.0, context)  # noqa: E731
+        call(), diffusers()  # the first calls read the weights
+        compare(f"time, a network call on {name} / diffusers", runs, lambda c=call: timed(c), lambda: timed(diffusers))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["startup", "generate", "train"])
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--model", type=Path)
+    parser.add_argument("--folder", type=Path)
     arguments = parser.parse_args()
     from tinydiff.backends import find_model
     from tinydiff.training.memory import keep_pages
@@ -237,8 +339,11 @@ def main() -> None:
             train(arguments.runs, model / "tinydiff.toml")
         elif what == "samplers":
             samplers()
+        elif what == "full":
+            with tempfile.TemporaryDirectory() as temporary:
+                full(arguments.runs, arguments.folder or Path(temporary))
         else:
-            sys.exit(f"{what}: no such benchmark; there are startup, generate, train and samplers")
+            sys.exit(f"{what}: no such benchmark; there are startup, generate, train, samplers and full")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,9 @@ class TorchBackend:
         chosen = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
         model, description = folder.load(path, vae, prediction), describe(path, vae, prediction)
         for part in model.parts().values():
-            part.to(chosen).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            part.to(chosen)
+            if chosen.type == "cuda":  # on a CPU it is no faster, and would copy the convolutions' mapped weights
+                part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return cls(model, description)
 
     @property
