@@ -55,8 +55,8 @@ SCHEDULER = {  # of the published folders, without what only their own sampler r
 SAMPLERS = ("DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler")
 
 
-def build(kind: str, folder: Path) -> None:
-    """A diffusers folder of full size with random weights."""
+def build(kind: str, folder: Path, narrow: dict[str, Any] | None = None) -> None:
+    """A diffusers folder with random weights: of full size, or with a U-Net as `narrow` has it and parts to match."""
     from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -68,17 +68,24 @@ def build(kind: str, folder: Path) -> None:
             torch.nn.init.normal_(p, std=0.02)
         network.save_pretrained(folder / "transformer")
     else:
-        sizes = {"block_out_channels": (320, 640, 1280, 1280), "down_block_types": CROSS, "up_block_types": UPS}
-        UNet2DConditionModel(**sizes, **UNETS[kind]).save_pretrained(folder / "unet")
-        text = CLIPTextConfig(vocab_size=49408, **({"hidden_act": "quick_gelu"} | TEXTS[kind]))
+        unet = {"block_out_channels": (320, 640, 1280, 1280), "down_block_types": CROSS, "up_block_types": UPS}
+        unet |= UNETS[kind] | (narrow or {})
+        UNet2DConditionModel(**unet).save_pretrained(folder / "unet")
+        sizes = (
+            {"hidden_act": "quick_gelu"}
+            | TEXTS[kind]
+            | ({"hidden_size": unet["cross_attention_dim"]} if narrow else {})
+        )
+        sizes |= {"intermediate_size": 64, "num_attention_heads": 1, "num_hidden_layers": 2} if narrow else {}
+        text = CLIPTextConfig(vocab_size=49408, **sizes)
         CLIPTextModel(text).save_pretrained(folder / "text_encoder")
         from tinydiff.checkpoints import single_file
 
         single_file.tokenizer("clip" if kind == "sd15" else "open_clip").save(folder / "tokenizer")
     levels = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    AutoencoderKL(
-        **levels, block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512
-    ).save_pretrained(folder / "vae")
+    widths, side = ((32, 32, 32, 32), 64) if narrow else ((128, 256, 512, 512), 512)
+    vae = AutoencoderKL(**levels, block_out_channels=widths, layers_per_block=2, sample_size=side)
+    vae.save_pretrained(folder / "vae")
     describe_pipeline(kind, folder)
 
 

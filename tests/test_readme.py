@@ -98,6 +98,30 @@ def test_export(home: Path, photos: Path) -> None:
 
 
 @pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")
+def test_use_your_stable_diffusion_weights(home: Path) -> None:
+    """On a narrow Stable Diffusion 1 with random weights, which diffusers and transformers build."""
+    from scripts.parity import build
+    from tinydiff.checkpoints import convert
+
+    narrow = {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 1, "attention_head_dim": 8}
+    build("sd15", home / "sd15", narrow | {"cross_attention_dim": 32, "sample_size": 8})
+    convert.to_single_file(home / "sd15", home / "sd15.safetensors")
+    convert.to_single_file(home / "sd15", home / "vae.safetensors")
+    *before, draw, _, _ = commands = block("stable-diffusion").strip().splitlines()
+    assert len(commands) == 8
+    said = run(home, "\n".join(before))
+    assert "StableDiffusionPipeline" in said and "graph=image same=" in said
+    without_torch(home, draw)
+    run(home, "\n".join(commands[-2:]))
+    assert agree(home / "folder.png", home / "file.png")
+    assert (
+        np.abs(pixels(home / "folder.png") - pixels(home / "onnx.png")).mean() < 3
+    )  # weights rounded to half precision
+    assert (home / "sd15-folder" / "unet" / "diffusion_pytorch_model.safetensors").exists()
+
+
+@pytest.mark.peers
 def test_open_in_diffusers(home: Path, photos: Path) -> None:
     script = re.search(r"## Open in diffusers\n\n```python\n(.*?)```", README, re.DOTALL)[1]
     run(home, f"python -W ignore - <<'END'\n{script}\nEND")
