@@ -44,7 +44,7 @@ def flops(found: Mapping[str, dict[str, Any]], h: int, w: int, tokens: int) -> d
     known = {name: DEFAULTS.get(name, {}) | {k: v for k, v in c.items() if v is not None} for name, c in found.items()}
     denoiser = unet(known["unet"], h, w, tokens) if "unet" in known else dit(known["transformer"], h, w, tokens)
     text = known.get("text_encoder")
-    read = text and (t5 if text.get("model_type") == "t5" else clip)(text, tokens)
+    read = (t5 if text.get("model_type") == "t5" else clip)(text, tokens) if text else None
     return {"denoiser": denoiser, "decoder": decoder(known["vae"], h, w) if "vae" in known else None, "text": read}
 
 
