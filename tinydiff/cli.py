@@ -313,12 +313,20 @@ def inspect(
     what: Annotated[
         str | None, typer.Argument(help="Model, configuration or image; the default configuration without.")
     ] = None,
+    width: Annotated[
+        int | None,
+        typer.Option("-W", "--width", min=1, max=16384, help="Pixels that operations are counted at; the model's own."),
+    ] = None,
+    height: Annotated[int | None, typer.Option("-H", "--height", min=1, max=16384, help="The same.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a model, a configuration or a generated image is."""
+    """Say what a model, a configuration or a generated image is.
+
+    A model's cost counts convolutions and matrix products, each multiply-add as two operations.
+    """
     from tinydiff import inspect as look
 
-    for text in look.show(what, as_json):
+    for text in look.show(what, as_json, width, height):
         print(text)
 
 
