@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinydiff import config, images, inspect
+from tinydiff import __version__, config, cost, images, inspect
+from tinydiff.checkpoints import description
 from tinydiff.errors import DataError, ModelError, UsageError
 
 TINY = config.load(
@@ -78,7 +82,10 @@ def test_a_trained_folder(made: tuple[Path, dict[str, int], int]) -> None:
     assert (found["prediction"], found["schedule"], found["num_train_timesteps"]) == ("v", "cosine", 1000)
     assert (found["latent_channels"], found["factor"], found["size"], found["multiple"]) == (3, 2, 16, 4)
     assert found["scaling_factor"] == 0.75
-    assert found["tokenizer"] == {"length": 9, "vocabulary": vocabulary}
+    assert found["tokenizer"] == {"kind": "clip", "length": 9, "vocabulary": vocabulary}
+    assert (found["latent_size"], found["mask"], found["ema"]) == (8, False, False)
+    assert (found["class"], found["no_diffusers_pipeline"]) == ("StableDiffusionPipeline", None)
+    assert found["made_by"] == {"tinydiff": __version__}
     assert found["generate"]["cfg_scale"] == 4.5
 
 
@@ -92,15 +99,19 @@ def test_a_run_is_its_model_and_json_is_one_line(made: tuple[Path, dict[str, int
 def test_lines_of_a_model_name_its_figures(made: tuple[Path, dict[str, int], int]) -> None:
     text = "\n".join(inspect.show(str(made[0])))
     for part in (
-        "diffusers folder (StableDiffusionPipeline)",
+        "diffusers folder, ",
+        f"tinydiff {__version__}",
+        "StableDiffusionPipeline",
         "fp16",
         "16x16 pixels",
         "3x8x8, times 0.75",
         "predicts v",
+        "9 CLIP tokens",
+        "a call at 16x16 (x2 with guidance), decode ",
         "cfg_scale 4.5",
     ):
         assert part in text
-    assert len(text.splitlines()) == 10 and not re.search(r" \n| $", text)
+    assert len(text.splitlines()) == 13 and not re.search(r" \n| $", text)
 
 
 def bundle(tmp_path: Path, made: tuple[Path, dict[str, int], int], external: bool) -> Path:
@@ -163,6 +174,227 @@ def test_missing_weights_are_said_and_missing_descriptions_refused(
         inspect.inspect(str(tmp_path / "none"))
 
 
+# ---- single files, and models of other kinds -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Any]]:
+    """A function (kind, channels) -> a tiny single file, and the networks and configurations in it."""
+    import torch
+    from test_single_file import tiny
+
+    from tinydiff.checkpoints import single_file
+
+    def make(kind: str = "clip", channels: int = 4) -> tuple[Path, Any]:
+        model, path = tiny(kind, channels, torch.float16), tmp_path_factory.mktemp("single") / "some.safetensors"
+        single_file.write(path, model.parts, model.configs)
+        return path, model
+
+    return make
+
+
+@pytest.mark.parametrize(("kind", "prediction", "multiple"), [("clip", "epsilon", 8), ("open_clip", "v", 4)])
+def test_a_single_file(single: Callable[..., tuple[Path, Any]], kind: str, prediction: str, multiple: int) -> None:
+    path, model = single(kind)
+    found = inspect.inspect(str(path))
+    assert json.loads(json.dumps(found)) == found
+    for name, tensors in model.parts.items():
+        count = sum(tensor.numel() for tensor in tensors.values())
+        assert found["components"][name] == {
+            "file": path.name,
+            "dtype": "fp16",
+            "parameters": count,
+            "bytes": 2 * count,
+        }
+    assert set(found["components"]) == set(model.parts) and found["bytes"] == path.stat().st_size
+    assert (found["format"], found["prediction"], found["schedule"]) == ("single file", prediction, "scaled_linear")
+    assert (found["size"], found["factor"], found["multiple"], found["mask"]) == (32, 2, multiple, False)
+    assert found["tokenizer"] == {"kind": "clip", "length": 77, "vocabulary": 49408}
+    assert found["made_by"]["title"] == "some" and found["made_by"]["implementation"].startswith("https://")
+    assert found["flops"] == {**cost.flops(description.configs(path), 16, 16, 77), "width": 32, "height": 32}
+    text = "\n".join(inspect.lines(found))
+    for part in (
+        "format          single file, ",
+        "made by         some, https",
+        "diffusers       StableDiffusionPipeline",
+    ):
+        assert part in text
+
+
+def test_an_inpainting_model_reads_a_mask(single: Callable[..., tuple[Path, Any]]) -> None:
+    found = inspect.model(single("clip", 9)[0])
+    assert found["mask"] and found["class"] == "StableDiffusionInpaintPipeline" and found["latent_channels"] == 4
+    assert any("4x16x16" in line and "reads a mask" in line for line in inspect.lines(found))
+
+
+def test_averaged_weights_are_said_but_not_counted_twice(single: Callable[..., tuple[Path, Any]]) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    path, _ = single()
+    plain, tensors = inspect.model(path), load_file(path)
+    start = "model.diffusion_model."
+    means = {f"model_ema.{k[6:].replace('.', '')}": v for k, v in tensors.items() if k.startswith(start)}
+    save_file(tensors | means, path)
+    found = inspect.model(path)
+    assert found["ema"] and found["components"] == plain["components"] and found["made_by"] == {}
+    assert found["bytes"] == path.stat().st_size > plain["bytes"]
+    text = "\n".join(inspect.lines(found))
+    assert "with averaged (EMA) weights" in text and "made by" not in text
+
+
+def test_a_published_dit_says_what_can_be_said(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+    from test_dit import published_weights
+
+    tensors, path = published_weights(3, 128), tmp_path / "dit.safetensors"
+    save_file(tensors, path)
+    found = inspect.inspect(str(path))
+    assert json.loads(json.dumps(found)) == found
+    count = sum(tensor.numel() for tensor in tensors.values())
+    assert found["components"] == {
+        "transformer": {"file": path.name, "dtype": "fp32", "parameters": count, "bytes": 4 * count}
+    }
+    assert (found["format"], found["latent_channels"], found["latent_size"]) == ("DiT weights", 4, 8)
+    assert (found["size"], found["scaling_factor"], found["generate"]) == (None, None, None)
+    assert found["tokenizer"] == {"kind": "class", "length": 1, "classes": 5, "named": 0}
+    assert found["flops"]["denoiser"] and found["flops"]["decoder"] is found["flops"]["width"] is None
+    text = "\n".join(inspect.lines(found))
+    for part in (
+        "no autoencoder: give one with --vae",
+        "4x8x8",
+        "5 classes, none named",
+        "no pipeline: ",
+        "FLOP a call (x2",
+    ):
+        assert part in text
+    with pytest.raises(UsageError, match="without an autoencoder"):
+        inspect.inspect(str(path), 256)
+
+
+def other_kind(path: Path, made: tuple[Path, dict[str, int], int], names: list[str] | None) -> Path:
+    """A trained folder without its weights, its denoiser a DiT: by class of these names, or by T5's vectors."""
+    shutil.copytree(
+        made[0], path, ignore=shutil.ignore_patterns("*.safetensors", "unet", "vocab.json", "manifest.json")
+    )
+    index = json.loads((path / "model_index.json").read_text())
+    del index["unet"]
+    index["transformer"] = ["diffusers", "DiTTransformer2DModel"]
+    sizes = {
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "in_channels": 3,
+        "sample_size": 8,
+        "patch_size": 2,
+    }
+    if names is None:
+        text = {
+            "model_type": "t5",
+            "vocab_size": 99,
+            "d_model": 16,
+            "d_kv": 4,
+            "d_ff": 32,
+            "num_layers": 2,
+            "num_heads": 2,
+        }
+        (path / "text_encoder" / "config.json").write_text(json.dumps(text))
+        (path / "tokenizer" / "tokenizer_config.json").write_text(
+            '{"model_max_length": 1000000000000000019884624838656}'
+        )
+        index |= {"_class_name": "TinydiffPipeline", "_no_diffusers_pipeline": "text is read by T5"}
+        sizes["cross_attention_dim"] = 16
+    else:
+        for name in ("text_encoder", "tokenizer"):
+            shutil.rmtree(path / name)
+            del index[name]
+        index |= {"_class_name": "DiTPipeline", "id2label": {str(i): name for i, name in enumerate(names)}}
+    (path / "transformer").mkdir()
+    (path / "transformer" / "config.json").write_text(json.dumps(sizes))
+    (path / "model_index.json").write_text(json.dumps(index))
+    return path
+
+
+def test_a_class_conditional_folder(tmp_path: Path, made: tuple[Path, dict[str, int], int]) -> None:
+    path = other_kind(tmp_path / "dit", made, ["tench", "goldfish", "", "hen"])
+    found = inspect.model(path)
+    assert set(found["components"]) == {"transformer", "vae"}
+    assert found["tokenizer"] == {"kind": "class", "length": 1, "classes": 1000, "named": 3}
+    assert found["flops"]["text"] is None and found["flops"]["decoder"]
+    text = "\n".join(inspect.lines(found))
+    assert "1000 classes, 3 named" in text and "DiTPipeline" in text and "no weights" in text and ", text" not in text
+
+
+def test_a_folder_that_reads_text_by_t5(tmp_path: Path, made: tuple[Path, dict[str, int], int]) -> None:
+    path = other_kind(tmp_path / "t5", made, None)
+    found = inspect.model(path)
+    assert found["tokenizer"] == {"kind": "t5", "length": None, "vocabulary": 99}
+    assert found["flops"] == {**cost.flops(description.configs(path), 8, 8, 512), "width": 16, "height": 16}
+    text = "\n".join(inspect.lines(found))
+    assert "no pipeline: text is read by T5" in text and "? T5 tokens of 99" in text
+
+
+def test_flow_matching_is_said(tmp_path: Path, made: tuple[Path, dict[str, int], int]) -> None:
+    path = other_kind(tmp_path / "flow", made, [])
+    (path / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler"}')
+    found = inspect.model(path)
+    assert (found["schedule"], found["prediction"]) == ("flow", "flow")
+
+
+@pytest.mark.parametrize("local", ["/home/someone/model", "C:\\Users\\someone\\model", "\\\\server\\someone"])
+def test_what_made_a_model_is_said_but_not_whose_disk_it_was_on(local: str) -> None:
+    index = {"_diffusers_version": "0.6.0", "_name_or_path": local}
+    assert inspect.made_by(None, index) == {"diffusers": "0.6.0"}
+    index["_name_or_path"] = "runwayml/stable-diffusion-v1-5"
+    said = inspect.made_by(None, index)
+    assert inspect.origin_line(said) == "diffusers 0.6.0, runwayml/stable-diffusion-v1-5"
+
+
+# ---- operations ------------------------------------------------------------------------------------------------------
+
+
+def test_operations_are_those_torch_counts_at_the_size_asked_for(made: tuple[Path, dict[str, int], int]) -> None:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from tinydiff.checkpoints import folder
+
+    def counted(network: Any, *inputs: Any) -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(*(x.to("meta") for x in inputs))
+        return counter.get_total_flops()
+
+    model, latents, context = folder.load(made[0]), torch.zeros(1, 3, 4, 12), torch.zeros(1, 9, 8)
+    for part in model.parts().values():
+        part.to("meta")  # where attention is made of products that torch counts
+    assert inspect.inspect(str(made[0]), 24, 8)["flops"] == {
+        "denoiser": counted(model.denoiser, latents, torch.zeros(1), context),
+        "decoder": counted(model.vae.decode, latents),
+        "text": counted(model.text_encoder, torch.zeros(1, 9, dtype=torch.int64)),
+        "width": 24,
+        "height": 8,
+    }
+    own = inspect.model(made[0])["flops"]
+    assert (own["width"], own["height"]) == (16, 16)
+    assert inspect.model(made[0], height=8)["flops"]["width"] == 16
+
+
+def test_a_size_that_cannot_be_drawn_or_of_no_model_is_refused(
+    tmp_path: Path, made: tuple[Path, dict[str, int], int]
+) -> None:
+    with pytest.raises(UsageError, match="width 18 is no multiple of 4"):
+        inspect.show(str(made[0]), width=18)
+    for what in (None, str(tmp_path / "x.toml"), str(tmp_path / "x.png")):
+        with pytest.raises(UsageError, match="only a model has a cost"):
+            inspect.show(what, height=64)
+
+
+def test_a_configuration_that_lacks_a_size_is_named(tmp_path: Path, made: tuple[Path, dict[str, int], int]) -> None:
+    path = other_kind(tmp_path / "t5", made, None)
+    (path / "text_encoder" / "config.json").write_text('{"model_type": "clip_text_model"}')
+    with pytest.raises(ModelError, match="lack or misstate 'num_hidden_layers'"):
+        inspect.model(path)
+
+
 # ---- headers -------------------------------------------------------------------------------------------------------
 
 
@@ -203,7 +435,7 @@ def test_varints_against_the_definition(value: int) -> None:
 def test_damaged_safetensors_are_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
-    with pytest.raises(ModelError, match=r"model\.safetensors: damaged"):
+    with pytest.raises(ModelError, match=r"model\.safetensors: (damaged|a Git LFS pointer)"):
         inspect.safetensors_counts(path)
 
 
@@ -211,7 +443,7 @@ def test_cut_files_are_named(tmp_path: Path, made: tuple[Path, dict[str, int], i
     whole = next((made[0] / "unet").glob("*.safetensors")).read_bytes()
     for content in (whole[:-1], whole + b"x"):
         (tmp_path / "cut.safetensors").write_bytes(content)
-        with pytest.raises(ModelError, match="its size"):
+        with pytest.raises(ModelError, match=r"cut\.safetensors: damaged"):
             inspect.safetensors_counts(tmp_path / "cut.safetensors")
     onnx_file(tmp_path / "model.onnx", [np.zeros((30, 30), np.float32)])
     whole = (tmp_path / "model.onnx").read_bytes()
@@ -221,19 +453,34 @@ def test_cut_files_are_named(tmp_path: Path, made: tuple[Path, dict[str, int], i
             inspect.onnx_counts(tmp_path / "model.onnx")
 
 
-def test_the_plain_variant_or_all_shards_are_counted(tmp_path: Path) -> None:
-    def names(*files: str) -> list[str]:
-        for old in tmp_path.iterdir():
-            old.unlink()
-        for file in files:
-            (tmp_path / file).touch()
-        return [path.name for path in inspect.weight_files(tmp_path)]
+def test_all_shards_or_the_plain_variant_or_fp16_are_counted(
+    tmp_path: Path, made: tuple[Path, dict[str, int], int]
+) -> None:
+    from safetensors.numpy import save_file
 
-    assert names("model.fp16.safetensors", "model.safetensors", "model.onnx") == ["model.safetensors"]
-    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    assert names(*shards, "model.fp16.safetensors") == shards
-    assert names("model.fp16.safetensors", "model.non_ema.safetensors") == ["model.fp16.safetensors"]
-    assert names("model.bin") == []
+    def saved(*files: str) -> dict:
+        for i, file in enumerate(files):
+            save_file({f"t{i}": np.zeros(10**i, np.float16)}, unet / file)
+        return inspect.component(tmp_path, "unet")
+
+    unet = tmp_path / "unet"
+    unet.mkdir()
+    for name in ("lora.safetensors", "diffusion_pytorch_model.bin"):
+        (unet / name).touch()
+    assert inspect.component(tmp_path, "unet")["file"] is None
+    assert saved("model.non_ema.safetensors", "model.fp16.safetensors")["parameters"] == 10
+    shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    (unet / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict(zip("ab", shards, strict=True))}))
+    assert saved(*shards) == {
+        "file": f"unet/{shards[0]}",
+        "dtype": "fp16",
+        "parameters": 11,
+        "bytes": sum((unet / shard).stat().st_size for shard in shards),
+    }
+    (unet / shards[1]).unlink()
+    with pytest.raises(ModelError, match=f"{shards[1]}: missing"):
+        inspect.component(tmp_path, "unet")
+    assert saved("model.safetensors")["parameters"] == 1
 
 
 def test_an_index_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
@@ -273,9 +520,14 @@ def test_what_is_not_there_or_nothing_known_is_refused(tmp_path: Path) -> None:
         inspect.show(str(plain))
     with pytest.raises(UsageError, match="no such image"):
         inspect.show(str(tmp_path / "none.PNG"))
-    (tmp_path / "notes.txt").touch()
+    for name in ("notes.txt", "model.ckpt", "model.safetensors"):
+        (tmp_path / name).touch()
     with pytest.raises(UsageError, match="nothing to inspect"):
         inspect.show(str(tmp_path / "notes.txt"))
+    with pytest.raises(ModelError, match="a pickle, .*convert it"):
+        inspect.show(str(tmp_path / "model.ckpt"))
+    with pytest.raises(ModelError, match="damaged, or not a safetensors file"):
+        inspect.show(str(tmp_path / "model.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -286,7 +538,10 @@ def test_sizes_are_short(number: float, text: str) -> None:
     assert inspect.short(number, "B") == text
 
 
-def test_it_runs_where_torch_and_onnxruntime_cannot_be_imported(made: tuple[Path, dict[str, int], int]) -> None:
+def test_it_runs_where_torch_and_onnxruntime_cannot_be_imported(
+    made: tuple[Path, dict[str, int], int], single: Callable[..., tuple[Path, Any]]
+) -> None:
     block = "import sys; sys.modules.update(torch=None, onnxruntime=None, onnx=None)"
-    code = f"{block}; from tinydiff import inspect, report; assert inspect.show({str(made[0])!r})"
+    shows = " and ".join(f"inspect.show({str(path)!r})" for path in (made[0], single()[0]))
+    code = f"{block}; from tinydiff import inspect, report; assert {shows}"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 CROSS = "CrossAttnDownBlock2D"
 FREQUENCIES = 256  # a DiT's sines and cosines of time
-DEFAULTS: dict[str, dict[str, Any]] = {  # of diffusers, for keys that an older config.json lacks
+DEFAULTS: dict[str, dict[str, Any]] = {  # for keys that a config.json lacks, as where it is opened
     "unet": {
         "in_channels": 4,
         "out_channels": 4,
@@ -31,7 +31,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # of diffusers, for keys that an older 
         "patch_size": 2,
         "num_embeds_ada_norm": 1000,
     },
-    "text_encoder": {"feed_forward_proj": "relu"},
+    # T5's; none of these keys is CLIP's
+    "text_encoder": {
+        "d_model": 512,
+        "d_kv": 64,
+        "d_ff": 2048,
+        "num_layers": 6,
+        "num_heads": 8,
+        "feed_forward_proj": "relu",
+    },
 }
 
 

@@ -54,7 +54,7 @@ def inspect(what: str | None, width: int | None = None, height: int | None = Non
     path = Path(what) if what else None
     kind = kind_of(path)
     if kind != "model" and (width or height):
-        raise UsageError("-W, -H: they are for models; leave them out")
+        raise UsageError("-W, -H: only a model has a cost; leave them out")
     if path is None or kind == "config":
         return {"kind": "config", "config": config.to_dict(config.load(path))}
     if kind == "image":
