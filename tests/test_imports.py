@@ -28,6 +28,8 @@ WITHOUT_TORCH = [
     "tinydiff.report",
     "tinydiff.backends",
     "tinydiff.backends.onnx",
+    "tinydiff.cost",
+    "tinydiff.inspect",
     "tinydiff.checkpoints.description",
     "tinydiff.checkpoints.dit",
     "tinydiff.checkpoints.header",

@@ -159,7 +159,9 @@ def tokenizer_of(path: Path, found: dict[str, dict[str, Any]]) -> Any:
 
 def reduction(denoiser: dict[str, Any]) -> int:
     """Latents a side that the denoiser reads as one at its lowest resolution, by its `config.json`."""
-    return int(denoiser["patch_size"]) if "patch_size" in denoiser else 2 ** (len(denoiser["block_out_channels"]) - 1)
+    if "block_out_channels" not in denoiser:
+        return int(denoiser.get("patch_size", 2))
+    return 2 ** (len(denoiser["block_out_channels"]) - 1)
 
 
 def described(cfg: config.Config, scaling_factor: float) -> Description:

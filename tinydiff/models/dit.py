@@ -153,9 +153,9 @@ class DiT(nn.Module):
         waves = waves.to(sample.dtype)
         x = self.pos_embed(sample)  # (B, T, D)
         blocks = cast("list[DiTBlock]", list(self.transformer_blocks))
-        first = c = blocks[0].norm1.emb(waves, encoder_hidden_states)  # (B, D)
-        for block in blocks:
-            c = c if self.shared else block.norm1.emb(waves, encoder_hidden_states)
+        first = blocks[0].norm1.emb(waves, encoder_hidden_states)  # (B, D)
+        for i, block in enumerate(blocks):
+            c = first if self.shared or i == 0 else block.norm1.emb(waves, encoder_hidden_states)
             x = block(x, c, encoder_hidden_states)
         shift, scale = self.proj_out_1(first)[:, None].chunk(2, dim=-1)  # (B, 1, D) each
         x = self.proj_out_2(modulate(self.norm_out(x), shift, scale))  # (B, T, p p C')
