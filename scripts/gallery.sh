@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from tinydiff import images
-rows = [images.open_image(Path(sys.argv[1]) / f"{n}.png") for n in ("face", "sunglasses", "red", "half", "wide", "way")]
+rows = [images.open_image(Path(sys.argv[1]) / f"{n}.png") for n in ("fire", "space", "red", "half", "wide", "way")]
 gap = np.full((64, 12, 3), 255, np.uint8)
 row = np.concatenate([part for image in rows for part in (image, gap)][:-1], axis=1)
 Path("docs/edits.png").write_bytes(images.encode_png(np.kron(row, np.ones((2, 2, 1), np.uint8)), None))
