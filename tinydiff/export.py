@@ -4,17 +4,13 @@ The bundle has optimum's layout and tensor names (text_encoder, unet, vae_encode
 the graphs hold no weights. Each weight is ONNX external data whose location is the safetensors file in the same folder, so
 it is stored once and both worlds read it. Only the autoencoder's are stored again, halved, beside its two graphs, since
 external data may not lie in another folder. This module knows the networks as functions of named tensors and nothing of
-sampling; what the graphs are made of is torch's exporter's business, but for the few operators of `translations`.
+sampling; what the graphs are made of is the business of torch's exporter and of `graphs`.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import shutil
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,15 +27,14 @@ from tinydiff.checkpoints.description import configs
 from tinydiff.checkpoints.folder import FILES, PRECISIONS, WEIGHTS, Model, save_tensors, write_json
 from tinydiff.errors import ModelError, UsageError
 from tinydiff.files import committed
+from tinydiff.graphs import link, name_axes, quiet, simplify, strip, translations
 from tinydiff.models.text_encoder import OneHot
 from tinydiff.models.unet import UNet
 from tinydiff.pipeline import Request, generate
 from tinydiff.text.labels import Labels
 
 if TYPE_CHECKING:
-    from onnx_ir import Graph as IrGraph
     from onnx_ir import Model as IrModel
-    from onnx_ir import Value
 
 OPSET = (
     20  # the first with Gelu; from 21 on normalisation and attention are functions, which onnxruntime is slow to open
@@ -237,216 +232,6 @@ def examples(name: str, model: Model, size: Size) -> tuple[Tensor, ...]:
     read = model.denoiser.conv_in.in_channels if isinstance(model.denoiser, UNet) else channels
     more = torch.randn(size.batch, read - channels, *side, generator=generator)
     return torch.cat([latents, more], dim=1), torch.tensor(601.0), context
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps the exporter's warnings and logs off the terminal."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-def fused_attention() -> Any:
-    """onnxruntime's MultiHeadAttention as an operator to write into graphs: q, k, v (B, T, D), bias, key mask, mask."""
-    from onnx.defs import OpSchema
-    from onnxscript.values import Op, Opset
-
-    name, one = "MultiHeadAttention", OpSchema.FormalParameterOption.Single
-    needed = {"query": one, "key": one, "value": one}
-    optional = dict.fromkeys(("bias", "key_padding_mask", "attention_bias"), OpSchema.FormalParameterOption.Optional)
-    kinds = {
-        "num_heads": OpSchema.AttrType.INT,
-        "unidirectional": OpSchema.AttrType.INT,
-        "scale": OpSchema.AttrType.FLOAT,
-    }
-    schema = OpSchema(
-        name,
-        "com.microsoft",
-        1,
-        inputs=[OpSchema.FormalParameter(key, "T", param_option=kind) for key, kind in (needed | optional).items()],
-        outputs=[OpSchema.FormalParameter("output", "T")],
-        type_constraints=[("T", ["tensor(float)"], "")],
-        attributes=[OpSchema.Attribute(key, kind, required=key == "num_heads") for key, kind in kinds.items()],
-    )
-    return Op(Opset("com.microsoft", 1), name, schema)
-
-
-def translations() -> dict[Callable, Callable]:
-    """Operators that become fewer ONNX nodes than torch's exporter would write, none of which transposes a weight."""
-    from onnxscript import opset18
-
-    multi_head_attention = fused_attention()
-    op: Any = opset18  # its signatures ask for more exact types than are known here
-
-    def linear(x: Any, weight: Any, bias: Any = None) -> Any:
-        """One Gemm over the rows of x (..., in) -> (..., out): it takes the weight (out, in) as it is stored."""
-        if len(x.shape) == 2:
-            return op.Gemm(x, weight, bias, transB=1)
-        rows = op.Gemm(op.Reshape(x, op.Constant(value_ints=[-1, x.shape[-1]])), weight, bias, transB=1)
-        shape = op.Concat(op.Shape(x, start=0, end=-1), op.Constant(value_ints=[weight.shape[0]]), axis=0)
-        return op.Reshape(rows, shape)
-
-    def group_norm(x: Any, groups: int, weight: Any, bias: Any, eps: float = 1e-5, cudnn_enabled: bool = True) -> Any:
-        """Each group is an instance; then weight and bias in one pass, as a batch norm of mean 0 and variance 1."""
-        one, zero = (op.Constant(value_floats=[v] * groups) for v in (1.0, 0.0))
-        y = op.InstanceNormalization(op.Reshape(x, op.Constant(value_ints=[0, groups, -1])), one, zero, epsilon=eps)
-        mean, variance = (op.Constant(value_floats=[v] * weight.shape[0]) for v in (0.0, 1.0))
-        return op.BatchNormalization(op.Reshape(y, op.Shape(x)), weight, bias, mean, variance, epsilon=0.0)
-
-    def rows(x: Any) -> Any:
-        """(B, N, T, D/N) -> (B, T, D), which undoes what torch did to it."""
-        return op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), op.Constant(value_ints=[0, 0, -1]))
-
-    def attention(
-        q: Any,
-        k: Any,
-        v: Any,
-        mask: Any = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: Any = None,
-        **_: Any,
-    ) -> Any:
-        """softmax(scale q k^T + mask) v over (B, N, T, D/N) as onnxruntime's own operator, which keeps no (T, T) scores."""
-        heads, given = int(q.shape[1]), {} if scale is None else {"scale": float(scale)}
-        y = multi_head_attention(
-            rows(q), rows(k), rows(v), None, None, mask, num_heads=heads, unidirectional=int(is_causal), **given
-        )
-        return op.Transpose(op.Reshape(y, op.Constant(value_ints=[0, 0, heads, -1])), perm=[0, 2, 1, 3])
-
-    aten = torch.ops.aten
-    return {
-        aten.linear.default: linear,
-        aten.group_norm.default: group_norm,
-        aten.scaled_dot_product_attention.default: attention,
-    }
-
-
-# ---- passes over the graph ---------------------------------------------------------------------------------------------
-
-
-def simplify(model: IrModel, names: set[str]) -> None:
-    """Folds constants and merges equal nodes; weights stand aside as inputs meanwhile, so they stay as they are."""
-    import onnxscript.optimizer
-    from onnx_ir.passes import common
-
-    graph = model.graph
-    weights = {key: value for key, value in graph.initializers.items() if key in names}
-    contents = [value.const_value for value in weights.values()]
-    for key, value in weights.items():
-        del graph.initializers[key]
-        value.const_value = None
-    graph.inputs.extend(weights.values())
-    onnxscript.optimizer.optimize(model)
-    share_shapes(graph)
-    common.RemoveUnusedNodesPass()(model)
-    common.CommonSubexpressionEliminationPass()(model)
-    skip_transposes(graph)
-    skip_reshapes(graph)
-    common.RemoveUnusedNodesPass()(model)
-    for (key, value), content in zip(weights.items(), contents, strict=True):
-        graph.inputs.remove(value)
-        value.const_value = content
-        if value.uses():
-            graph.initializers[key] = value
-
-
-def share_shapes(graph: IrGraph) -> None:
-    """Sizes that torch knows to be equal are read off one tensor, so that what is computed from them is shared too."""
-    first: dict[tuple[str, ...], Value] = {}
-    for node in graph:
-        if node.op_type != "Shape" or node.inputs[0] is None or node.inputs[0].shape is None:
-            continue
-        start, end = (node.attributes.get_int(key, default) for key, default in (("start", 0), ("end", None)))
-        dims = tuple(str(d) for d in node.inputs[0].shape[start:end])
-        if "None" not in dims:
-            node.outputs[0].replace_all_uses_with(first.setdefault(dims, node.outputs[0]))
-
-
-def skip_transposes(graph: IrGraph) -> None:
-    """Two transposes that undo each other are gone."""
-    for node in graph:
-        source = node.inputs[0].producer() if node.op_type == "Transpose" and node.inputs[0] is not None else None
-        if source is not None and source.op_type == "Transpose" and source.inputs[0] is not None:
-            first, then = (list(n.attributes.get_ints("perm", [])) for n in (source, node))
-            if first and [first[i] for i in then] == sorted(first):
-                node.outputs[0].replace_all_uses_with(source.inputs[0])
-
-
-def skip_reshapes(graph: IrGraph) -> None:
-    """A reshape of a reshape starts from the original, unless it copies a size (0) of what it is given."""
-    for node in graph:
-        source = node.inputs[0].producer() if node.op_type == "Reshape" and node.inputs[0] is not None else None
-        shape = node.inputs[1].const_value if len(node.inputs) > 1 and node.inputs[1] is not None else None
-        if source is not None and source.op_type == "Reshape" and (shape is None or 0 not in shape.numpy()):
-            node.replace_input_with(0, source.inputs[0])
-
-
-def link(graph: IrGraph, weights: Mapping[str, Value], path: Path) -> None:
-    """Points every weight at its bytes in the safetensors file `path`; a float16 one is cast where it is used."""
-    import onnx_ir as ir
-
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    for name, value in weights.items():
-        start, end = header[name]["data_offsets"]
-        half, shape = header[name]["dtype"] == "F16", ir.Shape(header[name]["shape"])
-        dtype = ir.DataType.FLOAT16 if half else value.dtype
-        assert dtype is not None
-        value.const_value = ir.ExternalTensor(
-            path.name, 8 + length + start, end - start, dtype, shape=shape, name=name, base_dir=path.parent
-        )
-        if half:
-            cast(graph, value)
-
-
-def cast(graph: IrGraph, value: Value) -> None:
-    """Follows a float16 weight by a cast to float32; of an embedding table only the rows looked up are cast."""
-    import onnx_ir as ir
-
-    half, full = ir.TensorType(ir.DataType.FLOAT16), ir.TensorType(ir.DataType.FLOAT)
-    value.type = half
-    for user, index in list(value.uses()):
-        looked_up = user.op_type == "Gather" and index == 0
-        source = user.outputs[0] if looked_up else value
-        uses = list(source.uses()) if looked_up else [(user, index)]
-        node = ir.node("Cast", [source], {"to": int(ir.DataType.FLOAT)})
-        node.outputs[0].type, node.outputs[0].shape, source.type = full, source.shape, half
-        graph.insert_after(user, node) if looked_up else graph.insert_before(user, node)
-        for consumer, place in uses:
-            consumer.replace_input_with(place, node.outputs[0])
-
-
-def name_axes(value: Value, axes: tuple[str, ...]) -> None:
-    """Names the dynamic axes of an input or output."""
-    import onnx_ir as ir
-
-    assert value.shape is not None and len(value.shape) == len(axes)
-    value.shape = ir.Shape([axis or size for axis, size in zip(axes, value.shape, strict=True)])
-
-
-def strip(model: IrModel) -> None:
-    """Removes names of nodes and source lines, and numbers the inner values.
-
-    Inner shapes stay: onnxruntime opens the graph in half the time when it need not work them out.
-    """
-    graph = model.graph
-    kept = {*graph.inputs, *graph.outputs, *graph.initializers.values()}
-    for part in (model, graph, *kept, *graph):
-        part.metadata_props.clear()
-        part.doc_string = None
-    for i, value in enumerate(value for node in graph for value in node.outputs if value not in kept):
-        value.name = f"v.{i}"
-        value.metadata_props.clear()
-    for node in graph:
-        node.name = None
 
 
 # ---- comparison with torch ---------------------------------------------------------------------------------------------
