@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinydiff.checkpoints.description import denoiser_of, describe
+from tinydiff.checkpoints.foreign import check
 from tinydiff.checkpoints.header import header
 from tinydiff.errors import ModelError, UsageError
 
@@ -57,7 +58,8 @@ def open_backend(
         from tinydiff.backends.onnx import OnnxBackend
 
         return OnnxBackend(path, device, wait)
+    check(path, vae, prediction)
+    describe(path, vae, prediction)  # what is wrong with a model is said before torch is imported
     from tinydiff.backends.pytorch import TorchBackend
 
-    describe(path, vae, prediction)  # what is wrong with a model is said before torch is imported
     return TorchBackend.open(path, device, vae, prediction)

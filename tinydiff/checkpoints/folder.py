@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tinydiff import __version__, config
 from tinydiff.checkpoints import dit, scheduler, single_file, weights
 from tinydiff.checkpoints.description import configs, tokenizer_of
+from tinydiff.checkpoints.foreign import ONLY, known
 from tinydiff.errors import ModelError
 from tinydiff.files import committed, read_json, shown, verify
 from tinydiff.models.autoencoder import Autoencoder
@@ -30,59 +31,6 @@ from tinydiff.text.labels import Labels
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FILES = {"unet": WEIGHTS, "transformer": WEIGHTS, "vae": WEIGHTS, "text_encoder": "model.safetensors"}
-DEFAULTS: dict[str, dict[str, Any]] = {  # of diffusers and transformers, for keys that an older config.json lacks
-    "unet": {
-        "block_out_channels": (320, 640, 1280, 1280),
-        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        "layers_per_block": 2,
-        "attention_head_dim": 8,
-        "use_linear_projection": False,
-    },
-    "vae": {"norm_num_groups": 32, "mid_block_add_attention": True},
-    "text_encoder": {},
-    "t5": {},
-    "transformer": {
-        "num_attention_heads": 16,
-        "attention_head_dim": 72,
-        "in_channels": 4,
-        "num_layers": 28,
-        "patch_size": 2,
-        "sample_size": 32,
-        "num_embeds_ada_norm": 1000,
-        "norm_eps": 1e-5,
-        "freq_shift": 1,
-    },
-}
-ONLY: dict[str, dict[str, Any]] = {  # what makes another network, and the value it has in ours
-    "unet": {
-        "act_fn": "silu",
-        "mid_block_type": "UNetMidBlock2DCrossAttn",
-        "norm_eps": 1e-5,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-        "downsample_padding": 1,
-        "mid_block_scale_factor": 1,
-        "resnet_time_scale_shift": "default",
-        "resnet_out_scale_factor": 1.0,
-        "time_embedding_type": "positional",
-        "attention_type": "default",
-        "conv_in_kernel": 3,
-        "conv_out_kernel": 3,
-    }
-    | dict.fromkeys(("center_input_sample", "only_cross_attention", "dual_cross_attention"), False)
-    | dict.fromkeys(("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim"))
-    | dict.fromkeys(("time_cond_proj_dim", "time_embedding_dim", "timestep_post_act", "cross_attention_norm"))
-    | {"mid_block_only_cross_attention": None},
-    "vae": {"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True, "shift_factor": None},
-    "text_encoder": {"layer_norm_eps": 1e-5, "model_type": "clip_text_model"},
-    "t5": {"model_type": "t5"},
-    "transformer": {
-        "activation_fn": "gelu-approximate",
-        "norm_type": "ada_norm_zero",
-        "norm_elementwise_affine": False,
-        "attention_bias": True,
-    },
-}
 IGNORED = ("position_ids", "text_projection.weight")
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -345,19 +293,6 @@ def load_t5(folder: Path) -> tuple[T5Encoder, int]:
         encoder = T5Encoder(cfg)
     fill(encoder, weights.tensors(weights.files(folder)), folder)
     return encoder.float().eval().requires_grad_(False), cfg.d_model
-
-
-def known(kind: type, name: str, table: dict[str, Any]) -> Any:
-    """Dataclass (or dict) `kind` from a foreign `config.json`, whose makers' defaults stand in for what it lacks.
-
-    Raises ValueError for a network that ours is not.
-    """
-    table = DEFAULTS[name] | {k: v for k, v in table.items() if v is not None}
-    for key, value in ONLY[name].items():
-        if key in table and table[key] != value:
-            raise ValueError(f"{name}: {key} is {table[key]!r}, and only {value!r} is supported")
-    names = table if kind is dict else {f.name for f in fields(kind)}
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in table.items() if k in names})
 
 
 def fill(part: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
