@@ -12,7 +12,7 @@ from typing import Any
 
 from tinydiff import config
 from tinydiff.checkpoints.scheduler import PREDICTION_TYPES, Scheduler, read, write
-from tinydiff.diffusion.schedules import Levels, sampling_levels
+from tinydiff.diffusion.schedules import Levels
 from tinydiff.errors import ModelError
 from tinydiff.files import read_json, shown
 
@@ -60,8 +60,7 @@ class Description:
 
     def levels(self, sampler: str, steps: int, spacing: str) -> Levels:
         """The levels that a sampler visits, noisiest first, and the one it ends on."""
-        scheduler = self.scheduler
-        return sampling_levels(self.schedule, steps, spacing, scheduler.offset, scheduler.end(sampler))
+        return self.scheduler.levels(sampler, steps, spacing)
 
 
 def configs(path: Path, vae: Path | None = None, prediction: str | None = None) -> dict[str, dict[str, Any]]:

@@ -21,6 +21,7 @@ from tinydiff.diffusion.schedules import (
     flow,
     from_betas,
     linear,
+    sampling_levels,
     scaled_linear,
     training_levels,
     zero_terminal_snr,
@@ -53,6 +54,9 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # our sampler -> diffuser
 LEADING = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LCMScheduler")  # by default; the others are linspace
 RESPACED = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta"}
 TO_ALPHA_BAR = ("ddim", "plms")  # the solvers whose last step `set_alpha_to_one` governs
+# Solvers whose classes lay out one timestep more than they take, and leave the last one out.
+BEYOND = ("dpm_solver_1", "dpm_solver_2", "dpm_solver_3", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "deis", "unipc")
+BETWEEN = ("euler", "euler_ancestral", "heun", "dpm2", "dpmpp_sde", "lms")  # whose "linspace" is not of whole timesteps
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,11 @@ class Scheduler:
     def end(self, sampler: str) -> Level:
         """The level that a sampler's last step goes to."""
         return self.final if sampler in TO_ALPHA_BAR else CLEAN
+
+    def levels(self, sampler: str, steps: int, spacing: str) -> Levels:
+        """The levels that diffusers' class of a sampler visits, noisiest first, and the one it ends on."""
+        whole, beyond = sampler not in BETWEEN, int(sampler in BEYOND)
+        return sampling_levels(self.schedule, steps, spacing, self.offset, self.end(sampler), whole, beyond)
 
 
 def read(scheduler: dict[str, Any]) -> Scheduler:

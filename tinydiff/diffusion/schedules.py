@@ -165,6 +165,15 @@ def linspace(count: int, steps: int, offset: int = 0) -> list[int]:
     return [round(u) for u in _line(count - 1, 0, steps)]
 
 
+def between(schedule: Levels, place: float) -> Level:
+    """The level at a place between two of a schedule, its rho on the line between theirs."""
+    below, above, share = schedule[math.floor(place)], schedule[math.ceil(place)], place % 1
+    if share == 0 or above.alpha == 0:
+        return below
+    ratio = below.sigma / below.alpha * (1 - share) + above.sigma / above.alpha * share
+    return schedule.at(-math.log(ratio))._replace(t=below.t + (above.t - below.t) * share)
+
+
 def karras(high: float, low: float, steps: int) -> list[float]:
     """The seventh roots of rho on a line (Karras et al. 2022, equation 5)."""
     return [root**KARRAS for root in _line(high ** (1 / KARRAS), low ** (1 / KARRAS), steps)]
@@ -212,15 +221,25 @@ def ends(schedule: Levels) -> tuple[float, float]:
 
 
 def sampling_levels(
-    schedule: Levels, steps: int, spacing: str = "trailing", offset: int = 1, final: Level = CLEAN
+    schedule: Levels,
+    steps: int,
+    spacing: str = "trailing",
+    offset: int = 1,
+    final: Level = CLEAN,
+    whole: bool = True,
+    beyond: int = 0,
 ) -> Levels:
     """`steps` levels of a schedule, noisiest first, then the `final` one: steps + 1 in all.
 
-    "leading" counts from `offset`. Other spacings by rho go from the schedule's noisiest level, or `NOISIEST`, to its
-    cleanest.
+    "leading" counts from `offset`. "leading" and "linspace" lay out `beyond` levels more, the cleanest, and leave them out
+    (where there are as many); "linspace" falls between the schedule's levels where `whole` is false. Other spacings by rho
+    go from the schedule's noisiest level, or `NOISIEST`, to its cleanest.
     """
-    if spacing in INDICES:
-        levels = [schedule[i] for i in INDICES[spacing](len(schedule), steps, offset)]
+    more = beyond if spacing != "trailing" and steps + beyond <= len(schedule) else 0
+    if spacing == "linspace" and not whole:
+        levels = [between(schedule, place) for place in _line(len(schedule) - 1, 0, steps + more)[:steps]]
+    elif spacing in INDICES:
+        levels = [schedule[i] for i in INDICES[spacing](len(schedule), steps + more, offset)[:steps]]
     else:
         levels = [schedule.at(-math.log(rho)) for rho in RHOS[spacing](*ends(schedule), steps)]
     return Levels([*levels, final], schedule.at)
