@@ -1,0 +1,257 @@
+"""Stable Diffusion 1.x, 2.x and inpainting, end to end: small pipelines of diffusers' own making, with random weights, are
+opened, drawn with, converted and exported; what cannot be opened is refused in one line, soon, and without torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import randomise
+from safetensors.torch import load_file, save_file
+from test_imports import BLOCK
+
+from tinydiff.backends import open_backend
+from tinydiff.checkpoints import folder, scheduler, single_file, weights
+from tinydiff.diffusion import noise
+from tinydiff.pipeline import Request, generate
+
+pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
+KINDS = ("sd1", "sd2", "inpaint")
+PARTS = ("unet", "vae", "text_encoder")
+SIDE = 128
+PROMPTS, NEGATIVE = ["a red heart", "Two blue circles, on a dark-green field!"], "blurry, low quality"
+NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+NOISE |= {"clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1}
+SHIPPED: dict[str, dict[str, Any]] = {  # scheduler_config.json of 1.5 and 2.1
+    "sd1": NOISE | {"_class_name": "PNDMScheduler", "trained_betas": None},
+    "sd2": NOISE | {"_class_name": "DDIMScheduler", "trained_betas": None, "prediction_type": "v_prediction"},
+    "inpaint": NOISE | {"_class_name": "PNDMScheduler", "trained_betas": None},
+}
+SAMPLERS = {  # diffusers' class: our name, and whether its x is ours over alpha
+    "DDIMScheduler": ("ddim", False),
+    "PNDMScheduler": ("plms", False),
+    "EulerDiscreteScheduler": ("euler", True),
+    "DPMSolverMultistepScheduler": ("dpmpp_2m", False),
+}
+
+
+# ---- the pipelines ----------------------------------------------------------------------------------------------------
+
+
+def networks(kind: str) -> dict[str, torch.nn.Module]:
+    """Small networks of diffusers and transformers in the form of a kind's."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    second = kind == "sd2"
+    widths, context = ((64, 64, 64, 128), 64) if second else ((32, 64, 64, 64), 32)
+    found: dict[str, torch.nn.Module] = {
+        "unet": UNet2DConditionModel(
+            sample_size=SIDE // 8,
+            in_channels=9 if kind == "inpaint" else 4,
+            block_out_channels=widths,
+            layers_per_block=2,
+            attention_head_dim=[1, 1, 1, 2] if second else 8,
+            cross_attention_dim=context,
+            use_linear_projection=second,
+        ),
+        "vae": AutoencoderKL(
+            block_out_channels=(32, 32, 64, 64),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=1,
+            sample_size=SIDE,
+        ),
+        "text_encoder": CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=49408,
+                hidden_size=context,
+                intermediate_size=4 * context,
+                num_hidden_layers=2,
+                num_attention_heads=1,
+                max_position_embeddings=77,
+                hidden_act="gelu" if second else "quick_gelu",
+                projection_dim=context,
+            )
+        ),
+    }
+    for seed, network in enumerate(found.values()):
+        randomise(network, seed)
+        network.eval()
+    return found
+
+
+@pytest.fixture(scope="session")
+def pipelines(tmp_path_factory) -> dict[str, tuple[Path, dict[str, torch.nn.Module]]]:
+    """By kind, the folder that diffusers' pipeline writes, and its networks."""
+    import diffusers
+    from transformers import CLIPTokenizer
+
+    found = {}
+    for kind in KINDS:
+        home = tmp_path_factory.mktemp(kind)
+        single_file.tokenizer("open_clip" if kind == "sd2" else "clip").save(home / "tokenizer")
+        (home / "scheduler_config.json").write_text(json.dumps(SHIPPED[kind]))
+        parts = networks(kind)
+        name = "StableDiffusionInpaintPipeline" if kind == "inpaint" else "StableDiffusionPipeline"
+        pipe = getattr(diffusers, name)(
+            **parts,
+            scheduler=getattr(diffusers, SHIPPED[kind]["_class_name"]).from_pretrained(home),
+            tokenizer=CLIPTokenizer.from_pretrained(home / "tokenizer"),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipe.save_pretrained(home / "model")
+        found[kind] = home / "model", parts
+    return found
+
+
+@pytest.fixture(scope="session")
+def folders(pipelines) -> dict[str, Path]:
+    return {kind: path for kind, (path, _) in pipelines.items()}
+
+
+@pytest.fixture
+def copied(folders, tmp_path) -> Callable[..., Path]:
+    """A function (kind) -> a copy of its folder, to be changed: files are to be replaced, never written into."""
+
+    def copy(kind: str) -> Path:
+        return Path(shutil.copytree(folders[kind], tmp_path / f"copy-{kind}", copy_function=os.link))
+
+    return copy
+
+
+def edit(path: Path, drop: tuple[str, ...] = (), **changes: Any) -> None:
+    table = {k: v for k, v in json.loads(path.read_text()).items() if k not in drop} | changes
+    path.unlink()
+    path.write_text(json.dumps(table))
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    same = one.keys() == other.keys()
+    return same and all(v.dtype == other[k].dtype and torch.equal(v, other[k]) for k, v in one.items())
+
+
+def states(model: folder.Model) -> dict[str, dict[str, torch.Tensor]]:
+    return {name: part.state_dict() for name, part in model.parts().items()}
+
+
+def same_model(one: folder.Model, other: folder.Model) -> bool:
+    return all(equal(part, states(other)[name]) for name, part in states(one).items())
+
+
+def normal(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- the networks -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_each_network_gives_what_theirs_does(kind, pipelines):
+    from transformers import CLIPTokenizer
+
+    path, theirs = pipelines[kind]
+    model = folder.load(path)
+    ids = model.tokenizer.encode(PROMPTS)
+    given = CLIPTokenizer.from_pretrained(path / "tokenizer")(
+        PROMPTS, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+    ).input_ids
+    assert np.array_equal(ids, given)
+    context, t = theirs["text_encoder"](given).last_hidden_state, torch.tensor(601.0)
+    x, z, pixels = normal(0, 2, 9 if kind == "inpaint" else 4, 16, 24), normal(1, 2, 4, 8, 6), normal(2, 1, 3, 64, 96)
+    pairs = {
+        "text": (model.text_encoder(given)[0], context),
+        "unet": (model.denoiser(x, t, context), theirs["unet"](x, t, context).sample),
+        "encode": (model.vae.encode(pixels), theirs["vae"].encode(pixels).latent_dist.parameters),
+        "decode": (model.vae.decode(z), theirs["vae"].decode(z).sample),
+    }
+    for name, (ours, wanted) in pairs.items():
+        assert (ours - wanted).abs().max() <= 1e-4 * wanted.std(), name
+
+
+# ---- whole images -----------------------------------------------------------------------------------------------------
+
+
+def schedulers(kind: str) -> dict[str, Any]:
+    """diffusers' schedulers made from the one that a kind is shipped with."""
+    import diffusers
+
+    shipped = getattr(diffusers, SHIPPED[kind]["_class_name"]).from_config(SHIPPED[kind])
+    return {name: getattr(diffusers, name).from_config(shipped.config) for name in SAMPLERS}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+def test_diffusers_draws_the_same_image(kind, name, copied):
+    """From the folder alone, scheduler included, and the same latents; of v their PNDM averages outputs of several levels."""
+    if (kind, name) == ("sd2", "PNDMScheduler"):
+        return
+    from diffusers import StableDiffusionPipeline
+
+    path, (sampler, scaled) = copied(kind), SAMPLERS[name]
+    (path / "scheduler" / "scheduler_config.json").unlink()
+    schedulers(kind)[name].save_pretrained(path / "scheduler")
+    edit(path / "model_index.json", scheduler=["diffusers", name])
+    backend = open_backend(path, "torch", "cpu")
+    d = backend.description
+    assert (d.generate.sampler, d.size) == (sampler, SIDE)
+    request = Request(20, 7.5, d.generate.sampler, d.generate.schedule, SIDE // 2, SIDE)
+    ours = generate(backend, PROMPTS, [3, 4], request, [NEGATIVE] * 2)
+
+    pipe = StableDiffusionPipeline.from_pretrained(path)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler.set_timesteps(20)
+    start = d.levels(sampler, 20, request.schedule)[0]
+    scale = start.sigma / (start.alpha if scaled else 1.0) / float(pipe.scheduler.init_noise_sigma)
+    latents = torch.from_numpy(noise.normal([3, 4], (4, 16, 8)) * np.float32(scale))
+    theirs = pipe(
+        PROMPTS,
+        negative_prompt=[NEGATIVE] * 2,
+        latents=latents,
+        num_inference_steps=20,
+        width=SIDE // 2,
+        height=SIDE,
+        guidance_scale=7.5,
+        output_type="np",
+    ).images
+    assert ours.std() > 10
+    assert (np.abs(ours - np.rint(theirs * 255)) <= 1).mean() >= 0.999
+
+
+@pytest.mark.parametrize("steps", [2, 7, 20, 50])
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("sampler", scheduler.SCHEDULERS)
+def test_the_timesteps_are_those_of_diffusers(sampler, spacing, steps):
+    """Left out: their single-step solvers know "linspace" alone, their LCM its own spacing."""
+    import diffusers
+
+    name, settings = scheduler.SCHEDULERS[sampler]
+    if sampler == "lcm" or (sampler.startswith("dpm_solver") and spacing != "linspace"):
+        return
+    settings = settings | ({"final_sigmas_type": "sigma_min"} if sampler.startswith("dpm_solver") else {})
+    theirs = getattr(diffusers, name).from_config(NOISE | settings | {"timestep_spacing": spacing})
+    theirs.set_timesteps(steps)
+    read = scheduler.read(json.loads(theirs.to_json_string()))
+    assert (read.sampler, read.spacing) == (sampler, spacing)
+    times = list(dict.fromkeys(theirs.timesteps.tolist()))
+    if sampler in ("dpm2", "dpmpp_sde"):  # the network is asked half-way too
+        times = times[::2]
+    levels = read.levels(sampler, steps, spacing)[:-1]
+    assert [level.t for level in levels] == pytest.approx(times, abs=1e-3)
+    if hasattr(theirs, "sigmas") and sampler not in ("dpm2", "heun", "dpmpp_sde"):
+        rhos = [level.sigma / level.alpha for level in levels]
+        assert rhos == pytest.approx(theirs.sigmas.tolist()[:steps], rel=1e-3)
