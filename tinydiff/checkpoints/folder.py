@@ -242,7 +242,7 @@ def stored(
     found = configs(path, vae, prediction)
     parts = [name for name in found if name not in ("model_index", "scheduler")]
     files = {name: weights.files(path / name) for name in parts if path.is_dir() and not (vae and name == "vae")}
-    tensors = {name: weights.tensors(each) for name, each in files.items()}
+    tensors = {name: renamed(weights.tensors(each)) for name, each in files.items()}
     for name in parts:
         if name == "transformer" and path.is_file():
             tensors[name] = weights.tensors([path])
@@ -296,21 +296,23 @@ def load_t5(folder: Path) -> tuple[T5Encoder, int]:
 
 
 def fill(part: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Strictly give a network its weights, under any name they have had; ModelError names the first that do not fit."""
+    """Strictly give a network its weights; ModelError names the first that do not fit."""
     wanted = part.state_dict()
     tensors = encoder_weights(tensors) if isinstance(part, T5Encoder) else tensors
-    renamed = {_renamed(k, wanted): v for k, v in tensors.items() if not k.endswith(IGNORED)}
-    common = wanted.keys() & renamed.keys()
-    wrong = sorted(wanted.keys() ^ renamed.keys()) + sorted(k for k in common if wanted[k].shape != renamed[k].shape)
+    common = wanted.keys() & tensors.keys()
+    wrong = sorted(wanted.keys() ^ tensors.keys()) + sorted(k for k in common if wanted[k].shape != tensors[k].shape)
     if wrong:
         raise ModelError(f"{shown(path)}: its weights do not fit its config.json at {', '.join(wrong[:10])}")
-    part.load_state_dict(renamed, assign=True)
+    part.load_state_dict(tensors, assign=True)
 
 
-def _renamed(key: str, wanted: dict[str, Tensor]) -> str:
-    if key in wanted:
-        return key
-    if f"text_model.{key}" in wanted:  # transformers 5 drops the prefix
+def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A folder's tensors under our names, whatever version of diffusers or transformers named them, unused ones left out."""
+    return {_renamed(k): v for k, v in tensors.items() if not k.endswith(IGNORED)}
+
+
+def _renamed(key: str) -> str:
+    if key.startswith(("embeddings.", "encoder.layers.", "final_layer_norm.")):  # transformers 5 drops the prefix
         return f"text_model.{key}"
     stem, _, kind = key.rpartition(".")  # attention of autoencoders before diffusers 0.17
     module, _, last = stem.rpartition(".")

@@ -244,6 +244,7 @@ def _index(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     inpaints = found["unet"]["in_channels"] > found["unet"]["out_channels"]
     return {
         "_class_name": "StableDiffusionInpaintPipeline" if inpaints else "StableDiffusionPipeline",
+        "_diffusers_version": "0.36.0",  # which its pipeline for inpainting does not open a folder without
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
         "requires_safety_checker": False,
