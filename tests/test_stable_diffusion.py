@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import pytest
 import torch
 from conftest import randomise
 from safetensors.torch import load_file, save_file
+from test_imports import BLOCK
 
 from tinydiff import cli, export
 from tinydiff.backends import open_backend
@@ -324,23 +327,25 @@ def test_attention_of_an_old_autoencoder_and_the_configurations_of_1_5(folders, 
     assert (d.prediction, d.generate.sampler, d.generate.schedule) == ("epsilon", "plms", "leading")
 
 
-def test_weights_are_mapped_and_not_copied(folders, copied):
-    """A small model goes first, for torch's own memory and the tokenizer's."""
+def anonymous() -> int:
+    """Bytes of this process that are no file's."""
+    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
+
+
+def test_weights_are_mapped_and_not_copied(folders, copied, monkeypatch):
     path = copied("sd1")
     file = path / "text_encoder" / "model.safetensors"
     shapes = {k: [512 if n == 32 else n for n in v.shape] for k, v in load_file(file).items()}
     file.unlink()
     save_file({k: torch.zeros(shape) for k, shape in shapes.items()}, file)
     edit(path / "text_encoder" / "config.json", hidden_size=512)
-    code = (
-        "import re, sys; from pathlib import Path; from tinydiff.checkpoints import folder\n"
-        "def held(): return int(re.search(r'RssAnon:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) * 1024\n"
-        "small = folder.load(Path(sys.argv[2])); before = held(); model = folder.load(Path(sys.argv[1]))\n"
-        "total = sum(p.sum().item() for part in model.parts().values() for p in part.parameters())\n"
-        "print(held() - before)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, path, folders["sd1"]], capture_output=True, text=True)
-    assert file.stat().st_size > 100e6 and int(done.stdout) < 0.2 * file.stat().st_size, done.stderr
+    tokenizer = folder.load(folders["sd1"]).tokenizer
+    monkeypatch.setattr(folder, "tokenizer_of", lambda *_: tokenizer)  # which takes 30 MB
+    before = anonymous()
+    model = folder.load(path)
+    with torch.inference_mode():
+        assert sum(p.sum().item() for p in model.text_encoder.parameters()) == 0  # every page is read
+    assert file.stat().st_size > 100e6 and anonymous() - before < 0.2 * file.stat().st_size
 
 
 # ---- there and back ---------------------------------------------------------------------------------------------------
@@ -436,3 +441,122 @@ def test_graphs_of_an_inpainting_file_with_another_autoencoder(folders, tmp_path
     model = folder.load(tmp_path / "bundle")
     assert model.denoiser.conv_in.in_channels == 9
     assert torch.equal(model.vae.decoder.conv_out.bias, other["decoder.conv_out.bias"])
+
+
+# ---- what cannot be opened --------------------------------------------------------------------------------------------
+
+WITHOUT_TORCH = f"""
+BLOCKED = ("torch",)
+{BLOCK}
+import atexit, re
+from pathlib import Path
+out = sys.argv.pop()
+peak = lambda: Path(out).write_text(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+atexit.register(peak)  # unlike ru_maxrss, not the parent's peak too
+from tinydiff.cli import main
+main()
+"""
+UNET, VAE = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"
+PICKLE = b"PK\3\4" + bytes(500)
+
+
+def replaced(path: Path, data: bytes) -> None:
+    path.unlink(missing_ok=True)
+    path.write_bytes(data)
+
+
+def without_a_shard(path: Path) -> None:
+    (path / UNET).unlink()
+    index = {"weight_map": {"a": "diffusion_pytorch_model-00001-of-00001.safetensors"}}
+    (path / f"{UNET}.index.json").write_text(json.dumps(index))
+
+
+def named(kind: str) -> Callable[[Path], Any]:
+    return lambda path: edit(path / "model_index.json", _class_name=kind)
+
+
+def odd(path: Path) -> Path:
+    save_file({f"layer.{i:02}": torch.ones(1) for i in range(12)}, path.parent / "odd.safetensors")
+    return path.parent / "odd.safetensors"
+
+
+def xl(path: Path) -> Path:
+    names = ("conditioner.embedders.1.model.ln_final.weight", "model.diffusion_model.input_blocks.0.0.weight")
+    save_file({name: torch.ones(1) for name in names}, path.parent / "xl.safetensors")
+    return path.parent / "xl.safetensors"
+
+
+def pickled(name: str) -> Callable[[Path], Path]:
+    def make(path: Path) -> Path:
+        (path.parent / name).write_bytes(PICKLE)
+        return path.parent / name
+
+    return make
+
+
+def only_bin(path: Path) -> None:
+    (path / UNET).unlink()
+    (path / "unet" / "diffusion_pytorch_model.bin").write_bytes(PICKLE)
+
+
+BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no unet": (lambda path: shutil.rmtree(path / "unet"), "unet/config.json: No such file"),
+    "no vae": (lambda path: shutil.rmtree(path / "vae"), "vae/config.json: No such file"),
+    "no text encoder": (lambda path: shutil.rmtree(path / "text_encoder"), "text_encoder: missing; copy the whole"),
+    "no tokenizer": (lambda path: shutil.rmtree(path / "tokenizer"), "tokenizer: missing; copy the whole"),
+    "no shard": (without_a_shard, "diffusion_pytorch_model-00001-of-00001.safetensors: missing; diffusion_pytorch"),
+    "truncated": (lambda path: replaced(path / VAE, (path / VAE).read_bytes()[:-9]), "vae/diffusion_pytorch_model.s"),
+    "pointer": (lambda path: replaced(path / UNET, b"version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
+    "pickle": (lambda path: replaced(path / UNET, PICKLE), "a pickle, which could run any code when opened; convert"),
+    "single pickle": (pickled("a.safetensors"), "a.safetensors: a pickle"),
+    "ckpt": (pickled("a.ckpt"), "a.ckpt: a pickle"),
+    "only bin": (only_bin, "diffusion_pytorch_model.bin: a pickle"),
+    "xl folder": (named("StableDiffusionXLPipeline"), "this is Stable Diffusion XL (StableDiffusionXLPipeline); give"),
+    "flux folder": (named("FluxPipeline"), "this is Flux (FluxPipeline); give"),
+    "xl file": (xl, "this is Stable Diffusion XL; give"),
+    "unknown file": (odd, ", ".join(f"layer.{i:02}" for i in range(10)) + ";"),
+    "class_embed_type": (
+        lambda path: edit(path / "unet" / "config.json", class_embed_type="timestep"),
+        "unet: class_embed_type is 'timestep', and only None is supported",
+    ),
+}
+
+
+def refused(code: int, says: str, *words: Any) -> None:
+    """One line on stderr, the exit code, no torch, and less than 200 MB of memory."""
+    with tempfile.NamedTemporaryFile() as peak:
+        given = [*map(str, words), peak.name]
+        done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *given], capture_output=True, text=True)
+        assert (done.returncode, done.stderr.count("\n"), done.stdout) == (code, 1, ""), done.stderr
+        assert says in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert int(Path(peak.name).read_text()) < 200_000
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_what_cannot_be_opened_is_said_soon_and_without_torch(bad, copied, tmp_path):
+    spoil, says = BAD[bad]
+    path = copied("sd1")
+    made = spoil(path)
+    path = made if isinstance(made, Path) else path
+    refused(4, says, "generate", "a red heart", "-m", path, "-o", tmp_path / "a.png")
+
+
+def test_wrong_flags_are_usage_mistakes(folders, tmp_path):
+    generate = ("generate", "a red heart", "-m", folders["sd1"], "-o", tmp_path / "a.png")
+    refused(2, "--prediction", *generate, "--prediction", "epsilonn")
+    refused(4, "gone.safetensors: no such file", *generate, "--vae", tmp_path / "gone.safetensors")
+
+
+def test_ten_tensors_of_another_shape_are_named(copied, tmp_path, monkeypatch, capsys):
+    path = copied("sd1")
+    tensors = load_file(path / UNET)
+    wrong = sorted(k for k in tensors if k.endswith("norm1.bias"))
+    assert len(wrong) > 10
+    (path / UNET).unlink()
+    save_file({k: torch.ones(7) if k in wrong else v for k, v in tensors.items()}, path / UNET)
+    words = ["tinydiff", "generate", "a red heart", "-m", str(path), "-o", str(tmp_path / "a.png")]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 4
+    assert capsys.readouterr().err.endswith(f"do not fit its config.json at {', '.join(wrong[:10])}\n")
