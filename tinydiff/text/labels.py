@@ -28,9 +28,8 @@ class Labels:
         self.names = list(names)
         self.eos = self.pad = classes
         self.vocab_size = classes + 1
-        self.numbers = {
-            part.strip().lower(): i for i, name in enumerate(self.names) for part in [name, *name.split(",")]
-        }
+        parts = {part.strip().lower(): i for i, name in enumerate(self.names) for part in name.split(",")}
+        self.numbers = parts | {name.strip().lower(): i for i, name in enumerate(self.names)}
 
     @classmethod
     def load(cls, folder: Path) -> Labels:

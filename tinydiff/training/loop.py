@@ -126,7 +126,8 @@ def tokenizer_of(cfg: config.Config, run_dir: Path, data: Images) -> Any:
     if text.kind == "t5":
         made: Any = T5Tokenizer.load(Path(text.path) / "tokenizer", text.max_position_embeddings)
     elif text.kind == "class":
-        names = sorted({source.captions(i)[0] for i in range(count)})
+        labels = (source.captions(i)[0] for i in range(len(source)))
+        names = sorted({label.strip().lower(): label for label in labels if label.strip()}.values())
         made = Labels(names, max(LEAST, len(names)))
     else:
         captions = [c for i in range(count) for c in source.captions(i)]

@@ -129,6 +129,7 @@ class DenoiserTask:
             normals[1] += cfg.offset_noise * rng.standard_normal((self.mean.shape[1], 1, 1), np.float32)
         image = self.order(step * self.stage.batch_size + row)
         captions = self.data.source.captions(image % len(self.data.source))
+        captions = captions[:1] if self.cfg.text_encoder.kind == "class" else captions  # the first one is the label
         caption = "" if dropped < cfg.caption_dropout else captions[self.choose(which, len(captions))]
         return image, level, self.encode(caption), normals
 
