@@ -219,3 +219,168 @@ def test_generate_draws_from_the_run(name, trained, tmp_path, monkeypatch):
     words = ["generate", "a red square", "-m", str(trained(name)), "--backend", "torch", "-s", "3", "--device", "cpu"]
     done = CliRunner().invoke(cli.app, words, catch_exceptions=False)
     assert done.exit_code == 0 and (tmp_path / "out.png").stat().st_size > 100
+
+
+TRANSLATED: dict[str, object] = {}  # the autoencoder's graphs do not depend on the denoiser
+
+
+@pytest.fixture(scope="module")
+def bundle(random, tmp_path_factory) -> Callable[..., Path]:
+    """A function (kind's name, precision) -> the exported bundle of its random model."""
+    import onnx_ir as ir
+
+    def translate(name: str, model: folder.Model, opset: int):
+        if not name.startswith("vae"):
+            return own(name, model, opset)
+        if name not in TRANSLATED:
+            TRANSLATED[name] = ir.to_proto(own(name, model, opset))
+        return ir.from_proto(TRANSLATED[name])
+
+    own = export.translate
+
+    @functools.cache
+    def make(name: str, precision: str = "fp32") -> Path:
+        path = tmp_path_factory.mktemp("bundle") / "bundle"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(export, "translate", translate)
+            *rows, image = export.export(random(name), path, precision)
+        assert image["same"] >= 0.999 and max(row["max_abs_diff"] for row in rows) < 2e-5
+        graphs = [row["graph"] for row in rows]
+        text = [] if KINDS[name][1] == "class" else ["text_encoder"]
+        denoiser = "unet" if KINDS[name][0] == "unet" else "transformer"
+        assert graphs == [*text, denoiser, "vae_encoder", "vae_decoder"]
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize(("name", "precision"), [*((name, "fp32") for name in KINDS), ("dit+class", "fp16")])
+def test_a_bundle_verifies_and_agrees_with_torch(name, precision, bundle):
+    path = bundle(name, precision)
+    verify(path)
+    names = {p.name for p in path.iterdir()}
+    by_class = KINDS[name][1] == "class"
+    assert ("text_encoder" in names) is ("tokenizer" in names) is not by_class
+    ours, theirs = (draw(path, "a red square", kind).astype(int) for kind in ("onnx", "torch"))
+    assert (np.abs(ours - theirs).max(axis=-1) <= 1).mean() >= 0.999 and ours.std() > 10
+    other = draw(path, "a blue corner", "onnx")
+    assert np.abs(other - ours).mean() > 1  # what is asked for makes a difference
+
+
+def test_bundles_draw_without_torch(bundle, tmp_path):
+    """In one fresh interpreter, in which torch cannot be imported."""
+    paths = [str(bundle(name)) for name in KINDS]
+    code = f"""
+from pathlib import Path
+import numpy as np
+from tinydiff import pipeline
+from tinydiff.backends import open_backend
+from tinydiff.text.prompts import parse
+drawn = []
+for path in {paths!r}:
+    opened = open_backend(Path(path), "auto", "cpu")
+    assert opened.name == "onnx"
+    g, size = opened.description.generate, opened.description.size
+    request = pipeline.Request(g.steps, g.cfg_scale, g.sampler, g.schedule, size, size)
+    drawn.append(pipeline.generate(opened, [parse("a red square")], [0], request)[0])
+np.save({str(tmp_path / "drawn.npy")!r}, drawn)
+"""
+    run(code, "torch", "transformers", "diffusers")
+    for name, image in zip(KINDS, np.load(tmp_path / "drawn.npy"), strict=True):
+        assert np.array_equal(image, draw(bundle(name), "a red square", "onnx"))
+
+
+# ---- labels ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def named(random, config_of, tmp_path_factory) -> Path:
+    """The model by class, its first classes named as ImageNet's are."""
+    model, path = folder.load(random("dit+class")), tmp_path_factory.mktemp("named") / "model"
+    names = ["tench, Tinca tinca", "goldfish, Carassius auratus", "7", "carp, tench", "goldfish"]
+    folder.save(path, replace(model, tokenizer=Labels(names, 1000)), config_of("dit+class"))
+    return path
+
+
+def test_a_label_is_a_name_one_of_its_names_or_a_number(named):
+    tokenizer = open_backend(named, "torch", "cpu").tokenizer
+    labels = ["tench, Tinca tinca", " TINCA TINCA", "0", "carassius auratus", "goldfish", "7", "8", "999", "", "  "]
+    assert tokenizer.encode(labels).tolist() == [[0], [0], [0], [1], [4], [2], [8], [999], [1000], [1000]]
+
+
+def test_equal_labels_draw_equal_images(named):
+    drawn = [draw(named, label) for label in ("tench, Tinca tinca", "tinca tinca", "0")]
+    assert np.array_equal(drawn[0], drawn[1]) and np.array_equal(drawn[0], drawn[2])
+    assert not np.array_equal(drawn[0], draw(named, "1"))
+    plain = open_backend(named, "torch", "cpu")
+    request = pipeline.Request(3, 4.0, "ddim", "trailing", 16, 16)
+    null, half = (pipeline.generate(plain, [p], [0], request)[0] for p in ("", parse("0 :0.5 AND 1 :0.5")))
+    assert null.std() > 0 and not np.array_equal(null, half)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [
+        ("goldfsh", r"'goldfsh': no class of this model \(did you mean 'goldfish'\?\); give a label, or a number below"),
+        ("1000", "'1000': no class"),
+        ("(goldfish:1.3)", "this model draws classes; give a label alone, without weights"),
+        ("[goldfish]", "this model draws classes; give a label alone"),
+    ],
+)
+def test_what_is_no_label_is_refused_in_a_line(named, prompt, says):
+    with pytest.raises(UsageError, match=says) as caught:
+        draw(named, prompt)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_class_of_its_own_name_goes_before_a_synonym():
+    assert Labels(["hen, bird", "bird"], 1000).encode(["bird", "hen"]).tolist() == [[1], [0]]
+    assert Labels(["bird", "hen, bird"], 1000).encode(["bird", "hen"]).tolist() == [[0], [1]]
+
+
+# ---- diffusers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("label", [0, 7, 999])
+def test_a_model_by_class_draws_the_same_in_diffusers(label, random, monkeypatch):
+    from diffusers import DiTPipeline
+    from diffusers.pipelines.dit import pipeline_dit
+
+    from tinydiff.diffusion.noise import normal
+
+    theirs = DiTPipeline.from_pretrained(random("dit+class"))
+    theirs.set_progress_bar_config(disable=True)
+    assert theirs.get_label_ids(["a red square"]) == [LABELS.index("a red square")]
+    start = torch.from_numpy(normal([5], (4, 8, 8)))
+    monkeypatch.setattr(pipeline_dit, "randn_tensor", lambda shape, **_: start.reshape(shape))
+    wanted = theirs([label], guidance_scale=4.0, num_inference_steps=20, output_type="np").images[0] * 255
+    found = draw(random("dit+class"), str(label), seed=5)
+    assert (np.abs(found - wanted).max(axis=-1) <= 1).mean() >= 0.999 and found.std() > 10
+
+
+@every_kind
+def test_a_folder_without_a_pipeline_of_diffusers_says_so(name, trained):
+    found = read_json(trained(name) / "model" / "model_index.json")
+    reason = {"unet+t5": "T5", "dit+clip": "DiT that reads text", "dit+t5": "T5"}.get(name)
+    assert (reason is None) is ("_no_diffusers_pipeline" not in found) is (found["_class_name"] == "DiTPipeline")
+    assert reason is None or reason in found["_no_diffusers_pipeline"]
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_a_dit_by_text_opens_in_diffusers_with_a_class_of_zeros(random):
+    from diffusers import Transformer2DModel
+
+    path = random("dit+clip") / "transformer"
+    theirs = Transformer2DModel.from_config(Transformer2DModel.load_config(path)).eval()
+    tensors = weights.tensors([path / folder.WEIGHTS])
+    table = "transformer_blocks.{}.norm1.emb.class_embedder.embedding_table.weight"
+    theirs.load_state_dict(tensors | {table.format(i): torch.zeros(2, 24) for i in range(2)}, strict=True)
+    ours, generator = folder.load(path.parent).denoiser, torch.Generator().manual_seed(0)
+    x, context = (torch.randn(*shape, generator=generator) for shape in ((2, 4, 8, 8), (2, 7, 16)))
+    t = torch.tensor([3.0, 700.0])
+    wanted = theirs(x, context, t, class_labels=torch.zeros(2, dtype=torch.long)).sample
+    assert (ours(x, t, context) - wanted).abs().max() <= 5e-6 * wanted.std()
