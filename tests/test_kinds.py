@@ -27,11 +27,14 @@ from tinydiff import cli, config, export, pipeline
 from tinydiff.backends import open_backend
 from tinydiff.backends.pytorch import TorchBackend
 from tinydiff.checkpoints import convert, folder, weights
+from tinydiff.checkpoints.description import tokenizer_of
+from tinydiff.diffusion.noise import normal
 from tinydiff.errors import ModelError, UsageError
-from tinydiff.files import read_json, verify, write_file
+from tinydiff.files import read_json, verify
 from tinydiff.models.autoencoder import Autoencoder
 from tinydiff.models.dit import DiT
 from tinydiff.models.t5 import T5Config, T5Encoder
+from tinydiff.models.text_encoder import OneHot
 from tinydiff.text.labels import Labels
 from tinydiff.text.prompts import parse
 from tinydiff.text.sentencepiece import SPACE, T5Tokenizer
@@ -41,9 +44,8 @@ KINDS = {"unet+t5": ("unet", "t5"), "dit+clip": ("dit", "clip"), "dit+class": ("
 DITS = [name for name, (denoiser, _) in KINDS.items() if denoiser == "dit"]
 T5S = [name for name, (_, text) in KINDS.items() if text == "t5"]
 TINY = config.DiT("custom", 2, num_layers=2, num_attention_heads=2, attention_head_dim=12)
-T5 = T5Config(40, 24, 8, 32, 2, 2, 8, 20, feed_forward_proj="gated-gelu")
+T5 = T5Config(40, 16, 8, 32, 2, 2, 8, 20, feed_forward_proj="gated-gelu")
 LABELS = sorted(f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES)
-PROMPTS = {"clip": "a red square", "t5": "a red square", "class": "a red square"}
 every_kind = pytest.mark.parametrize("name", KINDS)
 
 
@@ -76,6 +78,8 @@ def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config_of(tiny_config: config.Config, t5_folder: Path) -> Callable[[str], config.Config]:
     """A function of a kind's name -> its tiny configuration; one by class draws as diffusers' DiTPipeline does."""
 
+    t5 = {"path": str(t5_folder), "hidden_size": 8}  # a width that nothing may take for T5's own
+
     def make(name: str) -> config.Config:
         denoiser, text = KINDS[name]
         stage = replace(tiny_config.train.denoiser, sample_every=100)
@@ -83,10 +87,13 @@ def config_of(tiny_config: config.Config, t5_folder: Path) -> Callable[[str], co
         cfg = replace(
             tiny_config,
             denoiser=replace(
-                tiny_config.denoiser, kind=denoiser, block_out_channels=(16,), down_block_types=("CrossAttnDownBlock2D",)
+                tiny_config.denoiser,
+                kind=denoiser,
+                block_out_channels=(16,),
+                down_block_types=("CrossAttnDownBlock2D",),
             ),
             dit=TINY,
-            text_encoder=replace(tiny_config.text_encoder, kind=text, path=str(t5_folder) if text == "t5" else ""),
+            text_encoder=replace(tiny_config.text_encoder, kind=text, **t5 if text == "t5" else {}),
             generate=config.Generate(20, 4.0, "ddim", "trailing") if text == "class" else tiny_config.generate,
             train=replace(tiny_config.train, autoencoder=encoder, denoiser=stage),
         )
@@ -125,6 +132,7 @@ def random(trained, config_of, tmp_path_factory) -> Callable[[str], Path]:
     return make
 
 
+@functools.cache
 def draw(model: Path, prompt: str, backend: str = "torch", seed: int = 0) -> np.ndarray:
     """uint8 (H, W, 3), as `tinydiff generate` has it by default."""
     opened = open_backend(model, backend, "cpu")
@@ -221,22 +229,19 @@ def test_generate_draws_from_the_run(name, trained, tmp_path, monkeypatch):
     assert done.exit_code == 0 and (tmp_path / "out.png").stat().st_size > 100
 
 
-TRANSLATED: dict[str, object] = {}  # the autoencoder's graphs do not depend on the denoiser
-
-
 @pytest.fixture(scope="module")
 def bundle(random, tmp_path_factory) -> Callable[..., Path]:
     """A function (kind's name, precision) -> the exported bundle of its random model."""
     import onnx_ir as ir
 
-    def translate(name: str, model: folder.Model, opset: int):
-        if not name.startswith("vae"):
-            return own(name, model, opset)
-        if name not in TRANSLATED:
-            TRANSLATED[name] = ir.to_proto(own(name, model, opset))
-        return ir.from_proto(TRANSLATED[name])
+    def translate(name: str, model: folder.Model, opset: int) -> ir.Model:
+        encoder = type(model.text_encoder)
+        key = name, {"text_encoder": encoder, "transformer": encoder is OneHot}.get(name)
+        if key not in translated:
+            translated[key] = ir.to_proto(own(name, model, opset))
+        return ir.from_proto(translated[key])
 
-    own = export.translate
+    own, translated = export.translate, {}  # slow, and of any weights the same
 
     @functools.cache
     def make(name: str, precision: str = "fp32") -> Path:
@@ -321,7 +326,10 @@ def test_equal_labels_draw_equal_images(named):
 @pytest.mark.parametrize(
     ("prompt", "says"),
     [
-        ("goldfsh", r"'goldfsh': no class of this model \(did you mean 'goldfish'\?\); give a label, or a number below"),
+        (
+            "goldfsh",
+            r"'goldfsh': no class of this model \(did you mean 'goldfish'\?\); give a label, or a number below",
+        ),
         ("1000", "'1000': no class"),
         ("(goldfish:1.3)", "this model draws classes; give a label alone, without weights"),
         ("[goldfish]", "this model draws classes; give a label alone"),
@@ -341,23 +349,37 @@ def test_a_class_of_its_own_name_goes_before_a_synonym():
 # ---- diffusers -------------------------------------------------------------------------------------------------------
 
 
+def same_as_diffusers(model: Path, label: int, prompt: str, monkeypatch: pytest.MonkeyPatch) -> float:
+    """The share of pixels that are at most one grey level from those of diffusers' DiTPipeline, from the same noise."""
+    from diffusers import DiTPipeline
+    from diffusers.pipelines.dit import pipeline_dit
+
+    theirs = DiTPipeline.from_pretrained(model)
+    theirs.set_progress_bar_config(disable=True)
+    start = torch.from_numpy(normal([5], (4, 8, 8)))
+    monkeypatch.setattr(pipeline_dit, "randn_tensor", lambda shape, **_: start.reshape(shape))
+    wanted = theirs([label], guidance_scale=4.0, num_inference_steps=20, output_type="np").images[0] * 255
+    opened = open_backend(model, "torch", "cpu")
+    request = pipeline.Request(20, 4.0, "ddim", opened.description.scheduler.spacing, 16, 16)
+    found = pipeline.generate(opened, [prompt], [5], request)[0]
+    assert found.shape == wanted.shape and found.std() > 10
+    return (np.abs(found - wanted).max(axis=-1) <= 1).mean()
+
+
 @pytest.mark.peers
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("label", [0, 7, 999])
 def test_a_model_by_class_draws_the_same_in_diffusers(label, random, monkeypatch):
-    from diffusers import DiTPipeline
-    from diffusers.pipelines.dit import pipeline_dit
+    assert same_as_diffusers(random("dit+class"), label, str(label), monkeypatch) >= 0.999
 
-    from tinydiff.diffusion.noise import normal
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")
+def test_labels_are_those_of_diffusers(random):
+    from diffusers import DiTPipeline
 
     theirs = DiTPipeline.from_pretrained(random("dit+class"))
-    theirs.set_progress_bar_config(disable=True)
-    assert theirs.get_label_ids(["a red square"]) == [LABELS.index("a red square")]
-    start = torch.from_numpy(normal([5], (4, 8, 8)))
-    monkeypatch.setattr(pipeline_dit, "randn_tensor", lambda shape, **_: start.reshape(shape))
-    wanted = theirs([label], guidance_scale=4.0, num_inference_steps=20, output_type="np").images[0] * 255
-    found = draw(random("dit+class"), str(label), seed=5)
-    assert (np.abs(found - wanted).max(axis=-1) <= 1).mean() >= 0.999 and found.std() > 10
+    assert theirs.get_label_ids(LABELS) == folder.load(random("dit+class")).tokenizer.encode(LABELS)[:, 0].tolist()
 
 
 @every_kind
@@ -375,7 +397,8 @@ def test_a_dit_by_text_opens_in_diffusers_with_a_class_of_zeros(random):
     from diffusers import Transformer2DModel
 
     path = random("dit+clip") / "transformer"
-    theirs = Transformer2DModel.from_config(Transformer2DModel.load_config(path)).eval()
+    sizes = {key: value for key, value in read_json(path / "config.json").items() if not key.startswith("_")}
+    theirs = Transformer2DModel(**sizes).eval()
     tensors = weights.tensors([path / folder.WEIGHTS])
     table = "transformer_blocks.{}.norm1.emb.class_embedder.embedding_table.weight"
     theirs.load_state_dict(tensors | {table.format(i): torch.zeros(2, 24) for i in range(2)}, strict=True)
@@ -384,3 +407,263 @@ def test_a_dit_by_text_opens_in_diffusers_with_a_class_of_zeros(random):
     t = torch.tensor([3.0, 700.0])
     wanted = theirs(x, context, t, class_labels=torch.zeros(2, dtype=torch.long)).sample
     assert (ours(x, t, context) - wanted).abs().max() <= 5e-6 * wanted.std()
+
+
+# ---- published DiT -----------------------------------------------------------------------------------------------------
+
+DEPTH, WIDTH = 2, 64
+BLOCK = {  # published: diffusers, in a block
+    "adaLN_modulation.1": "norm1.linear",
+    "attn.proj": "attn1.to_out.0",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+}
+OUTSIDE = {
+    "x_embedder.proj": "pos_embed.proj",
+    "final_layer.adaLN_modulation.1": "proj_out_1",
+    "final_layer.linear": "proj_out_2",
+}
+EVERY = {"t_embedder.mlp.0": "timestep_embedder.linear_1", "t_embedder.mlp.2": "timestep_embedder.linear_2"}
+
+
+def in_diffusers_form(w: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Published tensors as a DiTTransformer2DModel has them."""
+    found = {}
+    for kind in ("weight", "bias"):
+        found |= {f"{theirs}.{kind}": w[f"{name}.{kind}"] for name, theirs in OUTSIDE.items()}
+        for i in range(DEPTH):
+            block, emb = f"transformer_blocks.{i}", f"transformer_blocks.{i}.norm1.emb"
+            found |= {f"{block}.{theirs}.{kind}": w[f"blocks.{i}.{name}.{kind}"] for name, theirs in BLOCK.items()}
+            found |= {f"{emb}.{theirs}.{kind}": w[f"{name}.{kind}"].clone() for name, theirs in EVERY.items()}
+            thirds = w[f"blocks.{i}.attn.qkv.{kind}"].chunk(3)
+            found |= {f"{block}.attn1.to_{x}.{kind}": v.clone() for x, v in zip("qkv", thirds, strict=True)}
+    table = w["y_embedder.embedding_table.weight"]
+    names = (f"transformer_blocks.{i}.norm1.emb.class_embedder.embedding_table.weight" for i in range(DEPTH))
+    return found | {name: table.clone() for name in names}
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> tuple[Path, Path]:
+    """A DiT as it was published, with learned sigma, and an autoencoder: two files of random weights."""
+    path, vae = tmp_path_factory.mktemp("published"), Autoencoder(config.Autoencoder((32, 64), 1, 4, 32, True))
+    randomise(vae)
+    save_file(published_weights(DEPTH, WIDTH, classes=1000), path / "dit.safetensors")
+    save_file(vae.state_dict(), path / "vae.safetensors")
+    return path / "dit.safetensors", path / "vae.safetensors"
+
+
+def asked(opened: pipeline.Backend) -> np.ndarray:
+    """What the denoiser says of noise under two labels and none: (3, 4, 8, 8)."""
+    x = np.random.default_rng(0).standard_normal((3, 4, 8, 8), np.float32)
+    return opened.denoise(x, 601.0, opened.encode_text(opened.tokenizer.encode(["3", "999", ""])))
+
+
+def test_a_published_file_draws_as_the_paper_s_network(published):
+    from test_dit import reference
+
+    dit, vae = published
+    opened = open_backend(dit, "torch", "cpu", vae=vae)
+    assert isinstance(opened, TorchBackend) and opened.model.scaling_factor == 0.18215
+    d = opened.description
+    assert (d.size, d.multiple, d.prediction, d.scheduler.sampler, len(d.schedule)) == (16, 4, "epsilon", "ddim", 1000)
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((3, 4, 8, 8), np.float32))
+    weights = {k: v.double() for k, v in load_file(dit).items()}
+    wanted = reference(weights, x.double(), torch.full((3,), 601.0), torch.tensor([3, 999, 1000]), 1)[:, :4]
+    assert np.abs(asked(opened) - wanted.numpy()).max() <= 1e-5 * wanted.std()
+    request = pipeline.Request(5, 4.0, "ddim", "leading", 16, 16)
+    drawn = pipeline.generate(opened, ["3", "999"], [0, 0], request)
+    assert drawn.shape == (2, 16, 16, 3) and drawn.std() > 1 and not np.array_equal(*drawn)
+
+
+def test_a_published_file_needs_an_autoencoder(published):
+    with pytest.raises(
+        ModelError, match="a DiT alone, without an autoencoder; give the file of one with --vae"
+    ) as caught:
+        open_backend(published[0], "torch", "cpu")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("precision", [None, "fp16"])
+def test_a_published_file_becomes_a_folder_of_the_same_network(published, tmp_path, precision):
+    dit, vae = published
+    convert.to_folder(dit, tmp_path / "folder", vae, precision=precision)
+    verify(tmp_path / "folder")
+    found = read_json(tmp_path / "folder" / "transformer" / "config.json")
+    assert (found["freq_shift"], found["norm_eps"], found["out_channels"]) == (0, 1e-6, 8)
+    ours, theirs = (
+        asked(open_backend(tmp_path / "folder", "torch", "cpu")),
+        asked(open_backend(dit, "torch", "cpu", vae=vae)),
+    )
+    assert np.array_equal(ours, theirs) if precision is None else 0 < np.abs(ours - theirs).max() < 0.02 * theirs.std()
+    with pytest.raises(ModelError, match=r"only a Stable Diffusion U-Net .* has a single-file layout"):
+        convert.to_single_file(tmp_path / "folder", tmp_path / "one.safetensors")
+
+
+@pytest.fixture(scope="module")
+def their_folder(published, tmp_path_factory) -> Path:
+    """The same weights in a folder that diffusers wrote."""
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    sizes = {"num_layers": DEPTH, "num_attention_heads": 1, "attention_head_dim": WIDTH, "sample_size": 8}
+    transformer = DiTTransformer2DModel(**sizes, in_channels=4, out_channels=8, num_embeds_ada_norm=1000)
+    transformer.load_state_dict(in_diffusers_form(load_file(published[0])), strict=True)
+    kinds = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    vae = AutoencoderKL(block_out_channels=[32, 64], layers_per_block=1, **kinds)
+    vae.load_state_dict(load_file(published[1]), strict=True)
+    path = tmp_path_factory.mktemp("theirs")
+    DiTPipeline(transformer, vae, DDIMScheduler(clip_sample=False)).save_pretrained(path)
+    index = read_json(path / "model_index.json") | {"id2label": {"0": "tench, Tinca tinca", "1": "goldfish"}}
+    folder.write_json(path / "model_index.json", index)
+    return path
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_a_folder_of_diffusers_is_the_same_network_here(their_folder, published):
+    from diffusers import DiTTransformer2DModel
+
+    theirs = DiTTransformer2DModel.from_pretrained(their_folder / "transformer").eval()
+    opened = open_backend(their_folder, "torch", "cpu")
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((3, 4, 8, 8), np.float32))
+    wanted = theirs(x, torch.full((3,), 601.0), torch.tensor([3, 999, 1000])).sample[:, :4].numpy()
+    assert np.abs(asked(opened) - wanted).max() <= 1e-5 * wanted.std()
+    assert opened.tokenizer.encode(["tinca tinca", "Goldfish", "2"]).tolist() == [[0], [1], [2]]
+    exact = asked(open_backend(published[0], "torch", "cpu", vae=published[1]))
+    assert np.abs(wanted - exact).max() > 1e-2 * exact.std()  # diffusers spaces the times' frequencies otherwise
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")
+def test_a_folder_of_diffusers_draws_the_same_here(their_folder, monkeypatch):
+    assert same_as_diffusers(their_folder, 1, "goldfish", monkeypatch) >= 0.999
+
+
+# ---- what does not fit -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["text_encoder.kind=class"], "text_encoder.kind: class goes with denoiser.kind dit"),
+        (["text_encoder.kind=t5"], "text_encoder.path: names the folder of a T5 encoder"),
+        (["text_encoder.path=t5"], "text_encoder.path: names the folder of a T5 encoder, with text_encoder.kind t5"),
+        (["denoiser.kind=dit", "dit.patch_size=3"], "dit.patch_size: 3 is none of 2, 4, 8"),
+        (
+            ["denoiser.kind=dit", "dit.patch_size=4", "data.resolution=24"],
+            "dit.patch_size: 4 does not divide the latents' side 6",
+        ),
+        (["denoiser.kind=dit", "dit.size=XXL"], "dit.size: unknown name 'XXL'"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_by_name(overrides, says):
+    with pytest.raises(UsageError) as caught:
+        config.load(None, overrides)
+    assert says in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(("size", "millions"), {"S": 33, "B": 130, "L": 458, "XL": 675}.items())
+def test_the_paper_s_sizes_build_by_name(size, millions):
+    words = ["denoiser.kind=dit", "text_encoder.kind=class", f"dit.size={size}", "data.resolution=256"]
+    words += ["autoencoder.block_out_channels=[8,8,8,8]"]
+    with torch.device("meta"):
+        model = folder.build(config.load(None, words), Labels([], 1000))
+    assert isinstance(model.denoiser, DiT) and model.denoiser.pos_embed.base == 16 and model.parts().keys() >= {"vae"}
+    assert sum(p.numel() for p in model.denoiser.parameters()) / 1e6 == pytest.approx(millions, abs=0.6)
+
+
+def lose(*names: str) -> Callable[[Path], None]:
+    def harm(path: Path) -> None:
+        for name in names:
+            shutil.rmtree(path / name) if (path / name).is_dir() else (path / name).unlink()
+
+    return harm
+
+
+def say(**changes: object) -> Callable[[Path], None]:
+    def harm(path: Path) -> None:
+        file = path / "text_encoder" / "config.json"
+        folder.write_json(file, read_json(file) | changes)
+
+    return harm
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (lambda path: shutil.rmtree(path), "tokenizer"),
+        (lose("tokenizer"), "tokenizer"),
+        (lose("tokenizer/tokenizer.json"), "spiece.model: No such file"),
+        (lose("text_encoder"), "text_encoder/config.json"),
+        (lose("text_encoder/model.safetensors"), "text_encoder"),
+        (lambda path: (path / "text_encoder" / "model.safetensors").write_bytes(b"no weights"), "model.safetensors"),
+        (lambda path: (path / "text_encoder" / "config.json").write_text("{"), "config.json"),
+        (say(model_type="clip_text_model"), "model_type is 'clip_text_model', and only 't5' is supported"),
+        (say(feed_forward_proj="gated-silu"), "gated-silu"),
+        (say(relative_attention_num_buckets=3), "do not suit"),
+        (say(d_ff=48), "its weights do not fit its config.json at"),
+    ],
+)
+def test_a_t5_that_cannot_be_read_is_named_before_any_step(harm, says, t5_folder, config_of, tmp_path):
+    path = Path(shutil.copytree(t5_folder, tmp_path / "t5"))
+    harm(path)
+    cfg = config_of("dit+t5")
+    with pytest.raises((ModelError, UsageError)) as caught:
+        loop.run(replace(cfg, text_encoder=replace(cfg.text_encoder, path=str(path))), tmp_path / "run")
+    message = str(caught.value)
+    assert says in message and str(tmp_path) in message and len(message.splitlines()) == 1
+    assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_tokenizer_of_more_pieces_than_the_encoder_has_is_refused(t5_folder, config_of, tmp_path):
+    path = Path(shutil.copytree(t5_folder, tmp_path / "t5"))
+    table = load_file(path / "text_encoder" / "model.safetensors")
+    save_file(table | {"shared.weight": table["shared.weight"][:8]}, path / "text_encoder" / "model.safetensors")
+    say(vocab_size=8)(path)
+    cfg = config_of("unet+t5")
+    with pytest.raises(ModelError, match="text_encoder: has vectors of 8 pieces, its tokenizer 12") as caught:
+        loop.run(replace(cfg, text_encoder=replace(cfg.text_encoder, path=str(path))), tmp_path / "run")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_dit_by_text_without_its_text_encoder_is_no_class_model(random, tmp_path):
+    path = Path(shutil.copytree(random("dit+clip"), tmp_path / "model"))
+    (path / "manifest.json").unlink()
+    shutil.rmtree(path / "text_encoder")
+    with pytest.raises(ModelError, match="text_encoder/config.json: missing; copy the whole model folder"):
+        open_backend(path, "torch", "cpu")
+
+
+def test_a_bundle_by_text_without_its_text_encoder_is_refused(bundle, tmp_path):
+    path = Path(shutil.copytree(bundle("dit+clip"), tmp_path / "bundle"))
+    shutil.rmtree(path / "text_encoder")
+    for _ in range(2):  # as the manifest sees it, and where there is none
+        with pytest.raises(ModelError, match=r"text_encoder.*missing"):
+            open_backend(path, "onnx", "cpu")
+        (path / "manifest.json").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("index", "classes", "labels"),
+    [
+        ({}, 1000, {"5": 5, "": 1000}),
+        ({"id2label": {"7": "crane", "2": "hen, cock"}}, 1000, {"crane": 7, "cock": 2, "0": 0}),
+        ({"id2label": {"3": "crane", "10000000000000": "hen"}}, 4, {"crane": 3, "": 4}),
+    ],
+)
+def test_labels_of_other_folders(index, classes, labels):
+    found = {"model_index": index, "transformer": {"num_embeds_ada_norm": classes}}
+    assert tokenizer_of(Path("model"), found).encode(list(labels))[:, 0].tolist() == list(labels.values())
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        {"model_index": {"id2label": {"hen": 1}}, "transformer": {"num_embeds_ada_norm": 1000}},
+        {"model_index": {"id2label": ["hen"]}, "transformer": {"num_embeds_ada_norm": 1000}},
+        {"model_index": {}, "transformer": {"num_embeds_ada_norm": "many"}},
+    ],
+)
+def test_labels_that_make_no_sense_are_refused(found):
+    with pytest.raises(ModelError, match="model: its classes make no sense"):
+        tokenizer_of(Path("model"), found)

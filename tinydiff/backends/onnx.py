@@ -23,7 +23,7 @@ import onnxruntime as ort
 from tinydiff.checkpoints.description import configs, denoiser_of, describe, tokenizer_of
 from tinydiff.errors import ModelError, ResourceError
 from tinydiff.files import shown, verify
-from tinydiff.text.labels import one_hot
+from tinydiff.text.labels import Labels, one_hot
 
 IO = {  # names of inputs and outputs, as optimum has them
     "text_encoder": (("input_ids",), ("last_hidden_state", "pooler_output")),
@@ -67,6 +67,8 @@ class OnnxBackend:
         try:
             found = configs(path)
             self.description, self.tokenizer = describe(path), tokenizer_of(path, found)
+            if "text_encoder" not in self.sessions and not isinstance(self.tokenizer, Labels):
+                raise ModelError(f"{shown(path / 'text_encoder')}: missing; {RESTORE}")
         except ModelError:
             self.checks.result()  # what is wrong with the files says more than what came of it
             raise

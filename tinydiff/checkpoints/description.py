@@ -137,12 +137,9 @@ def describe(path: Path, vae: Path | None = None, prediction: str | None = None)
 
 def tokenizer_of(path: Path, found: dict[str, dict[str, Any]]) -> Any:
     """CLIP's or T5's tokenizer, or the labels of a class-conditional model. Raises ModelError."""
-    if "transformer" in found and "text_encoder" not in found:
-        from tinydiff.text.labels import LEAST, Labels
-
-        labels = found["model_index"].get("id2label") or {}
-        names = [str(name) for _, name in sorted(labels.items(), key=lambda item: int(item[0]))]
-        return Labels(names, int(found["transformer"].get("num_embeds_ada_norm") or LEAST))
+    transformer = found.get("transformer")
+    if transformer and "text_encoder" not in found and not transformer.get("cross_attention_dim"):
+        return _labels(path, found["model_index"].get("id2label") or {}, transformer)
     if path.is_file():
         from tinydiff.checkpoints import single_file
 
@@ -154,6 +151,18 @@ def tokenizer_of(path: Path, found: dict[str, dict[str, Any]]) -> Any:
     from tinydiff.text.tokenizer import Tokenizer
 
     return Tokenizer.load(path / "tokenizer")
+
+
+def _labels(path: Path, named: Any, transformer: dict[str, Any]) -> Any:
+    """The labels that a DiTPipeline's index names by number, which need not be all."""
+    from tinydiff.text.labels import LEAST, Labels
+
+    try:
+        classes = int(transformer.get("num_embeds_ada_norm") or LEAST)
+        names = {int(number): str(name) for number, name in named.items() if 0 <= int(number) < classes}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ModelError(f"{shown(path)}: its classes make no sense: {error}; copy model_index.json again") from None
+    return Labels([names.get(i, "") for i in range(max(names, default=-1) + 1)], classes)
 
 
 def reduction(denoiser: dict[str, Any]) -> int:

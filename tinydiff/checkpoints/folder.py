@@ -63,7 +63,7 @@ def build(cfg: config.Config, tokenizer: Any, seed: int = 0) -> Model:
     """
     text = cfg.text_encoder
     if text.kind == "t5":
-        text_encoder, width = load_t5(Path(text.path) / "text_encoder")
+        text_encoder, width = load_t5(Path(text.path) / "text_encoder", tokenizer.vocab_size)
     elif text.kind == "class":
         text_encoder, width = OneHot(tokenizer.vocab_size), tokenizer.vocab_size
     else:
@@ -286,11 +286,22 @@ def text_encoder_of(found: Mapping[str, dict[str, Any]], tokenizer: Any) -> Text
     return TextEncoder(known(config.TextEncoder, "text_encoder", table), table["vocab_size"], tokenizer.eos)
 
 
-def load_t5(folder: Path) -> tuple[T5Encoder, int]:
-    """The T5 encoder of a folder and the width of its vectors, float32. ModelError names what is missing or damaged."""
-    cfg = known(T5Config, "t5", read_json(folder / "config.json"))
-    with torch.device("meta"):
-        encoder = T5Encoder(cfg)
+def load_t5(folder: Path, vocab_size: int) -> tuple[T5Encoder, int]:
+    """The T5 encoder of a folder and the width of its vectors, float32, for a tokenizer of `vocab_size` pieces.
+
+    ModelError names what is missing, damaged or does not fit.
+    """
+    table = read_json(folder / "config.json")
+    try:
+        cfg = known(T5Config, "t5", table)
+        with torch.device("meta"):
+            encoder = T5Encoder(cfg)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{shown(folder)}: unsupported or incomplete config.json: {error}") from None
+    if cfg.vocab_size < vocab_size:
+        raise ModelError(
+            f"{shown(folder)}: has vectors of {cfg.vocab_size} pieces, its tokenizer {vocab_size}; mend path"
+        )
     fill(encoder, weights.tensors(weights.files(folder)), folder)
     return encoder.float().eval().requires_grad_(False), cfg.d_model
 

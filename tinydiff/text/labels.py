@@ -30,6 +30,7 @@ class Labels:
         self.vocab_size = classes + 1
         parts = {part.strip().lower(): i for i, name in enumerate(self.names) for part in name.split(",")}
         self.numbers = parts | {name.strip().lower(): i for i, name in enumerate(self.names)}
+        self.numbers.pop("", None)  # a class without a name
 
     @classmethod
     def load(cls, folder: Path) -> Labels:
