@@ -147,9 +147,7 @@ def test_an_older_configuration_means_what_it_means_when_opened() -> None:
     vae = {"block_out_channels": (8, 16)}
     opened = folder.known(config.Autoencoder, "vae", vae)
     assert cost.DEFAULTS["vae"] | vae == {key: vars(opened)[key] for key in cost.DEFAULTS["vae"] | vae}
-    for key, value in cost.DEFAULTS["transformer"].items():
-        assert folder.DEFAULTS["transformer"][key] == value
-    assert cost.DEFAULTS["text_encoder"].items() <= vars(T5Config()).items()
+    assert cost.T5.items() <= vars(T5Config()).items()
 
 
 def test_what_a_model_lacks_costs_nothing_and_what_a_configuration_lacks_is_told() -> None:

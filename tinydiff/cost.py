@@ -11,36 +11,11 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
+from tinydiff.checkpoints.foreign import DEFAULTS
+
 CROSS = "CrossAttnDownBlock2D"
 FREQUENCIES = 256  # a DiT's sines and cosines of time
-DEFAULTS: dict[str, dict[str, Any]] = {  # for keys that a config.json lacks, as where it is opened
-    "unet": {
-        "in_channels": 4,
-        "out_channels": 4,
-        "block_out_channels": (320, 640, 1280, 1280),
-        "down_block_types": (CROSS,) * 3 + ("DownBlock2D",),
-        "layers_per_block": 2,
-        "transformer_layers_per_block": 1,
-    },
-    "vae": {"latent_channels": 4, "layers_per_block": 1, "mid_block_add_attention": True},
-    "transformer": {
-        "num_attention_heads": 16,
-        "attention_head_dim": 72,
-        "in_channels": 4,
-        "num_layers": 28,
-        "patch_size": 2,
-        "num_embeds_ada_norm": 1000,
-    },
-    # T5's; none of these keys is CLIP's
-    "text_encoder": {
-        "d_model": 512,
-        "d_kv": 64,
-        "d_ff": 2048,
-        "num_layers": 6,
-        "num_heads": 8,
-        "feed_forward_proj": "relu",
-    },
-}
+T5 = {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8, "feed_forward_proj": "relu"}
 
 
 def flops(found: Mapping[str, dict[str, Any]], h: int, w: int, tokens: int) -> dict[str, int | None]:
@@ -49,7 +24,8 @@ def flops(found: Mapping[str, dict[str, Any]], h: int, w: int, tokens: int) -> d
     `found` is what `description.configs` reads; latents are `h` x `w`, the prompt is of `tokens`. None for a network that
     the model does not have. Raises KeyError, TypeError or ValueError where a configuration lacks a size or misstates it.
     """
-    known = {name: DEFAULTS.get(name, {}) | {k: v for k, v in c.items() if v is not None} for name, c in found.items()}
+    defaults = DEFAULTS | {"text_encoder": T5}  # none of whose keys is CLIP's
+    known = {name: defaults.get(name, {}) | {k: v for k, v in c.items() if v is not None} for name, c in found.items()}
     denoiser = unet(known["unet"], h, w, tokens) if "unet" in known else dit(known["transformer"], h, w, tokens)
     text = known.get("text_encoder")
     read = (t5 if text.get("model_type") == "t5" else clip)(text, tokens) if text else None

@@ -16,13 +16,16 @@ from tinydiff.files import shown
 
 DEFAULTS: dict[str, dict[str, Any]] = {  # of diffusers and transformers, for keys that an older config.json lacks
     "unet": {
+        "in_channels": 4,
+        "out_channels": 4,
         "block_out_channels": (320, 640, 1280, 1280),
         "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         "layers_per_block": 2,
+        "transformer_layers_per_block": 1,
         "attention_head_dim": 8,
         "use_linear_projection": False,
     },
-    "vae": {"norm_num_groups": 32, "mid_block_add_attention": True},
+    "vae": {"latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 32, "mid_block_add_attention": True},
     "text_encoder": {},
     "t5": {},
     "transformer": {
