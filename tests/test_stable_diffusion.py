@@ -52,27 +52,30 @@ SAMPLERS = {  # diffusers' class: our name, and whether its x is ours over alpha
 # ---- the pipelines ----------------------------------------------------------------------------------------------------
 
 
-def networks(kind: str) -> dict[str, torch.nn.Module]:
-    """Small networks of diffusers and transformers in the form of a kind's."""
+def networks(kind: str, levels: int = 4) -> dict[str, torch.nn.Module]:
+    """Small networks of diffusers and transformers in the form of a kind's, or with two levels, smaller ones."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     second = kind == "sd2"
     widths, context = ((64, 64, 64, 128), 64) if second else ((32, 64, 64, 64), 32)
+    cross = levels - 1
     found: dict[str, torch.nn.Module] = {
         "unet": UNet2DConditionModel(
             sample_size=SIDE // 8,
             in_channels=9 if kind == "inpaint" else 4,
-            block_out_channels=widths,
-            layers_per_block=2,
-            attention_head_dim=[1, 1, 1, 2] if second else 8,
+            block_out_channels=widths[-levels:],
+            down_block_types=("CrossAttnDownBlock2D",) * cross + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * cross,
+            layers_per_block=levels // 2,
+            attention_head_dim=[1, 1, 1, 2][-levels:] if second else 8,
             cross_attention_dim=context,
             use_linear_projection=second,
         ),
         "vae": AutoencoderKL(
-            block_out_channels=(32, 32, 64, 64),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(32, 32, 64, 64)[-levels:],
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
             layers_per_block=1,
             sample_size=SIDE,
         ),
@@ -95,30 +98,30 @@ def networks(kind: str) -> dict[str, torch.nn.Module]:
     return found
 
 
-@pytest.fixture(scope="session")
-def pipelines(tmp_path_factory) -> dict[str, tuple[Path, dict[str, torch.nn.Module]]]:
-    """By kind, the folder that diffusers' pipeline writes, and its networks."""
+def written(kind: str, parts: dict[str, torch.nn.Module], home: Path) -> Path:
+    """The folder that diffusers' pipeline writes of a kind's networks."""
     import diffusers
     from transformers import CLIPTokenizer
 
-    found = {}
-    for kind in KINDS:
-        home = tmp_path_factory.mktemp(kind)
-        single_file.tokenizer("open_clip" if kind == "sd2" else "clip").save(home / "tokenizer")
-        (home / "scheduler_config.json").write_text(json.dumps(SHIPPED[kind]))
-        parts = networks(kind)
-        name = "StableDiffusionInpaintPipeline" if kind == "inpaint" else "StableDiffusionPipeline"
-        pipe = getattr(diffusers, name)(
-            **parts,
-            scheduler=getattr(diffusers, SHIPPED[kind]["_class_name"]).from_pretrained(home),
-            tokenizer=CLIPTokenizer.from_pretrained(home / "tokenizer"),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-        pipe.save_pretrained(home / "model")
-        found[kind] = home / "model", parts
-    return found
+    single_file.tokenizer("open_clip" if kind == "sd2" else "clip").save(home / "tokenizer")
+    (home / "scheduler_config.json").write_text(json.dumps(SHIPPED[kind]))
+    pipe = getattr(diffusers, f"StableDiffusion{'Inpaint' if kind == 'inpaint' else ''}Pipeline")(
+        **parts,
+        scheduler=getattr(diffusers, SHIPPED[kind]["_class_name"]).from_pretrained(home),
+        tokenizer=CLIPTokenizer.from_pretrained(home / "tokenizer"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.save_pretrained(home / "model")
+    return home / "model"
+
+
+@pytest.fixture(scope="session")
+def pipelines(tmp_path_factory) -> dict[str, tuple[Path, dict[str, torch.nn.Module]]]:
+    """By kind, the folder that diffusers' pipeline writes, and its networks."""
+    made = {kind: networks(kind) for kind in KINDS}
+    return {kind: (written(kind, parts, tmp_path_factory.mktemp(kind)), parts) for kind, parts in made.items()}
 
 
 @pytest.fixture(scope="session")
@@ -406,22 +409,25 @@ def rows(text: str) -> dict[str, dict[str, Any]]:
     return {row["graph"]: row for row in map(json.loads, text.splitlines())}
 
 
-def test_graphs_of_2_agree_with_torch_and_halved_ones_nearly(folders, tmp_path, monkeypatch, capsys, cached):
+@pytest.mark.slow
+def test_graphs_of_2_agree_with_torch_and_halved_ones_nearly(tmp_path, monkeypatch, capsys, cached):
     monkeypatch.setattr(export, "translate", cached)
-    images = []
+    path, images = written("sd2", networks("sd2", 2), tmp_path), []
     for precision in ("fp32", "fp16"):
-        command("export", folders["sd2"], "-o", tmp_path / precision, "--precision", precision, "--json")
+        command("export", path, "-o", tmp_path / precision, "--precision", precision, "--json")
         found = rows(capsys.readouterr().out)
         assert set(found) == {"text_encoder", "unet", "vae_encoder", "vae_decoder", "image"}
         assert found.pop("image")["same"] >= 0.999 and all(row["max_abs_diff"] < 1e-4 for row in found.values())
         backend = open_backend(tmp_path / precision, "onnx", "cpu")
-        request = Request(10, 2.0, "ddim", "leading", SIDE, SIDE)
+        request = Request(10, 2.0, "ddim", "leading", 32, 32)
         images.append(generate(backend, [PROMPT], [5], request).astype(int))
     assert images[1].std() > 5 and np.abs(images[0] - images[1]).mean() < 3
 
 
-def test_graphs_of_an_inpainting_file_with_another_autoencoder(folders, tmp_path, capsys):
-    command("export", folders["inpaint"], "-o", tmp_path / "one.safetensors", "--format", "single-file")
+@pytest.mark.slow
+def test_graphs_of_an_inpainting_file_with_another_autoencoder(tmp_path, capsys):
+    path = written("inpaint", networks("inpaint", 2), tmp_path)
+    command("export", path, "-o", tmp_path / "one.safetensors", "--format", "single-file")
     tensors, prefix = load_file(tmp_path / "one.safetensors"), "first_stage_model."
     save_file({k: v for k, v in tensors.items() if not k.startswith(prefix)}, tmp_path / "rest.safetensors")
     other = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -137,7 +137,9 @@ def _parts(file: Header, vae: Header) -> dict[str, Network]:
 def kind(path: str | Path) -> str:
     """How a checkpoint's text encoder is named, a key of `KINDS`: "clip" in Stable Diffusion 1.x, "open_clip" in 2.x."""
     file = header(path)
-    return _parts(file, file)["text_encoder"].table
+    if (part := network(file, "text_encoder")) is None:  # the file may lack an autoencoder, where another's is taken
+        raise ModelError(f"{shown(file.path)}: has no {PARTS['text_encoder']}")
+    return part.table
 
 
 def configs(
