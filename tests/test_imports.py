@@ -32,6 +32,7 @@ WITHOUT_TORCH = [
     "tinydiff.inspect",
     "tinydiff.checkpoints.description",
     "tinydiff.checkpoints.dit",
+    "tinydiff.checkpoints.foreign",
     "tinydiff.checkpoints.header",
     "tinydiff.checkpoints.scheduler",
     "tinydiff.checkpoints.weights",

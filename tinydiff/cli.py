@@ -254,8 +254,10 @@ def export(
     if prediction:
         flags.choose("--prediction", prediction, tuple(PREDICTIONS))
     from tinydiff.backends import find_model
+    from tinydiff.checkpoints.foreign import check
 
     source = find_model(model)
+    check(source, vae, prediction)
     if format_ != "onnx":
         from tinydiff.checkpoints.convert import FORMATS
 
