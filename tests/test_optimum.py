@@ -30,7 +30,7 @@ np.save(out, image.images[0])
 @pytest.mark.peers
 @pytest.mark.skipif(not PYTHON, reason="TINYDIFF_OPTIMUM_PYTHON names no interpreter with tests/optimum.txt installed")
 def test_optimum_opens_the_shipped_bundle_and_draws_the_same_image(tmp_path: Path, monkeypatch) -> None:
-    """diffusers' UniPC tells the network only the whole part of a level's time, found in float32."""
+    """diffusers' DEIS tells the network only the whole part of a level's time, found in float32."""
     from tinydiff.backends.onnx import OnnxBackend
 
     backend = OnnxBackend(find_model(None), "cpu")

@@ -255,13 +255,14 @@ def test_a_model_is_found_by_folder_and_by_run(tiny_model):
         ("dpmpp_2m", "trailing", "scaled_linear", "epsilon"),
         ("heun", "trailing", "scaled_linear", "v"),
         ("unipc", "log_snr", "cosine", "v"),
+        ("deis", "log_snr", "cosine", "v"),
         ("unipc", "log_snr", "scaled_linear", "epsilon"),
     ],
 )
 def test_diffusers_draws_the_same_image(make_model, tiny_config, monkeypatch, sampler, spacing, schedule, prediction):
     """From the folder alone, its own scheduler included, and the same latents.
 
-    Their UniPC tells the network only the whole part of a level's time, found in float32: 998 for the last, 999.
+    Their UniPC and DEIS tell the network only the whole part of a level's time, found in float32: 998 for the last, 999.
     """
     import torch
     from diffusers import StableDiffusionPipeline
@@ -273,7 +274,7 @@ def test_diffusers_draws_the_same_image(make_model, tiny_config, monkeypatch, sa
     )
     path = make_model(cfg)
     backend, prompts, seeds = open_backend(path, "torch", "cpu"), ["a red square", "a blue corner"], [3, 4]
-    if sampler == "unipc":
+    if sampler in ("unipc", "deis"):
         own = backend.denoise
         monkeypatch.setattr(backend, "denoise", lambda x, t, context: own(x, float(int(t - 1e-3)), context))
     request = Request(20, 3.0, sampler, cfg.generate.schedule, 16, 16)

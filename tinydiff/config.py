@@ -191,7 +191,7 @@ class Train:
 class Generate:
     steps: int = key(20, "sampling steps", 1, 1000)
     cfg_scale: float = key(3.0, "guidance: 1 is the plain conditional model", 0, 100)
-    sampler: str = key("unipc", "solver", choices=tuple(SAMPLERS))
+    sampler: str = key("deis", "solver", choices=tuple(SAMPLERS))
     schedule: str = key("log_snr", "which noise levels are visited", choices=SPACINGS)
     batch_size: int = key(8, "images at once", 1, 4096)
 
