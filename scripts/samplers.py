@@ -34,7 +34,7 @@ SOLVERS = {  # name: order, network calls a step, when to use it
     "plms": ("2", 1, "what Stable Diffusion 1.x ships with; 20 steps and more; one call more than steps"),
     "lms": ("2, 4 inside", 1, "20 steps and more"),
     "deis": ("2, 3 inside", 1, "the default, with log_snr spacing: closest at 20 calls"),
-    "unipc": ("2, 3 inside", 1, "few steps: closest at 5 and 10 calls"),
+    "unipc": ("2, 3 inside", 1, "as deis, with log_snr spacing"),
     "ddpm": ("stochastic", 1, "many steps: the training process run backwards"),
     "euler_ancestral": ("stochastic", 1, "the same steps as ddpm, under the name people know"),
     "dpmpp_2m_sde": ("stochastic", 1, "variety at moderate steps"),
@@ -144,6 +144,8 @@ def main() -> None:
     print("|---" * (len(SPACED) + 1) + "|")
     for spacing, row in rows.items():
         print(f"| `{spacing}` | " + " | ".join(f"{v:.2g}" for v in row) + " |")
+    best, reference = rows["log_snr"][SPACED.index("deis")], errors["the shipped model"]["ddim"][CALLS.index(60)]
+    print(f"\nThe default, `deis` with `log_snr` at 20 calls: {best:.2g}; `ddim` at 60 calls: {reference:.2g}.")
 
 
 TEXT = """# Samplers
