@@ -1,4 +1,4 @@
-"""Our bundles in optimum: opened by its own pipeline in its own environment, drawing the same image."""
+"""Our bundles in optimum and its bundles here: opened by its own pipeline in its own environment, drawing the same image."""
 
 from __future__ import annotations
 
@@ -25,6 +25,47 @@ size = {"height": int(size), "width": int(size)}
 image = pipe("red heart", num_inference_steps=8, guidance_scale=3.0, latents=x, output_type="np", **size)
 np.save(out, image.images[0])
 """
+
+EXPORT = """
+import sys
+import numpy as np, torch
+from diffusers import DDIMScheduler
+from optimum.onnxruntime import ORTStableDiffusionPipeline
+folder, bundle, latents, out = sys.argv[1:]
+pipe = ORTStableDiffusionPipeline.from_pretrained(folder, export=True)
+pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+pipe.save_pretrained(bundle)
+x = torch.from_numpy(np.load(latents))
+image = pipe("red heart", num_inference_steps=8, guidance_scale=3.0, latents=x, output_type="np", height=64, width=64)
+np.save(out, image.images[0])
+"""
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(not PYTHON, reason="TINYDIFF_OPTIMUM_PYTHON names no interpreter with tests/optimum.txt installed")
+def test_what_optimum_exports_opens_here_and_draws_the_same_image(tmp_path: Path) -> None:
+    """A narrow Stable Diffusion 1 with random weights, in a folder that tinydiff writes from its single file."""
+    from scripts.parity import build
+    from tinydiff.backends.onnx import OnnxBackend
+    from tinydiff.checkpoints import convert
+    from tinydiff.checkpoints.description import describe
+
+    narrow = {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 1, "attention_head_dim": 8}
+    build("sd15", tmp_path / "sd15", narrow | {"cross_attention_dim": 32, "sample_size": 8})
+    convert.to_single_file(tmp_path / "sd15", tmp_path / "sd15.safetensors")
+    convert.to_folder(tmp_path / "sd15.safetensors", tmp_path / "folder")
+    start = describe(tmp_path / "folder").levels("ddim", 8, "leading")[0].sigma
+    np.save(tmp_path / "x.npy", noise.normal([5], (4, 8, 8)) * np.float32(start))  # diffusers takes it as it comes
+    paths = [str(tmp_path / name) for name in ("folder", "bundle", "x.npy", "y.npy")]
+    done = subprocess.run([PYTHON, "-c", EXPORT, *paths], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    theirs = (np.load(tmp_path / "y.npy") * 255).round()
+    backend = OnnxBackend(tmp_path / "bundle", "cpu")
+    request = pipeline.Request(8, 3.0, "ddim", "leading", 64, 64)
+    ours = pipeline.generate(backend, ["red heart"], [5], request)[0]
+    assert ours.std() > 10
+    assert (np.abs(theirs - ours.astype(float)).max(axis=-1) <= 1).mean() >= 0.999
 
 
 @pytest.mark.peers

@@ -106,13 +106,12 @@ class OnnxBackend:
 
 def run(session: ort.InferenceSession, output: str, **inputs: np.ndarray) -> np.ndarray:
     """One float32 output of a session; inputs are converted to what the graph declares."""
-    feed = {}
+    feed, batch = {}, session.get_inputs()[0].shape[:1]
     for declared in session.get_inputs():
         value = inputs[declared.name].astype(DTYPES[declared.type], copy=False)
-        if len(declared.shape) == 1 and value.ndim == 0:  # some exporters want a timestep for each sample
-            size = declared.shape[0] if isinstance(declared.shape[0], int) else len(inputs["sample"])
-            value = np.full(size, value)
-        feed[declared.name] = np.ascontiguousarray(value)
+        if len(declared.shape) == 1 and value.ndim == 0:  # some exporters want one for each sample, some one in a list
+            value = np.full(len(inputs["sample"]) if declared.shape == batch else 1, value)
+        feed[declared.name] = np.asarray(value, order="C")  # a scalar stays one, which ascontiguousarray makes a list
     try:
         result: Any = session.run([output], feed)[0]
     except Exception as error:  # onnxruntime's exceptions share no other base
