@@ -490,6 +490,7 @@ def test_a_published_file_becomes_a_folder_of_the_same_network(published, tmp_pa
     verify(tmp_path / "folder")
     found = read_json(tmp_path / "folder" / "transformer" / "config.json")
     assert (found["freq_shift"], found["norm_eps"], found["out_channels"]) == (0, 1e-6, 8)
+    assert "freq_shift" in read_json(tmp_path / "folder" / "model_index.json")["_no_diffusers_pipeline"]
     ours, theirs = (
         asked(open_backend(tmp_path / "folder", "torch", "cpu")),
         asked(open_backend(dit, "torch", "cpu", vae=vae)),
@@ -667,3 +668,10 @@ def test_labels_of_other_folders(index, classes, labels):
 def test_labels_that_make_no_sense_are_refused(found):
     with pytest.raises(ModelError, match="model: its classes make no sense"):
         tokenizer_of(Path("model"), found)
+
+
+@pytest.mark.parametrize(("count", "said"), [(3, False), (1000, False), (1001, True)])
+def test_more_classes_than_diffusers_null_label_leaves_room_for_are_said(count, said):
+    cfg = config.Config(denoiser=config.Denoiser(kind="dit"), text_encoder=config.TextEncoder(kind="class"))
+    found = folder.index(cfg, Labels([f"class {i}" for i in range(count)], max(1000, count)))
+    assert ("_no_diffusers_pipeline" in found) is said

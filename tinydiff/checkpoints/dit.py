@@ -87,6 +87,7 @@ def configs(shapes: Mapping[str, Sequence[int]]) -> dict[str, dict[str, Any]]:
     scheduler |= {"beta_start": 1e-4, "beta_end": 0.02, "prediction_type": "epsilon", "clip_sample": False}
     index = {
         "_class_name": "DiTPipeline",
+        "_no_diffusers_pipeline": "diffusers' DiT embeds time at other frequencies (freq_shift 1), and draws other images",
         "id2label": {},
         "scheduler": ["diffusers", "DDIMScheduler"],
         "transformer": ["diffusers", "DiTTransformer2DModel"],

@@ -26,7 +26,7 @@ from tinydiff.models.dit import DiT
 from tinydiff.models.t5 import T5Config, T5Encoder, encoder_weights
 from tinydiff.models.text_encoder import OneHot, TextEncoder
 from tinydiff.models.unet import UNet
-from tinydiff.text.labels import Labels
+from tinydiff.text.labels import LEAST, Labels
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -129,8 +129,10 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def without_form(cfg: config.Config) -> str:
+def without_form(cfg: config.Config, tokenizer: Any) -> str:
     """Why diffusers has no pipeline for a model of this configuration; "" where it has one."""
+    if isinstance(tokenizer, Labels) and tokenizer.pad != LEAST:
+        return f"its null label is number {tokenizer.pad}, and {LEAST} in diffusers"
     if cfg.text_encoder.kind == "t5":
         return "text is read by T5 with its padding masked"
     if cfg.denoiser.kind == "dit" and cfg.text_encoder.kind == "clip":
@@ -144,13 +146,14 @@ def index(cfg: config.Config, tokenizer: Any) -> dict[str, Any]:
     found |= {"scheduler": ["diffusers", scheduler.write(cfg)["_class_name"]], "vae": ["diffusers", "AutoencoderKL"]}
     if cfg.text_encoder.kind == "class":
         own = {"_class_name": "DiTPipeline", "transformer": ["diffusers", "DiTTransformer2DModel"]}
-        return found | own | {"id2label": tokenizer.table()}
+        reason = without_form(cfg, tokenizer)
+        return found | own | {"id2label": tokenizer.table()} | ({"_no_diffusers_pipeline": reason} if reason else {})
     dit = {"transformer": ["diffusers", "Transformer2DModel"]}
     found |= dit if cfg.denoiser.kind == "dit" else {"unet": ["diffusers", "UNet2DConditionModel"]}
     t5 = cfg.text_encoder.kind == "t5"
     found |= {"text_encoder": ["transformers", "T5EncoderModel" if t5 else "CLIPTextModel"]}
     found |= {"tokenizer": ["transformers", "T5TokenizerFast" if t5 else "CLIPTokenizer"]}
-    if reason := without_form(cfg):
+    if reason := without_form(cfg, tokenizer):
         return found | {"_class_name": "TinydiffPipeline", "_no_diffusers_pipeline": reason}
     found |= {"feature_extractor": [None, None], "image_encoder": [None, None], "safety_checker": [None, None]}
     return found | {"requires_safety_checker": False}
