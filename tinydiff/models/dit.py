@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from tinydiff.config import DiT as Config
 from tinydiff.models.attention import Attention, FeedForward, tokens
-from tinydiff.models.layers import TimestepEmbedding, timestep_embedding
+from tinydiff.models.layers import TimestepEmbedding, embedding, timestep_embedding
 
 FREQUENCIES = 256  # sines and cosines of time, at any width
 NOTHING = ("norm1.linear", "attn2.to_out", "proj_out_")  # attention to the text has no gate, so its own output is zero
@@ -62,7 +62,7 @@ class LabelEmbedding(nn.Module):
 
     def __init__(self, classes: int, dim: int):
         super().__init__()
-        self.embedding_table = nn.Embedding(classes + 1, dim)
+        self.embedding_table = embedding(classes + 1, dim)
 
     def forward(self, weights: Tensor) -> Tensor:
         return weights[:, 0] @ self.embedding_table.weight
@@ -145,7 +145,8 @@ class DiT(nn.Module):
         self.norm_out = nn.LayerNorm(dim, 1e-6, elementwise_affine=False)
         self.proj_out_1 = nn.Linear(dim, dim * 2)
         self.proj_out_2 = nn.Linear(dim, patch * patch * outputs)
-        initialise(self)
+        if not self.proj_out_1.weight.is_meta:
+            initialise(self)
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         h, w = (n // self.patch for n in sample.shape[2:])

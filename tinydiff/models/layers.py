@@ -79,6 +79,12 @@ class Upsample2D(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
+def embedding(count: int, width: int) -> nn.Embedding:
+    """A table of vectors from N(0, 1); where weights are to come (the meta device) it is not filled, which takes a second."""
+    weight = torch.empty(count, width)
+    return nn.Embedding(count, width, _weight=weight if weight.is_meta else nn.init.normal_(weight))
+
+
 def zero(module: nn.Module) -> nn.Module:
     """All parameters zero: a residual branch that starts as nothing."""
     for parameter in module.parameters():

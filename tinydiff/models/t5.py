@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tinydiff.models.layers import embedding
+
 
 @dataclass(frozen=True)
 class T5Config:
@@ -38,7 +40,8 @@ class PositionBias(nn.Embedding):
     buckets: Tensor
 
     def __init__(self, config: T5Config):
-        super().__init__(config.relative_attention_num_buckets, config.num_heads)
+        count = config.relative_attention_num_buckets
+        super().__init__(count, config.num_heads, _weight=embedding(count, config.num_heads).weight)
         self.reach = config.relative_attention_max_distance
         self.register_buffer("buckets", relative_buckets(self.num_embeddings, self.reach), persistent=False)
 
@@ -141,7 +144,7 @@ class T5Encoder(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
         self.config = config
-        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.shared = embedding(config.vocab_size, config.d_model)
         self.encoder = Encoder(config)
         self.pad = config.pad_token_id
 
