@@ -114,7 +114,7 @@ def test_use_your_stable_diffusion_weights(home: Path) -> None:
     assert "StableDiffusionPipeline" in said and "graph=image same=" in said
     without_torch(home, draw)
     run(home, "\n".join(commands[-2:]))
-    folder, file, half = (pixels(home / f"{name}.png") for name in ("folder", "file", "onnx"))
+    folder, file, half = (pixels(home / f"{name}.png") for name in ("folder", "file", "bundle"))
     assert folder.std() > 10 and np.abs(folder - file).max() <= 3  # random networks amplify the last bit
     assert np.abs(folder - half).mean() < 3  # and the rounding of weights to half precision
     assert (home / "sd15-folder" / "unet" / "diffusion_pytorch_model.safetensors").exists()
