@@ -9,7 +9,6 @@ sampling; what the graphs are made of is the business of torch's exporter and of
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from tinydiff.backends.onnx import IO, OnnxBackend, open_session
 from tinydiff.backends.pytorch import TorchBackend
 from tinydiff.checkpoints import folder
 from tinydiff.checkpoints.description import configs
-from tinydiff.checkpoints.folder import FILES, PRECISIONS, WEIGHTS, Model, save_tensors, write_json
+from tinydiff.checkpoints.folder import FILES, PRECISIONS, WEIGHTS, Model, copy_description, save_tensors, write_json
 from tinydiff.errors import ModelError, UsageError
 from tinydiff.files import committed
 from tinydiff.graphs import link, name_axes, quiet, simplify, strip, translations
@@ -134,15 +133,7 @@ def rounded(model: Model, dtype: torch.dtype, path: Path) -> Model:
 
 def write_description(model_dir: Path, found: dict[str, dict[str, Any]], model: Model, bundle: Path) -> None:
     """Every file of the model that is no weight, each network's configuration beside its graph."""
-    if (model_dir / "tokenizer").is_dir():
-        shutil.copytree(model_dir / "tokenizer", bundle / "tokenizer", copy_function=shutil.copyfile)
-    elif not isinstance(model.tokenizer, Labels):
-        model.tokenizer.save(bundle / "tokenizer")
-    if (model_dir / "tinydiff.toml").exists():
-        shutil.copyfile(model_dir / "tinydiff.toml", bundle / "tinydiff.toml")
-    (bundle / "scheduler").mkdir()
-    write_json(bundle / "scheduler" / "scheduler_config.json", found["scheduler"])
-    write_json(bundle / "model_index.json", found["model_index"])
+    copy_description(model_dir, found, model.tokenizer, bundle)
     parts = {name: network.part for name, network in networks(model).items()} | {"vae": "vae"}
     for name, part in parts.items():
         (bundle / name).mkdir()

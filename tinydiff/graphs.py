@@ -5,7 +5,6 @@ It knows operators, names and shapes, and no network. What it does not touch is 
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from tinydiff.checkpoints.header import header
 
 if TYPE_CHECKING:
     from onnx_ir import Graph as IrGraph
@@ -174,17 +175,14 @@ def link(graph: IrGraph, weights: Mapping[str, Value], path: Path) -> None:
     """Points every weight at its bytes in the safetensors file `path`; a float16 one is cast where it is used."""
     import onnx_ir as ir
 
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+    tensors = header(path).tensors
     for name, value in weights.items():
-        start, end = header[name]["data_offsets"]
-        half, shape = header[name]["dtype"] == "F16", ir.Shape(header[name]["shape"])
+        stored = tensors[name]
+        half = stored.dtype == "F16"
         dtype = ir.DataType.FLOAT16 if half else value.dtype
         assert dtype is not None
-        value.const_value = ir.ExternalTensor(
-            path.name, 8 + length + start, end - start, dtype, shape=shape, name=name, base_dir=path.parent
-        )
+        place, shape = (path.name, stored.start, stored.end - stored.start), ir.Shape(stored.shape)
+        value.const_value = ir.ExternalTensor(*place, dtype, shape=shape, name=name, base_dir=path.parent)
         if half:
             cast(graph, value)
 

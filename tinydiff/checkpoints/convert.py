@@ -5,16 +5,14 @@ It builds no network: names, sizes and bytes are all it moves.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from tinydiff.checkpoints import single_file
 from tinydiff.checkpoints.description import tokenizer_of
-from tinydiff.checkpoints.folder import FILES, PRECISIONS, save_tensors, stored, write_json
+from tinydiff.checkpoints.folder import FILES, PRECISIONS, copy_description, save_tensors, stored, write_json
 from tinydiff.errors import ModelError, UsageError
 from tinydiff.files import committed, shown
-from tinydiff.text.labels import Labels
 
 
 def to_folder(
@@ -32,16 +30,7 @@ def to_folder(
             (folder / name).mkdir()
             save_tensors(part, folder / name / FILES[name], PRECISIONS[precision] if precision else None)
             write_json(folder / name / "config.json", found[name])
-        (folder / "scheduler").mkdir()
-        write_json(folder / "scheduler" / "scheduler_config.json", found["scheduler"])
-        write_json(folder / "model_index.json", found["model_index"])
-        tokenizer = tokenizer_of(path, found)
-        if (path / "tokenizer").is_dir():
-            shutil.copytree(path / "tokenizer", folder / "tokenizer", copy_function=shutil.copyfile)
-        elif not isinstance(tokenizer, Labels):
-            tokenizer.save(folder / "tokenizer")
-        if (path / "tinydiff.toml").exists():
-            shutil.copyfile(path / "tinydiff.toml", folder / "tinydiff.toml")
+        copy_description(path, found, tokenizer_of(path, found), folder)
 
 
 def to_single_file(

@@ -6,6 +6,7 @@ Parameter names are diffusers' and transformers' own, so there is no conversion;
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -123,6 +124,19 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype |
         {k: v.detach().to("cpu", kinds[k], copy=copy).contiguous() for k, v in tensors.items()}, path, {"format": "pt"}
     )
     path.chmod(0o644)
+
+
+def copy_description(source: Path, found: Mapping[str, dict[str, Any]], tokenizer: Any, folder: Path) -> None:
+    """What another folder of the model at `source` holds besides its networks, as `configs` has read it."""
+    if (source / "tokenizer").is_dir():
+        shutil.copytree(source / "tokenizer", folder / "tokenizer", copy_function=shutil.copyfile)
+    elif not isinstance(tokenizer, Labels):
+        tokenizer.save(folder / "tokenizer")
+    if (source / "tinydiff.toml").exists():
+        shutil.copyfile(source / "tinydiff.toml", folder / "tinydiff.toml")
+    (folder / "scheduler").mkdir()
+    write_json(folder / "scheduler" / "scheduler_config.json", found["scheduler"])
+    write_json(folder / "model_index.json", found["model_index"])
 
 
 def write_json(path: Path, value: Any) -> None:
