@@ -49,6 +49,8 @@ class Data:
     background: str = key("#ffffff", "what shows through transparent pixels")
     max_bad_fraction: float = key(0.01, "unreadable images above this share are an error", 0, 1)
     flip: bool = key(False, "also train on mirror images")
+    max_aspect_ratio: float = key(1.0, "longest over shortest side of a training image; 1 crops all to squares", 1, 8)
+    bucket_step: int = key(16, "sides of images that are no squares are multiples of this, in pixels", 1, 512)
 
 
 @dataclass(frozen=True)
@@ -363,6 +365,8 @@ def _of_sizes(config: Config) -> Iterator[str]:
     if config.data.resolution % down:
         low = max(down, config.data.resolution // down * down)
         yield f"data.resolution: {config.data.resolution} is no multiple of {down}; nearest are {low} and {low + down}"
+    if config.data.max_aspect_ratio > 1:
+        yield from _of_buckets(config.data, down)
     for name in ("autoencoder",) if dit else ("autoencoder", "denoiser"):
         part = getattr(config, name)
         for width in part.block_out_channels:
@@ -380,6 +384,14 @@ def _of_sizes(config: Config) -> Iterator[str]:
         yield "denoiser.down_block_types: needs one entry for each of block_out_channels"
     if unet.block_out_channels[0] % 2:
         yield "denoiser.block_out_channels: the first width is also that of the time's sines and cosines; it must be even"
+
+
+def _of_buckets(data: Data, down: int) -> Iterator[str]:
+    """Of the sides of images that are no squares, which the networks reduce `down` times."""
+    if data.bucket_step % down:
+        yield f"data.bucket_step: {data.bucket_step} is no multiple of {down}, by which the networks reduce an image"
+    if data.resolution % data.bucket_step:
+        yield f"data.bucket_step: {data.bucket_step} does not divide data.resolution {data.resolution}"
 
 
 def _of_text(config: Config) -> Iterator[str]:
