@@ -1,24 +1,24 @@
-"""The latent cache: every image's latent distribution, keyed by image content, resolution and autoencoder.
+"""The latent cache: every image's latent distribution, keyed by image content, size and autoencoder.
 
-A stale cache cannot be read: the key is in the file name, and the file name is asked for by key.
+The images of a bucket, and their mirror images apart, go in chunks of `cache.ROWS`. Any number of processes may fill one
+folder together; when all are done each opens it. What an image is, and when it cannot be read, `dataset.Images` knows.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Callable
+import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from tinydiff import images
+from tinydiff.data import cache
 from tinydiff.data.dataset import Images
-from tinydiff.files import write_file
+from tinydiff.errors import DataError
+from tinydiff.images import to_pixels
 from tinydiff.models.autoencoder import Autoencoder, mean_and_std
 
 
@@ -31,29 +31,100 @@ def digest(module: nn.Module) -> str:
     return h.hexdigest()
 
 
-def cached(folder: Path, data: Images, vae: Autoencoder, progress: Callable[[int, int], None]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of every latent, (N, C, h, w) float32 each, computed once and then read."""
-    d = data.data
-    text = f"{data.source.fingerprint()} {d.resolution} {d.flip} {d.background} {digest(vae)}"
-    path = folder / f"latents-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
-    with contextlib.suppress(OSError, SafetensorError):  # missing, or cut off by a dying disk: compute it again
-        tensors = load_file(path)
-        return tensors["mean"], tensors["std"]
-    mean, std = compute(data, vae, progress)
-    write_file(path, save({"mean": mean, "std": std}), force=True)
-    return mean, std
+def fill(
+    folder: Path, images: Images, vae: Autoencoder, progress: cache.Progress, rank: int = 0, world: int = 1
+) -> None:
+    """Encode what the folder lacks, in float32 on the autoencoder's device: every `world`-th chunk from `rank` on.
+
+    `progress(images encoded, images to encode)` counts those of this process and may raise to stop. An image that cannot
+    be read has a row of zeros, and is tried again by the next call. Raises DataError when there are too many of these.
+    """
+    mine = list(_chunks(folder, images, digest(vae)))[rank::world]
+    missing = [chunk for chunk in mine if not _filled(chunk, images)]
+    cache.fill(missing, lambda indices: encode(indices, images, vae), progress, _notes)
+
+
+def open_cache(folder: Path, images: Images, vae: Autoencoder) -> Latents:
+    """The latents that `fill` computed. Raises DataError where a file is missing, or too many images could not be read."""
+    return Latents(list(_chunks(folder, images, digest(vae))), images)
+
+
+def _chunks(folder: Path, images: Images, vae_digest: str) -> Iterator[cache.Chunk]:
+    """Indices of one bucket each, all mirrored or none, with the file that they go in."""
+    count = len(images.source)
+    digests = [images.source.digest(i) for i in range(count)]
+    for bucket, size in enumerate(images.sizes):
+        members = np.flatnonzero(images.bucket == bucket)
+        for mirrored, half in enumerate((members[members < count], members[members >= count])):
+            for start in range(0, len(half), cache.ROWS):
+                items = half[start : start + cache.ROWS]
+                which = [digests[i] for i in (items % count).tolist()]
+                yield cache.chunk(folder, "latents", items, [vae_digest, images.data.background, size, mirrored, which])
+
+
+def _filled(chunk: cache.Chunk, images: Images) -> bool:
+    """Whether a chunk is there, and what it lacks still cannot be read."""
+    if not cache.whole(chunk):
+        return False
+    absent = cache.notes_of(chunk)["absent"]
+    return not absent or not images.read(chunk.items[absent])[1].any()
 
 
 @torch.no_grad()
-def compute(
-    data: Images, vae: Autoencoder, progress: Callable[[int, int], None], batch: int = 64
-) -> tuple[Tensor, Tensor]:
-    """Encode every image, in float32 on the autoencoder's device."""
-    device, results = next(vae.parameters()).device, []
-    for start in range(0, len(data), batch):
-        pixels = images.to_pixels(np.stack([data[i] for i in range(start, min(start + batch, len(data)))]))
-        x = torch.from_numpy(pixels).to(device, memory_format=torch.channels_last)
-        results.append([t.float().cpu().contiguous() for t in mean_and_std(vae.encode(x))])
-        progress(min(start + batch, len(data)), len(data))
-    means, stds = zip(*results, strict=True)
-    return torch.cat(means), torch.cat(stds)
+def encode(indices: np.ndarray, images: Images, vae: Autoencoder) -> cache.Arrays:
+    """The columns "mean" and "std" (B, C, h, w) of images of one bucket; zeros where one cannot be read."""
+    pixels, readable = images.read(indices)
+    x = torch.from_numpy(to_pixels(pixels)).to(next(vae.parameters()).device, memory_format=torch.channels_last)
+    mean, std = (t.float().cpu().contiguous().numpy() for t in mean_and_std(vae.encode(x)))
+    mean[~readable] = std[~readable] = 0
+    return {"mean": mean, "std": std}
+
+
+def _notes(rows: cache.Arrays) -> dict[str, list]:
+    """Which rows are of no image (no standard deviation is zero), and of the others: how many values, and sums of them."""
+    mean, std = rows["mean"], rows["std"]
+    absent = np.flatnonzero(~std.any((1, 2, 3)))
+    sums = [mean.sum(dtype=np.float64), np.square(mean, dtype=np.float64).sum(), np.square(std, dtype=np.float64).sum()]
+    return {"absent": absent.tolist(), "sums": [mean[0].size * (len(mean) - len(absent)), *map(float, sums)]}
+
+
+class Latents:
+    """Every image's latent distribution, in mapped files.
+
+    `valid` (N,): which images could be read. `scaling_factor`: 1 / the standard deviation of all latents that can be
+    drawn, each channel alike; it depends on the images alone, not on who computed them. `paths`: the files.
+    """
+
+    def __init__(self, chunks: list[cache.Chunk], images: Images):
+        self.paths = [chunk.path for chunk in chunks]
+        self.stored = cache.Rows(chunks)
+        self.file, self.row = np.empty(len(images), np.int32), np.empty(len(images), np.int32)
+        self.valid, self.first = np.ones(len(images), bool), {}
+        for number, (chunk, notes) in enumerate(zip(chunks, self.stored.notes, strict=True)):
+            indices = np.asarray(chunk.items)
+            self.file[indices], self.row[indices] = number, np.arange(len(indices))
+            self.valid[indices[notes["absent"]]] = False
+            self.first.setdefault(int(images.bucket[indices[0]]), number)
+        for i in np.flatnonzero(~self.valid[: len(images.source)]).tolist():
+            images.give_up(i, f"{images.names([i])[0]}: could not be read when it was to be encoded")
+        self.scaling_factor = _scaling_factor([notes["sums"] for notes in self.stored.notes])
+
+    def rows(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of images of one bucket: (B, C, h, w) float32 each, zero where not `valid`."""
+        files, rows = self.file[indices], self.row[indices]
+        return (
+            torch.from_numpy(self.stored.gather("mean", files, rows)),
+            torch.from_numpy(self.stored.gather("std", files, rows)),
+        )
+
+    def shape(self, bucket: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of a bucket."""
+        return self.stored.files[self.first[bucket]]["mean"].shape[1:]
+
+
+def _scaling_factor(sums: list[list[float]]) -> float:
+    """From each file's count and sums of mean, mean^2 and std^2; fsum rounds once, so their order does not matter."""
+    count, mean, squares, variance = (math.fsum(column) for column in zip(*sums, strict=True))
+    if not count:
+        raise DataError("none of the images could be read when they were to be encoded; mend them")
+    return 1 / math.sqrt((squares + variance) / count - (mean / count) ** 2)
