@@ -1,0 +1,193 @@
+"""Curves as HTML: the lines are SVG that stretches with the page, the labels are text that does not.
+
+A chart holds one curve or several, told apart by colour and by dashes, so in print as well. It knows no files.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+POINTS = 400  # of a curve
+
+
+@dataclass
+class Series:
+    """Values of one metric over the steps of a stage."""
+
+    steps: array[float] = field(default_factory=lambda: array("d"))
+    values: array[float] = field(default_factory=lambda: array("d"))
+
+    def add(self, step: int, value: float) -> None:
+        self.steps.append(step)
+        self.values.append(value)
+
+    def points(self, log: bool) -> np.ndarray:
+        """Steps and values (2, N); for a log axis those of positive values, which it shows by their logarithm."""
+        points = np.stack([self.steps, self.values])
+        if log:
+            points = points[:, points[1] > 0]
+            points[1] = np.log10(points[1])
+        return points
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A heading, {metric: what it is called there}, and whether the axis is logarithmic, starts at zero, is smoothed."""
+
+    title: str
+    curves: Mapping[str, str]
+    unit: str = ""
+    log: bool = False
+    zero: bool = False
+    smooth: bool = False
+
+
+NOISE = {"loss_0": "least", "loss_1": "less", "loss_2": "more", "loss_3": "most"}
+CHARTS = (
+    Chart("Loss", {"loss": ""}, log=True, smooth=True),
+    Chart("Loss by noise", NOISE, log=True, smooth=True),
+    Chart("Reconstruction", {"psnr": ""}, "dB PSNR"),
+    Chart("Learning rate", {"lr": ""}, zero=True),
+    Chart("Gradient norm", {"grad_norm": ""}, log=True, smooth=True),
+    Chart("Speed", {"steps_per_second": ""}, "steps/s", zero=True, smooth=True),
+    Chart("Throughput", {"images_per_second": ""}, "images/s", zero=True, smooth=True),
+    Chart("Memory", {"memory": ""}, "GB", zero=True),
+)
+
+
+def draw(chart: Chart, metrics: Mapping[str, Series]) -> str:
+    """The chart with its axes, a key and the newest values; "" where no curve of it has a point."""
+    found = {name: metrics[name].points(chart.log) for name in chart.curves if name in metrics}
+    found = {name: points for name, points in found.items() if points.size}
+    if not found:
+        return ""
+    low, high = bounds(np.concatenate([y for _, y in found.values()]), chart)
+    right = max(1.0, *(float(x.max()) for x, _ in found.values()))
+    lines, key = "", ""
+    for place, (name, label) in enumerate(chart.curves.items()):
+        if name in found:
+            x, y = found[name]
+            shown = smooth(y) if chart.smooth else y
+            lines += curve(x / right, (y - low) / (high - low), (shown - low) / (high - low), f"line k{place}")
+            key += entry(label, 10 ** shown[-1] if chart.log else shown[-1], f"line k{place}")
+    faint = f'style="--faint:{0.35 / len(chart.curves):.2f}"'
+    return (
+        f'<div class="chart" {faint}><h3>{chart.title} {key}{chart.unit}</h3>'
+        f'<div class="plot">{axes(lines, chart, low, high, right)}</div></div>'
+    )
+
+
+def entry(label: str, newest: float, kind: str) -> str:
+    """A curve's part of the key: its newest value and, where it has a label, that and a piece of its line."""
+    swatch = f'<svg class="swatch"><path class="{kind}" d="M0 5H26"/></svg>{label} ' if label else ""
+    return f"<span>{swatch}<b>{number(newest)}</b></span> "
+
+
+def axes(lines: str, chart: Chart, low: float, high: float, right: float) -> str:
+    """The lines (SVG paths, 100 x 100) in a frame with its rules and labels."""
+    ys, xs = y_ticks(low, high, chart.log), x_ticks(right)
+    rules = "".join(f'<path class="rule" d="M0 {100 - 100 * at:.2f}H100"/>' for at, _ in ys)
+    marks = "".join(f'<span class="y" style="bottom:{at:.2%}">{label}</span>' for at, label in ys)
+    feet = "".join(f'<span class="x" style="left:{at:.2%}">{label}</span>' for at, label in xs)
+    frame = f'viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="{chart.title}"'
+    return f"<svg {frame}>{rules}{lines}</svg>{marks}{feet}"
+
+
+def curve(x: np.ndarray, y: np.ndarray, shown: np.ndarray, kind: str) -> str:
+    """The line that is shown and, where that is smoothed, the raw `y` faint behind it; all are shares of the plot."""
+    if len(x) == 1:
+        return trace(np.stack([x, y]).repeat(2, axis=1), f"{kind} dot")  # no length, but round ends: a dot
+    raw = "" if np.array_equal(y, shown) else trace(thin(np.stack([x, y])), f"{kind} raw")
+    return raw + trace(thin(np.stack([x, shown])), kind)
+
+
+def trace(points: np.ndarray, kind: str) -> str:
+    """An SVG path through points (2, N), in percent and from the top."""
+    return f'<path class="{kind}" d="M{"L".join(f"{100 * x:.2f} {100 - 100 * y:.2f}" for x, y in points.T)}"/>'
+
+
+def thin(points: np.ndarray) -> np.ndarray:
+    """At most about `POINTS` of the points (2, N): the lowest and the highest of each stretch."""
+    if points.shape[1] <= POINTS:
+        return points
+    kept = set()
+    for part in np.array_split(np.arange(points.shape[1]), POINTS // 2):
+        kept |= {int(part[points[1, part].argmin()]), int(part[points[1, part].argmax()])}
+    return points[:, sorted(kept)]
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Centred moving average over a twentieth of the values; narrower at the steep start, one-sided at the end."""
+    n, half = len(values), max(1, len(values) // 40)
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    reach = np.minimum(half, np.arange(n))
+    low, high = np.arange(n) - reach, np.minimum(np.arange(n) + reach + 1, n)
+    return (total[high] - total[low]) / (high - low)
+
+
+def bounds(y: np.ndarray, chart: Chart) -> tuple[float, float]:
+    """The ends of the axis: all values, save rare outliers where the curve is smoothed; never equal."""
+    low, high = np.quantile(y, [0.005, 0.995]) if chart.smooth else (y.min(), y.max())
+    low = 0.0 if chart.zero else float(low)
+    room = max(float(high) - low, 1e-9, abs(low) * 0.02)
+    return (low if chart.zero else low - 0.06 * room), low + 1.08 * room
+
+
+def y_ticks(low: float, high: float, log: bool) -> list[tuple[float, str]]:
+    """(place in [0, 1], label); on a log axis `low` and `high` are exponents of ten."""
+    values = log_values(10**low, 10**high) if log else linear_values(low, high, 5)
+    places = [math.log10(v) if log else v for v in values]
+    return [((place - low) / (high - low), number(v)) for place, v in zip(places, values, strict=True)]
+
+
+def x_ticks(right: float) -> list[tuple[float, str]]:
+    unit, suffix = (1e6, "M") if right >= 1e6 else (1e3, "k") if right >= 2e4 else (1, "")
+    return [(v / right, f"{v / unit:g}{suffix if v else ''}") for v in linear_values(0, right, 7)]
+
+
+def log_values(low: float, high: float) -> list[float]:
+    """Round numbers on a log axis: powers of ten, or more of each decade, or evenly spaced ones in a narrow range."""
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for factors in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
+        found = [f * 10.0**e for e in exponents for f in factors if low <= f * 10.0**e <= high]
+        if len(found) >= 3:
+            return found[:: math.ceil(len(found) / 7)]
+    return linear_values(low, high, 6)
+
+
+def linear_values(low: float, high: float, most: int) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten in [low, high], at most about `most`."""
+    raw = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(f * power for f in (1, 2, 5, 10) if f * power >= raw * 0.999)
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def number(value: float) -> str:
+    """A figure for a label: 3 digits, plain where that is short."""
+    text = f"{value:.3g}"
+    return re.sub(r"e([+-])0*(\d+)", lambda m: "e" + m[1].replace("+", "") + m[2], text)
+
+
+STYLE = """.plot { position: relative; height: 150px; margin: 0 .8rem 1.5rem 3.4rem; }
+section > .chart .plot { height: 260px; margin-bottom: 2.4rem; }
+.plot svg { position: absolute; width: 100%; height: 100%; border: solid var(--rule); border-width: 0 0 1px 1px; }
+path { fill: none; stroke: var(--line); stroke-width: 1.8; vector-effect: non-scaling-stroke; }
+.k1 { stroke: var(--line1); stroke-dasharray: 9 3; }
+.k2 { stroke: var(--line2); stroke-dasharray: 9 3 2 3; }
+.k3 { stroke: var(--line3); stroke-dasharray: 2 2.5; }
+.swatch { width: 26px; height: 10px; margin: 0 .3rem 0 .6rem; }
+h3 span { white-space: nowrap; }
+.plot .raw { stroke-width: 1; opacity: var(--faint); stroke-dasharray: none; }
+.plot .dot { stroke-width: 7; stroke-linecap: round; }
+.plot .rule { stroke: var(--rule); stroke-width: 1; }
+.y, .x { position: absolute; color: var(--soft); font-size: .75rem; line-height: 1; white-space: nowrap; }
+.y { right: calc(100% + .4rem); transform: translateY(50%); }
+.x { top: calc(100% + .4rem); transform: translateX(-50%); }
+"""
