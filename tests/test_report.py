@@ -340,12 +340,17 @@ def test_smoothing_equals_plain_means(values: list[float]) -> None:
     assert charts.smooth(np.array(values)) == pytest.approx(plain, abs=1e-6 * max(1, *map(abs, values), 1))
 
 
-@given(st.lists(st.floats(-10, 10), min_size=1, max_size=3000))
-def test_thinning_keeps_order_and_extremes(values: list[float]) -> None:
-    points = np.stack([np.arange(len(values)), np.array(values)])
-    kept = charts.thin(points)
+@given(st.integers(1, 3000), st.integers(0, 2**32))
+def test_thinning_keeps_order_and_the_extremes_of_every_stretch(length: int, seed: int) -> None:
+    """By brute force, over values of which many are equal."""
+    values = np.random.default_rng(seed).normal(size=length).round(1)
+    kept = charts.thin(np.stack([np.arange(length), values]))
     assert kept.shape[1] <= charts.POINTS and (np.diff(kept[0]) > 0).all()
-    assert kept[1].min() == min(values) and kept[1].max() == max(values)
+    assert all(values[int(step)] == value for step, value in kept.T)
+    for part in np.array_split(np.arange(length), charts.POINTS // 2) if length > charts.POINTS else []:
+        inside = kept[1, (kept[0] >= part[0]) & (kept[0] <= part[-1])]
+        assert inside.min() == values[part].min() and inside.max() == values[part].max()
+    assert length > charts.POINTS or kept.shape[1] == length
 
 
 @given(st.floats(-1e5, 1e5), st.floats(1e-6, 1e6), st.sampled_from(charts.CHARTS))
