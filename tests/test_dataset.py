@@ -379,7 +379,7 @@ def test_a_bucket_without_readable_images_is_an_error():
 
 def test_sources_by_name(image_folder):
     shapes = open_source(Data(samples=5, resolution=16), seed=3)
-    assert isinstance(shapes, ShapesSource) and (len(shapes), shapes.seed) == (5, 3)
+    assert isinstance(shapes, ShapesSource) and (len(shapes), shapes.resolution, shapes.seed) == (5, 16, 3)
     assert shapes.image(0).shape == (16, 16, 3)
     folder = open_source(replace(Data(), path=str(image_folder), background="#000000"))
     assert isinstance(folder, FolderSource) and len(folder) == 12 and folder.background == "#000000"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -66,6 +67,18 @@ def test_images_keep_their_size_and_lie_on_the_background(tmp_path: Path) -> Non
     array = FolderSource(tmp_path, background="#0000ff").image(0)
     assert array.shape == (3, 5, 3) and array.dtype == np.uint8
     assert (array == [0, 0, 255]).all()
+
+
+def test_size_and_digest_are_of_the_image(tmp_path: Path) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    sidecars(tmp_path, 2)
+    Image.new("RGB", (7, 3)).save(tmp_path / "1.png", exif=turned)
+    source = FolderSource(tmp_path)
+    assert [source.size(i) for i in (0, 1)] == [(6, 4), (3, 7)]
+    assert all(source.image(i).shape[1::-1] == source.size(i) for i in (0, 1))
+    wanted = [hashlib.sha256((tmp_path / f"{i}.png").read_bytes()).hexdigest()[:32] for i in (0, 1)]
+    assert [source.digest(i) for i in (0, 1)] == wanted
 
 
 def test_metadata_jsonl(tmp_path: Path) -> None:

@@ -140,6 +140,15 @@ def test_the_source_is_keyed_by_seed_and_index() -> None:
     assert (len(source), source.weight(3), source.skipped) == (65536, 1.0, [])
 
 
+def test_size_and_digest_are_what_the_pixels_depend_on() -> None:
+    source = ShapesSource(48, seed=1, count=30)
+    assert source.size(3) == (48, 48) == source.image(3).shape[1::-1]
+    digests = [source.digest(i) for i in range(30)]
+    assert digests == [ShapesSource(48, seed=1, count=99).digest(i) for i in range(30)]
+    others = {ShapesSource(32, seed=1).digest(3), ShapesSource(48, seed=2).digest(3)}
+    assert len(others | set(digests)) == 32 and all(len(digest) == 32 for digest in digests)
+
+
 def test_the_source_is_stable_over_releases() -> None:
     assert [ShapesSource().captions(i) for i in (0, 1)] == [
         ["a small green triangle above a small red triangle"],

@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -60,7 +60,7 @@ class FolderSource:
         skips = _Skips()
         names = _walk(self.path, skips)
         entries = sorted(_entries(self.path, names, skips), key=lambda entry: entry.name)
-        self._entries, self._digests = self._decodable(entries, skips)
+        self._entries, self._checks = self._decodable(entries, skips)
         self.skipped: list[tuple[str, str]] = sorted(skips.bad + skips.notes)
         _judge(self.path, len(self._entries), skips, max_bad_fraction)
 
@@ -79,6 +79,14 @@ class FolderSource:
         """How often image i is drawn, relative to the others."""
         return self._entries[i].weight
 
+    def size(self, i: int) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        return self._checks[i].size
+
+    def digest(self, i: int) -> str:
+        """The first 32 hexadecimal digits of the SHA-256 of the image's file."""
+        return self._checks[i].digest[:32]
+
     def identity(self, i: int) -> str:
         """The path of image i below the folder, with forward slashes."""
         return self._entries[i].name
@@ -86,8 +94,8 @@ class FolderSource:
     def fingerprint(self) -> str:
         """SHA-256 (hex) over names, file contents, captions, weights and the background."""
         total = hashlib.sha256(json.dumps(["folder 1", self.background]).encode())
-        for entry, digest in zip(self._entries, self._digests, strict=True):
-            total.update(json.dumps([entry.name, digest, entry.captions, entry.weight]).encode())
+        for entry, check in zip(self._entries, self._checks, strict=True):
+            total.update(json.dumps([entry.name, check.digest, entry.captions, entry.weight]).encode())
         return total.hexdigest()
 
     def report(self) -> str:
@@ -95,30 +103,37 @@ class FolderSource:
         line = f"{shown(self.path)}: {len(self)} images"
         return f"{line}, {_some(self.skipped)}" if self.skipped else line
 
-    def _decodable(self, entries: list[_Entry], skips: _Skips) -> tuple[list[_Entry], list[str]]:
-        """The entries whose image decodes, and the SHA-256 of each file."""
+    def _decodable(self, entries: list[_Entry], skips: _Skips) -> tuple[list[_Entry], list[_Check]]:
+        """The entries whose image decodes, and what was seen of each."""
         good: list[_Entry] = []
-        digests: list[str] = []
+        checks: list[_Check] = []
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for batch in _batches(entries):
-                for entry, (digest, reason) in zip(batch, pool.map(self._check, batch), strict=True):
-                    if reason:
-                        skips.bad.append((shown(entry.name), reason))
+                for entry, found in zip(batch, pool.map(self._check, batch), strict=True):
+                    if isinstance(found, str):
+                        skips.bad.append((shown(entry.name), found))
                     else:
                         good.append(entry)
-                        digests.append(digest)
-        return good, digests
+                        checks.append(found)
+        return good, checks
 
-    def _check(self, entry: _Entry) -> tuple[str, str]:
-        """(SHA-256 of the file, why it does not decode or "")."""
+    def _check(self, entry: _Entry) -> _Check | str:
+        """What decoding shows, or why it does not decode."""
         path = self.path / entry.name
         try:
-            open_image(path, self.background)
-            return hashlib.sha256(path.read_bytes()).hexdigest(), ""
+            height, width = open_image(path, self.background).shape[:2]
+            return _Check(hashlib.sha256(path.read_bytes()).hexdigest(), (width, height))
         except DataError as error:
-            return "", str(error).removeprefix(f"{shown(path)}: ").split("; ")[0]
+            return str(error).removeprefix(f"{shown(path)}: ").split("; ")[0]
         except OSError as error:
-            return "", error.strerror or "cannot be read"
+            return error.strerror or "cannot be read"
+
+
+class _Check(NamedTuple):
+    """SHA-256 of an image's file, and (width, height)."""
+
+    digest: str
+    size: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -397,10 +412,10 @@ def _entry(row: dict[str, Any] | str, known: set[str]) -> _Entry:
     texts = [text for text in texts if text is not None]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{shown(name)}: a caption is not text")
-    return _Entry(name, tuple(clean_captions(texts)), _weight(row.get("weight", 1.0)))
+    return _Entry(name, tuple(clean_captions(texts)), clean_weight(row.get("weight", 1.0)))
 
 
-def _weight(value: Any) -> float:
+def clean_weight(value: Any) -> float:
     """A weight from JSON or CSV. Raises ValueError unless it is a positive number."""
     try:
         weight = float("nan") if isinstance(value, bool) else float(value)

@@ -417,7 +417,7 @@ class ShapesSource:
     """
 
     def __init__(self, size: int = 32, seed: int = 0, count: int = 65536) -> None:
-        self.size, self.seed, self.count = size, seed, count
+        self.resolution, self.seed, self.count = size, seed, count
         self.skipped: list[tuple[str, str]] = []
 
     def __len__(self) -> int:
@@ -426,7 +426,7 @@ class ShapesSource:
     def image(self, i: int) -> np.ndarray:
         """uint8 (size, size, 3)."""
         scene, rng = self._draw(i)
-        return render(scene, rng, self.size)
+        return render(scene, rng, self.resolution)
 
     def captions(self, i: int) -> list[str]:
         """The one caption of image i."""
@@ -436,14 +436,25 @@ class ShapesSource:
         """All images are drawn equally often."""
         return 1.0
 
+    def size(self, i: int) -> tuple[int, int]:
+        """(width, height) in pixels, the same for all."""
+        return self.resolution, self.resolution
+
+    def digest(self, i: int) -> str:
+        """32 hexadecimal digits of a SHA-256 over what the pixels of image i depend on."""
+        return self._sha256("shape 1", self.resolution, self.seed, i)[:32]
+
     def identity(self, i: int) -> str:
         """A stable name of image i."""
         return f"shapes-{self.seed}-{i}"
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over everything the images depend on."""
+        return self._sha256("shapes 1", self.resolution, self.seed, self.count)
+
+    def _sha256(self, *about: object) -> str:
         rules = (COLOURS, BACKGROUND, SIZES, RELATIONS, SHAPES, UNITS, MARGIN, GAP, SLANT, ARM)
-        return hashlib.sha256(repr(("shapes 1", self.size, self.seed, self.count, rules)).encode()).hexdigest()
+        return hashlib.sha256(repr((*about, rules)).encode()).hexdigest()
 
     def _draw(self, i: int) -> tuple[Scene, np.random.Generator]:
         if not 0 <= i < self.count:
