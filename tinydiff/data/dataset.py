@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import pairwise
@@ -27,7 +27,11 @@ THREADS = min(8, os.cpu_count() or 1)
 
 
 class Source(Protocol):
-    """Captioned images, by index."""
+    """Captioned images, by index.
+
+    `size`: (width, height) in pixels. `digest`: 32 hexadecimal digits of a SHA-256 of what the pixels come from, but for
+    the background, so the key of a cache holds that too.
+    """
 
     skipped: list[tuple[Any, str]]
 
@@ -35,16 +39,25 @@ class Source(Protocol):
     def image(self, i: int) -> np.ndarray: ...
     def captions(self, i: int) -> list[str]: ...
     def weight(self, i: int) -> float: ...
+    def size(self, i: int) -> tuple[int, int]: ...
+    def digest(self, i: int) -> str: ...
     def identity(self, i: int) -> str: ...
     def fingerprint(self) -> str: ...
 
 
-def open_source(data: Data, seed: int = 0) -> Source:
-    """The source that `data.path` names: the built-in shapes, or a folder."""
+def open_source(data: Data, seed: int = 0, progress: Callable[[int, int], None] | None = None) -> Source:
+    """The source that `data.path` names: the built-in shapes, tar shards, or a folder.
+
+    `progress` hears of shards done and shards in all, while those that are new are indexed.
+    """
     if data.path == "shapes":
         from tinydiff.data.shapes import ShapesSource
 
         return ShapesSource(data.resolution, seed, data.samples)
+    from tinydiff.data.shards import ShardSource, find_shards
+
+    if find_shards(data.path):
+        return ShardSource(data.path, data.background, data.max_bad_fraction, progress=progress)
     from tinydiff.data.folder import FolderSource
 
     return FolderSource(Path(data.path), data.background, data.max_bad_fraction)

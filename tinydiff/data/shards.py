@@ -1,0 +1,156 @@
+"""Tar shards, named as WebDataset names them, as a data source: an index for each, made once, then random access.
+
+What a sample is stands in shard_index.py. Nothing is ever extracted: an image is a range of bytes. What does not decode is
+found when it is drawn. This module knows no model, tokens or resolution.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Callable
+from functools import lru_cache, partial
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from tinydiff.data.folder import IMAGES
+from tinydiff.data.shard_index import MAX_SKIPPED, ROW, Row, Skips, cache_folder, indexed, reopened
+from tinydiff.errors import DataError
+from tinydiff.files import shown
+from tinydiff.images import open_image
+
+MAX_OPEN = 64
+PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
+NOT_EXPANDED = re.compile(r"^(pipe:|\w{2,}:/)|[{}*?]")
+
+
+def find_shards(path: str) -> list[Path]:
+    """The archive at `path`, or those in the folder by name; none where it is for FolderSource to read or refuse.
+
+    Compressed ones are named where there are no others, to be refused. DataError for a pattern of archives.
+    """
+    if not os.path.exists(path) and (path.lower().endswith(".tar") or NOT_EXPANDED.search(path)):
+        hint = "braces, wildcards, pipe: and URLs are not expanded; " if NOT_EXPANDED.search(path) else ""
+        raise DataError(f"{shown(path)}: no such file or folder; {hint}set data.path to a .tar file or a folder")
+    if not os.path.isdir(path):
+        return [Path(path)] if path.lower().endswith((".tar", *PACKED)) else []
+    names = _visible(path)
+    if any(name.lower().endswith((*IMAGES, *METADATA)) or os.path.isdir(os.path.join(path, name)) for name in names):
+        return []  # images lie there unpacked; an archive beside them is what they came in
+    shards = [name for name in names if name.lower().endswith(".tar")]
+    shards = shards or [name for name in names if name.lower().endswith(PACKED)]
+    return [Path(path, name) for name in shards]
+
+
+def _visible(path: str) -> list[str]:
+    try:
+        return sorted(name for name in os.listdir(path) if not name.startswith("."))
+    except OSError as error:
+        raise DataError(f"data folder {shown(path)}: {error.strerror}; make it readable") from error
+
+
+class ShardSource:
+    """The captioned images of one .tar file, or of all in a folder by name, in the order of the archives.
+
+    Indexes are made once and kept in `index_dir`; `progress` hears of shards done and shards in all.
+    `skipped` holds the first thousand (shard/member, reason) of what is left out. Raises DataError where there are no
+    shards, one is damaged, or more than `max_bad_fraction` of the images are unusable.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        background: str = "#ffffff",
+        max_bad_fraction: float = 0.01,
+        index_dir: Path | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.path, self.background = str(path), background
+        if not (paths := find_shards(self.path)):
+            raise DataError(f"{shown(self.path)}: no .tar file there; set data.path to one, or to a folder of them")
+        others = set(_visible(self.path)) - {path.name for path in paths} if os.path.isdir(self.path) else set()
+        self._shards, skipped = indexed(paths, index_dir or cache_folder(), progress)
+        notes = [(shown(name), "not a .tar file") for name in sorted(others)]
+        self.skipped: Skips = (skipped + notes)[:MAX_SKIPPED]
+        self._left_out = len(notes) + sum(shard.left_out for shard in self._shards)
+        self._ends = list(accumulate(shard.samples for shard in self._shards))
+        self._file = lru_cache(MAX_OPEN)(partial(reopened, self._shards))
+        self._judge(max_bad_fraction)
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def image(self, i: int) -> np.ndarray:
+        """uint8 (H, W, 3) in its own size. Raises DataError naming shard and member if it does not decode."""
+        number, row = self._row(i)
+        data = self._file(number, False).read(row.start, row.bytes)
+        try:
+            return open_image(data, self.background)
+        except DataError as error:
+            raise DataError(f"{shown(self.identity(i))}: {str(error).removeprefix('image: ')}") from error
+
+    def captions(self, i: int) -> list[str]:
+        """At least one caption; the first is the main one."""
+        number, row = self._row(i)
+        return self._text(number, self._shards[number].captions_at + row.captions, row.captions_bytes).split("\n")
+
+    def weight(self, i: int) -> float:
+        """How often image i is drawn, relative to the others."""
+        return self._row(i)[1].weight
+
+    def size(self, i: int) -> tuple[int, int]:
+        """(width, height) in pixels, upright, by the image's header."""
+        row = self._row(i)[1]
+        return row.width, row.height
+
+    def digest(self, i: int) -> str:
+        """The first 32 hexadecimal digits of the SHA-256 of the image's bytes in the shard."""
+        return self._row(i)[1].digest.hex()
+
+    def identity(self, i: int) -> str:
+        """The shard's file name and the image's name in it: train-0007.tar/dogs/12.jpg."""
+        number, row = self._row(i)
+        shard = self._shards[number]
+        return f"{shard.path.name}/{self._text(number, shard.names_at + row.name, row.name_bytes)}"
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over shard names, and names, images, captions and weights in them, and the background."""
+        shards = [[shard.path.name, shard.content] for shard in self._shards]
+        return hashlib.sha256(json.dumps(["shards 1", self.background, shards]).encode()).hexdigest()
+
+    def report(self) -> str:
+        """One line: how many images, how many left out, and the first reasons."""
+        line = f"{shown(self.path)}: {len(self)} images in {len(self._shards)} shards"
+        return f"{line}, {self._some(self._left_out)}" if self._left_out else line
+
+    def _row(self, i: int) -> tuple[int, Row]:
+        """(shard, row) of image i."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"image {i} of {len(self)}")
+        number = bisect_right(self._ends, i)
+        shard = self._shards[number]
+        at = shard.rows_at + (i - self._ends[number] + shard.samples) * ROW.size
+        return number, Row._make(ROW.unpack(self._file(number, True).read(at, ROW.size)))
+
+    def _text(self, number: int, at: int, size: int) -> str:
+        return self._file(number, True).read(at, size).decode()
+
+    def _some(self, count: int, most: int = 3) -> str:
+        reasons = ", ".join(f"{name} ({reason})" for name, reason in self.skipped[:most])
+        return f"{count} left out: {reasons}{f' and {count - most} more' if count > most else ''}"
+
+    def _judge(self, allowed: float) -> None:
+        bad = sum(shard.bad for shard in self._shards)
+        if not len(self):
+            found = f": {self._some(self._left_out)}" if self._left_out else ""
+            fix = "put an image and a caption of one name into the shards"
+            raise DataError(f"{shown(self.path)}: no sample can be used{found}; {fix}")
+        if bad > allowed * (len(self) + bad):
+            share = f"{bad} of {len(self) + bad} images are unusable, over the allowed {allowed:g}"
+            fix = "mend or remove them, or raise data.max_bad_fraction"
+            raise DataError(f"{shown(self.path)}: {share}: {self._some(self._left_out)}; {fix}")
