@@ -55,9 +55,9 @@ CHARTS = (
     Chart("Reconstruction", {"psnr": ""}, "dB PSNR"),
     Chart("Learning rate", {"lr": ""}, zero=True),
     Chart("Gradient norm", {"grad_norm": ""}, log=True, smooth=True),
+    Chart("Memory", {"memory": ""}, "GB", zero=True),
     Chart("Speed", {"steps_per_second": ""}, "steps/s", zero=True, smooth=True),
     Chart("Throughput", {"images_per_second": ""}, "images/s", zero=True, smooth=True),
-    Chart("Memory", {"memory": ""}, "GB", zero=True),
 )
 
 
