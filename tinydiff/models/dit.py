@@ -162,7 +162,7 @@ class DiT(nn.Module):
         x = self.proj_out_2(modulate(self.norm_out(x), shift, scale))  # (B, T, p p C')
         x = x.unflatten(1, (h, w)).unflatten(3, (self.patch, self.patch, -1))  # (B, h/p, w/p, p, p, C')
         x = x[..., : self.channels].permute(0, 5, 1, 3, 2, 4)  # (B, C, h/p, p, w/p, p)
-        return x.flatten(4, 5).flatten(2, 3)  # (B, C, h, w)
+        return x.reshape(x.shape[0], self.channels, *sample.shape[2:])  # (B, C, h, w)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -52,13 +53,13 @@ class DownBlock(Block):
 
 
 class UpBlock(Block):
-    """Takes one skip for each residual block off the end of `skips`."""
+    """Takes one skip for each residual block, the last one first."""
 
     upsamplers: nn.ModuleList
 
     def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
         for i in range(len(self.resnets)):
-            x = self.layer(i, torch.cat([x, skips.pop()], dim=1), time, context)
+            x = self.layer(i, torch.cat([x, skips[-1 - i]], dim=1), time, context)
         return self.upsamplers[0](x) if hasattr(self, "upsamplers") else x
 
 
@@ -128,6 +129,7 @@ class UNet(nn.Module):
             x, more = block(x, time, context)
             skips += more
         x = self.mid_block(x, time, context)
-        for block in self.up_blocks:
-            x = block(x, skips, time, context)
+        for block in cast("list[UpBlock]", list(self.up_blocks)):
+            left = len(skips) - len(block.resnets)
+            x, skips = block(x, skips[left:], time, context), skips[:left]
         return self.conv_out(F.silu(self.conv_norm_out(x)))
