@@ -16,6 +16,8 @@ from tinydiff.errors import UsageError
 FITTED = {"block_out_channels", "down_block_types", "norm_num_groups", "attention_head_dim", "num_attention_heads"}
 FITTED |= {
     "hidden_size",
+    "bucket_step",
+    "tensor_parallel",
     "resolution",
     "accumulate",
     "zero_terminal_snr",

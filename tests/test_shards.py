@@ -406,7 +406,7 @@ def test_which_source_a_path_is_for(tmp_path, monkeypatch, image_folder):
     assert heard == [(1, 1), (1, 1)] and len(list((tmp_path / "cache/tinydiff/shards").iterdir())) == 1
     folder = tmp_path / "folder"
     folder.mkdir()
-    for name in ("a.png", "a.txt", "origin.tar.gz"):
+    for name in ("a.png", "a.txt", "origin.tar.gz", "origin.tar"):
         (folder / name).write_bytes(picture() if name == "a.png" else b"x")
     assert isinstance(open_source(replace(Data(), path=str(folder))), FolderSource)
     with pytest.raises(DataError, match="does not exist; set data.path to a folder"):

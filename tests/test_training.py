@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -25,13 +26,15 @@ from torch import nn
 
 from tinydiff import config, files
 from tinydiff.checkpoints import folder, weights
+from tinydiff.data import latents
 from tinydiff.data.dataset import Images, open_source
 from tinydiff.diffusion.predictions import PREDICTIONS
-from tinydiff.errors import BusyError, DivergedError, ModelError, UsageError
+from tinydiff.errors import BusyError, DataError, DivergedError, HungError, ModelError, ResourceError, UsageError
 from tinydiff.text.tokenizer import Tokenizer
-from tinydiff.training import loop, state
-from tinydiff.training.losses import autoencoder_loss, denoising_loss, pick_level, psnr, snr_weight
+from tinydiff.training import claim, loop, state
+from tinydiff.training.losses import autoencoder_loss, denoising_losses, pick_level, psnr, snr_weight
 from tinydiff.training.optim import Average, adamw, learning_rate
+from tinydiff.training.parallel import World, pieces
 from tinydiff.training.stages import AutoencoderTask, DenoiserTask
 
 SEED = 20
@@ -59,7 +62,7 @@ def test_learning_rate_never_leaves_its_range(steps, warmup, final):
 def test_average_in_closed_form():
     """Decays of (1 + n)/(10 + n), at most 0.5; several steps' decays at once, at every fourth."""
     module = nn.Linear(1, 1, bias=False)
-    average, values = Average(module, 0.5), [3.0, -1.0, 4.0, 1.5, -9.0, 2.6, 5.0, 3.0, 5.8, 9.0]
+    average, values = Average(module.parameters(), 0.5), [3.0, -1.0, 4.0, 1.5, -9.0, 2.6, 5.0, 3.0, 5.8, 9.0]
     wanted = module.weight.item()
     for n, value in enumerate(values):
         with torch.no_grad():
@@ -71,17 +74,18 @@ def test_average_in_closed_form():
     assert module.weight.item() == 9.0
 
 
-def test_averaged_weights_are_lent():
+def test_averaged_weights_are_lent_and_given_back():
     module = nn.Linear(2, 2)
-    average = Average(module, 0.5)
-    before = average.tensors[0].clone()
+    average = Average(module.parameters(), 0.5)
+    averaged = [t.clone() for t in average.tensors]
     with torch.no_grad():
         module.weight.add_(1)
-    own = module.weight.detach().clone()
-    with pytest.raises(ZeroDivisionError), loop.averaged(module, average):
-        assert torch.equal(module.weight, before)
-        raise ZeroDivisionError
-    assert torch.equal(module.weight, own)
+    own = [p.detach().clone() for p in module.parameters()]
+    average.exchange()
+    assert all(map(torch.equal, [p.detach() for p in module.parameters()], averaged))
+    assert all(map(torch.equal, average.tensors, own))
+    average.exchange()
+    assert all(map(torch.equal, [p.detach() for p in module.parameters()], own))
 
 
 def test_only_matrices_decay():
@@ -128,8 +132,8 @@ def test_reconstruction_terms_by_hand():
 
 def test_denoising_loss_weighs_each_image():
     output = torch.stack([torch.full((4, 2, 2), 1.0), torch.full((4, 2, 2), 3.0)])
-    loss = denoising_loss(output, torch.zeros(2, 4, 2, 2), torch.tensor([2.0, 0.5]))
-    assert loss.item() == pytest.approx((2 * 1 + 0.5 * 9) / 2)
+    losses = denoising_losses(output, torch.zeros(2, 4, 2, 2), torch.tensor([2.0, 0.5]))
+    assert losses.tolist() == pytest.approx([2 * 1, 0.5 * 9])
 
 
 @given(
@@ -175,18 +179,30 @@ def test_psnr():
 
 
 @pytest.fixture
-def tasks(tiny_config, tiny_model):
+def tasks(tiny_config, tiny_model, tmp_path):
     """A function (config) -> both tasks over a fresh model, its random weights always the same."""
 
     def make(cfg=tiny_config):
         model, data = folder.load(tiny_model), Images(open_source(cfg.data), cfg.data)
-        latents = torch.randn(2, 12, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-        cpu = torch.device("cpu")
-        return AutoencoderTask(cfg, model, data, cpu), DenoiserTask(
-            cfg, model, data, (latents[0], latents[1].exp()), cpu
-        )
+        latents.fill(tmp_path, data, model.vae, lambda done, total: None)
+        found, cpu = latents.open_cache(tmp_path, data, model.vae), torch.device("cpu")
+        return AutoencoderTask(cfg, model, data, cpu), DenoiserTask(cfg, model, data, found, cpu)
 
     return make
+
+
+def trained(task, optimizer=None) -> state.Training:
+    """The task's training from its beginning, with another optimizer than AdamW if there is one."""
+    held = pieces(task.module, World(torch.device("cpu"), 1))
+    parameters = [piece.tensor for piece in held]
+    return state.Training(held, Average(parameters, 0.9), optimizer or adamw(parameters, task.stage))
+
+
+def update(cfg, task, training, n: int = 0) -> loop.Done:
+    """Step `n` of a task alone."""
+    size = task.stage.batch_size // task.stage.accumulate
+    rows = [range(i, i + size) for i in range(0, task.stage.batch_size, size)]
+    return loop.step(loop.Runtime(cfg), task, training, n, [task.batch(n, part) for part in rows])
 
 
 def accumulated(cfg: config.Config, parts: int) -> config.Config:
@@ -203,7 +219,7 @@ def test_accumulating_changes_no_gradient(tasks, tiny_config, which):
         cfg = accumulated(tiny_config, parts)
         task = tasks(cfg)[which]
         plain = torch.optim.SGD(task.module.parameters(), lr=1.0)  # whose step is the gradient
-        values = loop.step(loop.Runtime(cfg), task, Average(task.module, 0.9), plain, 3)
+        values = update(cfg, task, trained(task, plain), 3).values
         results.append((values["loss"], torch.cat([p.detach().flatten() for p in task.module.parameters()])))
     for loss, values in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-5)
@@ -214,8 +230,8 @@ def test_accumulating_changes_no_gradient(tasks, tiny_config, which):
 def test_one_batch_is_learnt(tasks, tiny_config, which):
     task = tasks()[which]
     task.stage = replace(task.stage, lr=5e-3, warmup=0)
-    optimizer, average = adamw(task.module.parameters(), task.stage), Average(task.module, 0.9)
-    losses = [loop.step(loop.Runtime(tiny_config), task, average, optimizer, 0)["loss"] for _ in range(40)]
+    training = trained(task)
+    losses = [update(tiny_config, task, training).values["loss"] for _ in range(40)]
     assert losses[-1] < 0.6 * losses[0]
 
 
@@ -224,7 +240,7 @@ def test_clipping_bounds_the_step(tasks, tiny_config):
     cfg = replace(tiny_config, train=replace(tiny_config.train, denoiser=stage))
     task = tasks(cfg)[1]
     before = [p.detach().clone() for p in task.module.parameters()]
-    values = loop.step(loop.Runtime(cfg), task, Average(task.module, 0.9), torch.optim.SGD(task.module.parameters()), 0)
+    values = update(cfg, task, trained(task, torch.optim.SGD(task.module.parameters()))).values
     after = [p.detach() for p in task.module.parameters()]
     moved = math.sqrt(sum((a - b).square().sum().item() for a, b in zip(after, before, strict=True)))
     assert values["grad_norm"] > 0.01 and moved == pytest.approx(0.01, rel=1e-2)
@@ -234,21 +250,35 @@ def test_clipping_bounds_the_step(tasks, tiny_config):
 def test_a_batch_is_a_function_of_its_step(tasks, which):
     """Asked in any order, and in parts, step n sees the same images, noise and captions."""
     one, two = tasks()[which], tasks()[which]
-    two.loss(7, range(4))
-    first, again, other = one.loss(3, range(4))[0], two.loss(3, range(4))[0], one.loss(4, range(4))[0]
-    assert first.item() == again.item() != other.item()
+    two.batch(7, range(4))
+    first, again, other = one.batch(3, range(4)), two.batch(3, range(4)), one.batch(4, range(4))
+    assert all(map(torch.equal, first, again)) and not torch.equal(first[0], other[0])
+    parts = [two.batch(3, range(i, i + 1)) for i in (2, 0, 3, 1)]
+    for whole, *rows in zip(first, *parts, strict=True):
+        assert torch.equal(whole, torch.cat([rows[i] for i in (1, 3, 0, 2)]))
 
 
 def test_a_row_of_the_denoiser_is_what_the_configuration_asks(tasks, tiny_config):
     task = tasks(replace(tiny_config, diffusion=replace(tiny_config.diffusion, caption_dropout=0.25)))[1]
-    rows = [task.draw(step, row) for step in range(150) for row in range(4)]
-    empty = task.encode("")
-    assert np.mean([np.array_equal(ids, empty) for _, _, ids, _ in rows]) == pytest.approx(0.25, abs=0.06)
-    assert sorted(i for i, *_ in rows[:12]) == list(range(12))  # an epoch
-    levels = np.array([level for _, level, _, _ in rows])
+    rows = [task.draw(step, row, 0, (4, 8, 8)) for step in range(150) for row in range(4)]
+    assert np.mean([caption == "" for _, caption, _ in rows]) == pytest.approx(0.25, abs=0.06)
+    assert sorted(np.concatenate([task.order(step) for step in range(3)])) == list(range(12))  # an epoch
+    levels = np.array([level for level, _, _ in rows])
     assert levels.mean() == pytest.approx(499.5, abs=50) and len(set(levels.tolist())) > 400
     normals = np.stack([n for *_, n in rows])
     assert normals.shape == (600, 2, 4, 8, 8) and normals.std() == pytest.approx(1, abs=0.01)
+
+
+def test_losses_of_bands_of_noise_are_means_of_their_rows(tasks):
+    task = tasks()[1]
+    batch = task.batch(0, range(4))
+    loss, terms = task.loss(*batch)
+    each = [task.loss(*task.batch(0, range(i, i + 1)))[0].item() for i in range(4)]
+    assert loss.item() == pytest.approx(np.mean(each), rel=1e-5)
+    levels = [task.draw(0, row, 0, (4, 8, 8))[0] for row in range(4)]
+    for band in range(4):
+        mine = [value for value, level in zip(each, levels, strict=True) if band * 250 <= level < (band + 1) * 250]
+        assert terms[f"loss_{band}"].tolist() == pytest.approx([sum(mine), len(mine)], rel=1e-5)
 
 
 def test_half_of_the_captions_are_the_main_one():
@@ -256,15 +286,24 @@ def test_half_of_the_captions_are_the_main_one():
     assert np.bincount(found).tolist() == [500, 250, 250] and DenoiserTask.choose(0.99, 1) == 0
 
 
-def test_a_loss_that_is_no_number_stops_before_the_weights_are_touched(tasks, tiny_config):
-    task = tasks()[1]
-    before = [p.detach().clone() for p in task.module.parameters()]
-    fine = task.loss
-    task.loss = lambda n, rows: (fine(n, rows)[0] * math.nan, {})
-    optimizer = adamw(task.module.parameters(), task.stage)
-    with pytest.raises(DivergedError, match=r"denoiser: loss nan.* at step 5; lower train\.denoiser\.lr"):
-        loop.step(loop.Runtime(tiny_config), task, Average(task.module, 0.9), optimizer, 4)
-    assert all(torch.equal(p, b) for p, b in zip(task.module.parameters(), before, strict=True))
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_what_is_no_number_leaves_the_weights_untouched(tasks, tiny_config, where):
+    task, fine = tasks()[1], DenoiserTask.loss
+    training = trained(task)
+    update(tiny_config, task, training)
+    kinds = ("weights", "exp_avg", "exp_avg_sq")
+    before = {kind: {k: v.clone() for k, v in training.tensors(kind).items()} for kind in kinds}
+
+    def broken(*batch):
+        loss, terms = fine(task, *batch)
+        return loss * math.nan if where == "loss" else torch.sqrt(loss - loss.detach()) + loss, terms
+
+    task.loss = broken
+    done = update(tiny_config, task, training, 1)
+    assert done.left_out and not math.isfinite(done.values["loss" if where == "loss" else "grad_norm"])
+    assert training.updates == 1
+    for kind in kinds:
+        assert all(torch.equal(v, before[kind][k]) for k, v in training.tensors(kind).items())
 
 
 # -------------------------------------------------------------------------------------------------------------- runs
@@ -318,16 +357,14 @@ def test_what_a_run_leaves_behind(whole, run_config):
     assert [n for n in names if n.startswith(".")] == [".lock"]
     kept = sorted(p.name for p in (whole / "checkpoints").iterdir())
     assert kept == [f"{s}-{n:08d}" for s in ("autoencoder", "denoiser") for n in (9, 12)]
-    assert len(digests(whole)) == 3 + 2 * 3
+    assert len(digests(whole)) == 3 + 2 * 4
     model = folder.load(whole / "model")
     average = files.read_json(whole / "checkpoints" / "denoiser-00000012" / "state.json")
     assert average["step"] == 12 and config.load(whole / "model" / "tinydiff.toml") == run_config
     stored = weights.tensors([whole / "checkpoints" / "denoiser-00000012" / "average.safetensors"])
     assert all(torch.equal(v, stored[f"denoiser.{k}"]) for k, v in model.denoiser.state_dict().items())
-    latents = weights.tensors([next((whole / "latents").iterdir())])
-    z = latents["mean"] + latents["std"] * torch.randn(
-        latents["mean"].shape, generator=torch.Generator().manual_seed(0)
-    )
+    stored = weights.tensors([next((whole / "latents").iterdir())])
+    z = stored["mean"] + stored["std"] * torch.randn(stored["mean"].shape, generator=torch.Generator().manual_seed(0))
     assert (z * model.scaling_factor).std().item() == pytest.approx(1, abs=0.05)
 
 
@@ -368,9 +405,44 @@ def test_other_settings_are_refused_by_name(finished, whole, run_config):
     )
     with pytest.raises(UsageError) as caught:
         loop.run(changed, finished)
+    assert "--accept-changes" in str(caught.value)
     for part in ("denoiser.layers_per_block (1 -> 2)", "train.autoencoder.lr (0.001 -> 0.5)", "--fresh"):
         assert part in str(caught.value)
     assert digests(finished) == digests(whole) and config.load(finished / "tinydiff.toml") == run_config
+
+
+def test_other_settings_are_accepted_on_request(finished, run_config):
+    slower = replace(run_config.train.denoiser, lr=1e-4, steps=15)
+    changed = replace(run_config, train=replace(run_config.train, denoiser=slower))
+    loop.run(changed, finished, accept=True)
+    assert (finished / "checkpoints" / "denoiser-00000015").exists()
+    assert config.load(finished / "tinydiff.toml") == config.load(finished / "model" / "tinydiff.toml") == changed
+
+
+def test_another_network_is_refused_even_so(finished, whole, run_config):
+    changed = replace(run_config, denoiser=replace(run_config.denoiser, block_out_channels=(32,)))
+    with pytest.raises(ModelError, match=r"another network: denoiser\.conv_in\.bias \(16,\) -> \(32,\)"):
+        loop.run(changed, finished, accept=True)
+    assert digests(finished) == digests(whole)
+
+
+@pytest.fixture
+def own_data(run_config, image_folder, tmp_path) -> config.Config:
+    """The run's configuration with a copy of its images, to change."""
+    path = shutil.copytree(image_folder, tmp_path / "images")
+    return replace(run_config, data=replace(run_config.data, path=str(path)))
+
+
+def test_other_data_are_refused_or_accepted(own_data, tmp_path):
+    run_dir = tmp_path / "run"
+    loop.run(own_data, run_dir, "autoencoder")
+    (Path(own_data.data.path) / "red-square.txt").write_text("quite another caption")
+    before = snapshot(run_dir)
+    with pytest.raises(DataError, match=r"changed since .*12 images then, 12 now.*--accept-changes"):
+        loop.run(own_data, run_dir)
+    assert snapshot(run_dir) == before
+    loop.run(own_data, run_dir, accept=True)
+    loop.run(own_data, run_dir)  # and from then on these are the run's
 
 
 def test_settings_that_change_no_bit_are_accepted(finished, run_config):
@@ -409,13 +481,24 @@ def test_a_damaged_checkpoint_is_passed_over(finished, whole, run_config, harm, 
     said = capsys.readouterr().err
     assert "denoiser-00000012" in said and "going back" in said and "going on from step 9" in said
     assert digests(finished) == digests(whole)
+    assert [p.name for p in (finished / "damaged").iterdir()] == ["denoiser-00000012"]
 
 
-def test_without_any_sound_checkpoint_a_stage_begins_again(finished, whole, run_config):
+def test_without_any_sound_checkpoint_nothing_starts_over_by_itself(finished, run_config):
     for path in (finished / "checkpoints").glob("*/weights.safetensors"):
         damage(path)
-    loop.run(run_config, finished)
-    assert digests(finished) == digests(whole)
+    before = snapshot(finished)
+    with pytest.raises(ModelError, match="none of the 2 checkpoints of autoencoder is sound; --fresh"):
+        loop.run(run_config, finished)
+    assert snapshot(finished) == before
+
+
+def test_strict_refuses_to_go_back(finished, run_config):
+    damage(finished / "checkpoints" / "denoiser-00000012" / "average.safetensors")
+    before = snapshot(finished)
+    with pytest.raises(ModelError, match=r"denoiser-00000012.average.safetensors: damaged.*without --strict"):
+        loop.run(run_config, finished, strict=True)
+    assert snapshot(finished) == before
 
 
 def test_a_checkpoint_of_a_newer_tinydiff_is_refused(finished, run_config):
@@ -429,12 +512,15 @@ def test_a_checkpoint_of_a_newer_tinydiff_is_refused(finished, run_config):
         loop.run(run_config, finished)
 
 
-def test_pruning_keeps_what_can_be_resumed(tmp_path):
-    for step in (3, 6, 9, 12):
+def test_pruning_keeps_the_newest_and_every_so_many(tmp_path):
+    for step in range(3, 28, 3):
         (tmp_path / f"denoiser-{step:08d}").mkdir()
     (tmp_path / "autoencoder-00000003").mkdir()
-    state.prune(tmp_path, "denoiser", 9, 1)  # 12 was passed over as damaged: it must not count as the newest
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["autoencoder-00000003", "denoiser-00000009"]
+    state.prune(tmp_path, "denoiser", 2, 9)
+    kept = sorted(p.name for p in tmp_path.iterdir())
+    assert kept == ["autoencoder-00000003", *(f"denoiser-{n:08d}" for n in (9, 18, 24, 27))]
+    state.prune(tmp_path, "denoiser", 1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["autoencoder-00000003", "denoiser-00000027"]
 
 
 def test_leftovers_of_killed_processes_are_removed(finished, run_config):
@@ -444,6 +530,100 @@ def test_leftovers_of_killed_processes_are_removed(finished, run_config):
     (finished / "samples" / ".tmp-x.png-0123").write_bytes(b"half")
     loop.run(run_config, finished)
     assert not list(finished.rglob(".tmp-*"))
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """A function (steps, name) that makes the loss of an image in these steps of the denoiser no number."""
+
+    def poison(steps, name):
+        fine = DenoiserTask.batch
+
+        def batch(self, step, rows):
+            found = fine(self, step, rows)
+            mine = self.data.names(self.order(step)[rows.start : rows.stop])
+            bad = torch.tensor([step in steps and name in other for other in mine])
+            return found[0], found[1].masked_fill(bad[:, None, None, None], math.inf), *found[2:]
+
+        monkeypatch.setattr(DenoiserTask, "batch", batch)
+
+    return poison
+
+
+def test_an_update_that_is_no_number_is_left_out_and_its_images_named(run_config, poisoned, tmp_path, capsys):
+    train = replace(run_config.train, denoiser=replace(run_config.train.denoiser, batch_size=12))
+    poisoned({4, 5}, "red-stripe")
+    loop.run(replace(run_config, train=train), tmp_path)
+    said = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert [line.partition(",")[0] for line in said] == [f"denoiser: step {n} left out" for n in (5, 6)]
+    assert all(line.endswith("red-stripe.png") for line in said)
+    logged = [m for m in metrics(tmp_path) if "skipped" in m]
+    assert [(m["step"], m["samples"]) for m in logged] == [(5, ["red-stripe.png"]), (6, ["red-stripe.png"])]
+    saved = files.read_json(tmp_path / "checkpoints" / "denoiser-00000012" / "state.json")
+    assert (saved["step"], saved["updates"], saved["skipped"]) == (12, 10, 0)
+
+
+def test_too_many_of_them_stop_the_run_with_a_finite_checkpoint(run_config, poisoned, tmp_path):
+    train = replace(run_config.train, max_skipped=4)
+    poisoned(range(5, 12), "")
+    with pytest.raises(DivergedError, match=r"4 updates in a row left out up to step 9.*train\.denoiser\.lr.*--accept"):
+        loop.run(replace(run_config, train=train), tmp_path)
+    newest = state.newest(tmp_path / "checkpoints", "denoiser", print)
+    for path in newest.glob("*.safetensors"):
+        assert all(v.isfinite().all() for v in weights.tensors([path]).values())
+    assert files.read_json(newest / "state.json")["step"] == 9
+
+
+def test_weights_that_are_no_numbers_are_not_saved(run_config, tmp_path):
+    train = replace(run_config.train, autoencoder=replace(run_config.train.autoencoder, lr=1e38, clip=0.0, warmup=0))
+    with pytest.raises(DivergedError, match=r"autoencoder: .*lower train\.autoencoder\.lr"):
+        loop.run(replace(run_config, train=replace(train, max_skipped=100)), tmp_path)
+    assert not list((tmp_path / "checkpoints").glob("*")) and not list(tmp_path.rglob(".tmp-*"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_missing_memory_says_what_to_set(run_config, monkeypatch, tmp_path, error):
+    def loss(self, *batch):
+        raise error
+
+    monkeypatch.setattr(DenoiserTask, "loss", loss)
+    fix = r"out of memory at 4 rows at once; set train\.denoiser\.accumulate=2, or train\.gradient_checkpointing=true"
+    with pytest.raises(ResourceError, match=fix):
+        loop.run(run_config, tmp_path)
+
+
+def test_reading_that_hangs_ends_the_run(run_config, monkeypatch, tmp_path):
+    released = threading.Event()
+    monkeypatch.setattr(DenoiserTask, "batch", lambda *_: released.wait(60))
+    with pytest.raises(HungError, match=r"batch of step 1 took more than 1 s.*train\.timeout"):
+        loop.run(replace(run_config, train=replace(run_config.train, timeout=1)), tmp_path)
+    released.set()
+
+
+def test_images_lost_while_training_are_passed_over_and_counted(own_data, monkeypatch, tmp_path):
+    """Deleted behind the start: the others take its place, and above the allowed share the run ends with exit code 3."""
+    path, fine = Path(own_data.data.path), claim.data
+
+    def delete(*arguments):
+        fine(*arguments)
+        (path / "red-square.png").unlink()
+
+    monkeypatch.setattr(claim, "data", delete)
+    allowed = replace(own_data, data=replace(own_data.data, max_bad_fraction=0.1))
+    loop.run(allowed, tmp_path / "run")
+    assert (tmp_path / "run" / "model").exists()
+    with pytest.raises(DataError, match="red-square.png"):
+        shutil.copytree(path, tmp_path / "again")
+        (tmp_path / "again" / "red-square.png").write_bytes((path / "red-corner.png").read_bytes())
+        (tmp_path / "again" / "red-square.txt").write_text("a red square")
+        path = tmp_path / "again"
+        loop.run(replace(own_data, data=replace(own_data.data, path=str(path))), tmp_path / "second")
 
 
 def test_half_a_line_of_metrics_is_dropped(finished, run_config):

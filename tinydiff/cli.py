@@ -20,7 +20,7 @@ from tinydiff import __version__, flags
 from tinydiff.diffusion.predictions import PREDICTIONS
 from tinydiff.diffusion.samplers import SAMPLERS
 from tinydiff.diffusion.schedules import SPACINGS
-from tinydiff.errors import UsageError, UserError
+from tinydiff.errors import HungError, UsageError, UserError
 
 if TYPE_CHECKING:
     from tinydiff.pipeline import Backend
@@ -85,6 +85,12 @@ def train(
     ] = [],  # noqa: B006
     stage: Annotated[str | None, typer.Option(help="Stop behind this stage: autoencoder or denoiser.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over in a new run directory.")] = False,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Go on though settings or data are not those of the run's begin.")
+    ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at a damaged checkpoint in place of going back to the one before it.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
 ) -> None:
     """Train a model. The same command again goes on where the last one stopped."""
@@ -105,7 +111,9 @@ def train(
     from tinydiff.training.loop import run
 
     folder = run_dir or Path("runs") / default_name(path)
-    print(run(cfg, unused(folder) if fresh else folder, stage))
+    result = run(cfg, unused(folder) if fresh else folder, stage, accept_changes, strict)
+    if os.environ.get("RANK", "0") == "0":
+        print(result)
 
 
 def default_name(path: Path | None) -> str:
@@ -337,6 +345,10 @@ def one_line_errors() -> Iterator[None]:
     """Turn what escapes a command into one line on stderr and the exit code it stands for."""
     try:
         yield
+    except HungError as error:
+        with contextlib.suppress(SystemExit):
+            fail(str(error), error.code)
+        os._exit(error.code)  # an orderly end would wait for what hangs
     except UserError as error:
         fail(str(error), error.code)
     except KeyboardInterrupt:

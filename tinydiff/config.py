@@ -179,8 +179,19 @@ class Train:
     device: str = key("auto", "where to train", choices=("auto", "cpu", "cuda"))
     threads: int = key(0, "CPU threads; 0 is torch's choice", 0, 1024)
     channels_last: bool = key(True, "memory layout of convolutions")
-    compile: bool = key(False, "torch.compile the networks")
+    compile: bool = key(False, "torch.compile the networks, block by block")
+    gradient_checkpointing: bool = key(False, "compute activations again in the backward pass: less memory, more time")
+    parallel: str = key(
+        "ddp",
+        "the denoiser under torchrun: whole on every process (ddp), or its weights divided among them (fsdp)",
+        choices=("ddp", "fsdp"),
+    )
+    tensor_parallel: int = key(1, "processes that share each matrix of a dit; with fsdp, within one machine", 1, 64)
+    timeout: int = key(600, "seconds until a process or a read that does not answer ends the run", 1, 86400)
+    max_skipped: int = key(10, "updates in a row that may be left out as not finite before the run stops", 1)
     keep: int = key(2, "newest checkpoints kept", 1)
+    keep_every: int = key(0, "besides these, checkpoints at multiples of so many steps are kept; 0 is none", 0)
+    tensorboard: bool = key(False, "write TensorBoard events too; needs tinydiff[tensorboard]")
     autoencoder: AutoencoderStage = section(
         AutoencoderStage, "stage 1: image -> latent -> image", steps=800, lr=2e-3, save_every=400, sample_every=400
     )
@@ -352,6 +363,10 @@ def conflicts(config: Config) -> Iterator[str]:
         yield "diffusion.zero_terminal_snr: of pure noise only v and sample say anything; change diffusion.prediction"
     if config.diffusion.shift != 1 and config.diffusion.schedule != "flow":
         yield "diffusion.shift: only the schedule flow is shifted"
+    if config.train.tensor_parallel > 1 and (config.denoiser.kind != "dit" or config.train.parallel != "fsdp"):
+        yield "train.tensor_parallel: only a dit's matrices are shared, with train.parallel fsdp"
+    if config.denoiser.kind == "dit" and config.dit.shape[1] % config.train.tensor_parallel:
+        yield f"train.tensor_parallel: {config.train.tensor_parallel} does not divide {config.dit.shape[1]} attention heads"
     for name, stage in (("autoencoder", config.train.autoencoder), ("denoiser", config.train.denoiser)):
         if stage.batch_size % stage.accumulate:
             yield f"train.{name}.accumulate: {stage.accumulate} does not divide batch_size {stage.batch_size}"

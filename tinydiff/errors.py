@@ -47,3 +47,7 @@ class ResourceError(UserError):
     """The operating system refused: disk full, permission, memory."""
 
     code = 7
+
+
+class HungError(ResourceError):
+    """Something does not answer, and waiting for it in order to end cleanly would be waiting for ever."""

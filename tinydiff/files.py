@@ -47,7 +47,7 @@ def committed(path: str | Path, *, replace: bool = False, manifest: bool = True)
     """
     path = Path(os.path.abspath(path))
     temporary = _temporary(path)
-    with _named(path):
+    with named(path):
         recover(path)
         _check_free(path, replace, manifest)
         temporary.mkdir(parents=True)
@@ -78,7 +78,7 @@ def verify(folder: str | Path, parts: Collection[str] | None = None) -> None:
     """
     folder = Path(folder)
     if not folder.exists():
-        with _named(folder):
+        with named(folder):
             recover(folder)
     if not folder.is_dir():
         raise ModelError(f"{shown(folder)}: no such folder; check the path")
@@ -108,7 +108,7 @@ def written(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     temporary = _temporary(path)
     if not force and os.path.lexists(path):
         raise UsageError(f"{shown(path)}: exists; use --force to overwrite it or choose another path")
-    with _named(path):
+    with named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
@@ -145,11 +145,11 @@ def read_json(path: str | Path) -> dict[str, Any]:
 def lock(folder: str | Path) -> Iterator[None]:
     """Holds `folder`, made if missing, for this process; a dead holder's lock is free. Raises BusyError if taken."""
     folder = Path(folder)
-    with _named(folder):
+    with named(folder):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
-        with _named(folder / ".lock"):
+        with named(folder / ".lock"):
             _take(descriptor, folder)
         yield
     finally:
@@ -162,7 +162,7 @@ def shown(path: str | Path) -> str:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def named(path: Path) -> Iterator[None]:
     """Turns an OSError into a ResourceError that names the file and the fix. A closed pipe is not ours to explain."""
     try:
         yield

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -91,19 +91,25 @@ def side_of(cfg: config.Config) -> int:
 
 
 def save(
-    path: Path, model: Model, cfg: config.Config, dtype: torch.dtype = torch.float32, replace: bool = False
+    path: Path,
+    model: Model,
+    cfg: config.Config,
+    dtype: torch.dtype = torch.float32,
+    replace: bool = False,
+    tensors_of: Callable[[str, nn.Module], Mapping[str, Tensor]] = lambda name, part: part.state_dict(),
 ) -> None:
-    """Commit a model folder that diffusers, transformers and tinydiff open."""
+    """Commit a model folder that diffusers, transformers and tinydiff open; `tensors_of` says what is in its
+    networks' folders."""
     with committed(path, replace=replace) as folder:
-        write(folder, model, cfg, dtype)
+        for name, part in model.parts().items():
+            (folder / name).mkdir()
+            save_tensors(tensors_of(name, part), folder / name / FILES[name], dtype)
+            write_json(folder / name / "config.json", component_config(name, model, cfg))
+        write_description(folder, model, cfg)
 
 
-def write(folder: Path, model: Model, cfg: config.Config, dtype: torch.dtype = torch.float32) -> None:
-    """The files of a model folder, weights stored as `dtype`."""
-    for name, part in model.parts().items():
-        (folder / name).mkdir()
-        save_tensors(part.state_dict(), folder / name / FILES[name], dtype)
-        write_json(folder / name / "config.json", component_config(name, model, cfg))
+def write_description(folder: Path, model: Model, cfg: config.Config) -> None:
+    """Every file of a model folder that is no network's."""
     if not isinstance(model.tokenizer, Labels):
         model.tokenizer.save(folder / "tokenizer")
     (folder / "scheduler").mkdir()

@@ -448,6 +448,10 @@ class ShapesSource:
         """A stable name of image i."""
         return f"shapes-{self.seed}-{i}"
 
+    def report(self) -> str:
+        """One line: how many images."""
+        return f"shapes: {len(self)} images"
+
     def fingerprint(self) -> str:
         """SHA-256 (hex) over everything the images depend on."""
         return self._sha256("shapes 1", self.resolution, self.seed, self.count)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinydiff.data.folder import IMAGES
+from tinydiff.data.folder import IMAGES, METADATA
 from tinydiff.data.shard_index import MAX_SKIPPED, ROW, Row, Skips, cache_folder, indexed, reopened
 from tinydiff.errors import DataError
 from tinydiff.files import shown
@@ -40,10 +40,11 @@ def find_shards(path: str) -> list[Path]:
     if not os.path.isdir(path):
         return [Path(path)] if path.lower().endswith((".tar", *PACKED)) else []
     names = _visible(path)
-    if any(name.lower().endswith((*IMAGES, *METADATA)) or os.path.isdir(os.path.join(path, name)) for name in names):
+    if any(name.lower().endswith((*IMAGES, *METADATA)) for name in names):
         return []  # images lie there unpacked; an archive beside them is what they came in
     shards = [name for name in names if name.lower().endswith(".tar")]
-    shards = shards or [name for name in names if name.lower().endswith(PACKED)]
+    if not shards and not any(os.path.isdir(os.path.join(path, name)) for name in names):
+        shards = [name for name in names if name.lower().endswith(PACKED)]
     return [Path(path, name) for name in shards]
 
 

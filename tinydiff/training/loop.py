@@ -6,83 +6,125 @@ It knows nothing of what is trained (that is a task of `stages.py`) nor of the c
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import math
-import signal
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 
 from tinydiff import config, files, images, report
 from tinydiff.checkpoints import folder
-from tinydiff.data import latents
+from tinydiff.data import cache, embeddings, latents
 from tinydiff.data.dataset import Images, open_source
-from tinydiff.errors import DivergedError, UsageError, UserError
-from tinydiff.text.labels import LEAST, Labels
-from tinydiff.text.sentencepiece import T5Tokenizer
-from tinydiff.text.tokenizer import Tokenizer
-from tinydiff.training import state
+from tinydiff.data.embeddings import TextEmbeddings
+from tinydiff.data.latents import Latents
+from tinydiff.errors import DivergedError, ResourceError
+from tinydiff.training import claim, state
+from tinydiff.training.metrics import Metrics, logged
 from tinydiff.training.optim import Average, adamw, clip, learning_rate
+from tinydiff.training.parallel import norm, pieces, spread, synced
 from tinydiff.training.progress import Progress
-from tinydiff.training.stages import AutoencoderTask, DenoiserTask, Task
+from tinydiff.training.runtime import SIGNALS, Interrupted, Runtime
+from tinydiff.training.saver import Ahead, Saver
+from tinydiff.training.stages import AutoencoderTask, DenoiserTask, Task, counted
+from tinydiff.training.state import Snapshot, Training
 
-TOKENIZERS = {"clip": Tokenizer, "t5": T5Tokenizer, "class": Labels}
-
-
-class Interrupted(UserError):
-    """A signal asked the run to stop; everything is saved. `code` is the exit code."""
-
-    def __init__(self, number: int, message: str):
-        super().__init__(message)
-        self.code = 128 + number
+NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
-def run(cfg: config.Config, run_dir: Path, stage_name: str | None = None) -> Path:
-    """Train the stages in order, continuing what the run directory holds. Returns the model folder."""
-    with files.lock(run_dir), Runtime(cfg) as runtime:
-        claim(cfg, run_dir)
-        state.sweep(run_dir)
-        data = Images(open_source(cfg.data, cfg.train.seed), cfg.data)
-        report_skipped(data, runtime)
-        model = folder.build(cfg, tokenizer_of(cfg, run_dir, data), cfg.train.seed)
+def run(cfg: config.Config, run_dir: Path, last: str | None = None, accept: bool = False, strict: bool = False) -> Path:
+    """Train the stages in order, up to the `last`, continuing what the run directory holds. Returns the model folder.
+
+    `accept` goes on with another configuration or other data; `strict` refuses to pass over a damaged checkpoint.
+    """
+    with Runtime(cfg) as runtime, runtime.world.together(), claim.held(runtime, run_dir):
+        with runtime.world.first() as first:
+            if first:
+                claim.configuration(cfg, run_dir, accept)
+                state.sweep(run_dir)
+        data = Images(open_source(cfg.data, cfg.train.seed, encoding(runtime, "indexing shards")), cfg.data)
+        claim.data(runtime, run_dir, data, accept)
+        with runtime.world.first():
+            tokenizer = claim.tokenizer(cfg, run_dir, data)
+        model = folder.build(cfg, tokenizer, cfg.train.seed)
         for part in model.parts().values():
             part.to(runtime.device)
             if cfg.train.channels_last:
                 part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        ended = stage(runtime, run_dir, AutoencoderTask(cfg, model, data, runtime.device), lambda: None)
-        if stage_name == "autoencoder":
+        stage(runtime, run_dir, AutoencoderTask(cfg, model, data, runtime.device), strict)
+        if last == "autoencoder":
             return run_dir
-        finish_autoencoder(model, ended)
-        cached = latents.cached(run_dir / "latents", data, model.vae, encoding(runtime, len(data)))
-        model.scaling_factor = 1 / float(
-            cached[0].pow(2).mean().add(cached[1].pow(2).mean()).sub(cached[0].mean().pow(2)).sqrt()
-        )
-        task = DenoiserTask(cfg, model, data, cached, runtime.device)
-        stage(
-            runtime,
-            run_dir,
-            task,
-            lambda: folder.save(run_dir / "model", model, cfg, replace=True),
-        )
+        model.vae.requires_grad_(False).eval()
+        found, texts = encoded(runtime, run_dir, data, model)
+        model.scaling_factor = found.scaling_factor
+        stage(runtime, run_dir, DenoiserTask(cfg, model, data, found, runtime.device, texts), strict)
     return run_dir / "model"
 
 
-def encoding(runtime: Runtime, total: int) -> Callable[[int, int], None]:
-    """Progress of filling the latent cache, and the place where a signal stops it."""
-    bar = Progress("encoding images", total)
+def encoded(
+    runtime: Runtime, run_dir: Path, data: Images, model: folder.Model
+) -> tuple[Latents, TextEmbeddings | None]:
+    """The latents of all images, and the vectors of all captions where the text encoder is kept as it is."""
+    world, place, texts = runtime.world, run_dir / "latents", None
+    latents.fill(place, data, model.vae, encoding(runtime, "encoding images"), world.rank, world.size)
+    world.wait()
+    found = latents.open_cache(place, data, model.vae)
+    if runtime.config.text_encoder.kind == "t5":
+        captions = sorted({"", *(c for i in range(len(data.source)) for c in data.source.captions(i))})
+        key, progress = latents.digest(model.text_encoder), encoding(runtime, "encoding captions")
+        encode = partial(vectors, runtime, model)
+        embeddings.fill(run_dir / "texts", captions, encode, key, progress, world.rank, world.size)
+        world.wait()
+        texts = embeddings.open_cache(run_dir / "texts", captions, key)
+    if world.rank == 0:
+        cache.sweep(place, found.paths)
+        cache.sweep(run_dir / "texts", texts.paths if texts else [])
+    return found, texts
 
-    def progress(done: int, _: int) -> None:
-        bar.update(done)
+
+@torch.no_grad()
+def vectors(runtime: Runtime, model: folder.Model, captions: list[str]) -> Tensor:
+    """(B, T, D) of captions."""
+    return model.text_encoder(torch.from_numpy(model.tokenizer.encode(captions)).to(runtime.device))[0].float().cpu()
+
+
+def encoding(runtime: Runtime, label: str) -> Callable[[int, int], None]:
+    """Progress of filling a cache, and the place where a signal stops it."""
+    bars: list[Progress] = []
+
+    def progress(done: int, total: int) -> None:
+        if runtime.world.rank == 0:
+            bars[:] = bars or [Progress(label, total)]
+            bars[0].update(done)
         if runtime.caught:
-            raise Interrupted(runtime.caught, "stopped while encoding images; run the same command to go on")
+            raise Interrupted(runtime.caught, f"stopped while {label}; run the same command to go on")
 
     return progress
+
+
+def stage(runtime: Runtime, run_dir: Path, task: Task, strict: bool = False) -> None:
+    """Run one task from its newest checkpoint to its last step; its module is left with the averaged weights."""
+    cfg, world = task.stage, runtime.world
+    parts = claim.split(world.rows(cfg.batch_size, divided(runtime, task)), cfg, task.name, world)
+    task.network = spread(task.network, task.parts, world, runtime.cfg, runtime.dtype)
+    held = pieces(task.module, world)
+    training = Training(held, Average([p.tensor for p in held], cfg.ema), adamw([p.tensor for p in held], cfg))
+    start, skipped = resume(runtime, run_dir, task, training, strict)
+    if start < cfg.steps:
+        with enough_memory(task, runtime), contextlib.closing(Saver()) as saver:
+            train(runtime, run_dir, task, training, parts, saver, start, skipped)
+    elif world.rank == 0 and not published(run_dir, runtime.config):
+        task.publish(run_dir / "checkpoints" / f"{task.name}-{start:08d}", run_dir / "model")
+    training.average.exchange()
+
+
+def divided(runtime: Runtime, task: Task) -> bool:
+    """Whether the task's weights are spread over the processes."""
+    return runtime.world.size > 1 and runtime.cfg.parallel == "fsdp" and bool(task.parts)
 
 
 def published(run_dir: Path, cfg: config.Config) -> bool:
@@ -91,229 +133,193 @@ def published(run_dir: Path, cfg: config.Config) -> bool:
     return path.exists() and path.read_text(encoding="utf-8") == config.to_toml(cfg)
 
 
-def claim(cfg: config.Config, run_dir: Path) -> None:
-    """Write the configuration of a new run; refuse another one for a run that has begun."""
-    path = run_dir / "tinydiff.toml"
-    if not path.exists():
-        files.write_file(path, config.to_toml(cfg).encode())
-        return
-    old, new = config.flat(config.load(path)), config.flat(cfg)
-    free = ("generate.", "train.threads", "train.keep", "train.device", ".save_every", ".sample_every")
-    changed = [k for k in new if new[k] != old[k] and not any(f in k for f in free)]
-    if changed:
-        what = ", ".join(f"{k} ({old[k]} -> {new[k]})" for k in changed[:10])
-        raise UsageError(f"{run_dir}: the run was begun with other settings: {what}; use --fresh or another --run-dir")
-    if new != old:
-        files.write_file(path, config.to_toml(cfg).encode(), force=True)
-
-
-def report_skipped(data: Images, runtime: Runtime) -> None:
-    skipped = data.source.skipped
-    if skipped:
-        shown = "; ".join(f"{path}: {reason}" for path, reason in skipped[:5])
-        runtime.say(
-            f"skipped {len(skipped)} of {len(skipped) + len(data.source)} images: {shown}"
-            + (" ..." if len(skipped) > 5 else "")
-        )
-
-
-def tokenizer_of(cfg: config.Config, run_dir: Path, data: Images) -> Any:
-    """The run's tokenizer: the first time CLIP's is trained on the captions, T5's copied, or classes are listed."""
-    path, text, source = run_dir / "tokenizer", cfg.text_encoder, data.source
-    count = min(len(source), 200_000)
-    if path.exists():
-        return TOKENIZERS[text.kind].load(path)
-    if text.kind == "t5":
-        made: Any = T5Tokenizer.load(Path(text.path) / "tokenizer", text.max_position_embeddings)
-    elif text.kind == "class":
-        labels = (source.captions(i)[0] for i in range(len(source)))
-        names = sorted({label.strip().lower(): label for label in labels if label.strip()}.values())
-        made = Labels(names, max(LEAST, len(names)))
-    else:
-        captions = [c for i in range(count) for c in source.captions(i)]
-        made = Tokenizer.train(captions, text.vocab_size, text.max_position_embeddings)
-    with files.committed(path) as temporary:
-        made.save(temporary)
-    return TOKENIZERS[text.kind].load(path)
-
-
-def finish_autoencoder(model: folder.Model, average: Average) -> None:
-    """The averaged weights become the autoencoder, and stay."""
-    average.copy_to(model.vae)
-    model.vae.requires_grad_(False).eval()
-
-
-class Runtime:
-    """Device, precision, threads and signals of a run; a context manager that puts the signal handlers back."""
-
-    def __init__(self, cfg: config.Config):
-        self.config, self.cfg = cfg, cfg.train
-        cuda = torch.cuda.is_available()
-        if self.cfg.device == "cuda" and not cuda:
-            raise UsageError("train.device: torch sees no CUDA device here; use 'auto' or 'cpu'")
-        self.device = torch.device("cuda" if cuda and self.cfg.device != "cpu" else "cpu")
-        self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}.get(self.cfg.precision, self.fast())
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
-        self.caught = 0
-
-    def fast(self) -> torch.dtype | None:
-        """bfloat16 where the hardware multiplies it, else None for float32."""
-        if self.device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
-        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else None
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast(self.device.type, self.dtype) if self.dtype else contextlib.nullcontext()
-
-    def attention(self) -> contextlib.AbstractContextManager:
-        """On a CPU the plain formula trains faster than the fused kernel at the few hundred tokens of a small latent."""
-        return sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else contextlib.nullcontext()
-
-    def __enter__(self) -> Runtime:
-        if self.cfg.threads:
-            torch.set_num_threads(self.cfg.threads)
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-        self.previous = {n: signal.signal(n, self.catch) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def catch(self, number: int, _: object) -> None:
-        """The first signal ends the run after its step; a second interrupt ends it at once."""
-        if self.caught and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.caught = self.caught or number
-
-    def say(self, text: str) -> None:
-        Progress("", 0).say(text)
-
-
-def stage(runtime: Runtime, run_dir: Path, task: Task, publish: Any) -> Average:
-    """Run one task from its newest checkpoint to its last step; returns the averaged weights."""
-    average, optimizer = Average(task.module, task.stage.ema), adamw(task.module.parameters(), task.stage)
-    checkpoints, cfg = run_dir / "checkpoints", task.stage
-    start = resume(runtime, checkpoints, task, average, optimizer)
-    if start >= cfg.steps:
-        with averaged(task.module, average):
-            publish() if not published(run_dir, runtime.config) else None
-        return average
-    bar, log = Progress(task.name, cfg.steps, start), Metrics(run_dir, task.name, start)
-    for n in range(start, cfg.steps):
-        values = step(runtime, task, average, optimizer, n)
-        log.add(n + 1, values)
-        bar.update(n + 1, f"loss {log.recent:.4f}")
-        last = n + 1 == cfg.steps
-        if last or (n + 1) % cfg.sample_every == 0:
-            with averaged(task.module, average):
-                look(run_dir, task, n + 1, log)
-        if last or (n + 1) % cfg.save_every == 0 or runtime.caught:
-            with averaged(task.module, average):
-                publish()  # before the checkpoint: whoever finds the last checkpoint has nothing left to do
-            state.save(
-                checkpoints, task.name, n + 1, task.module, average, optimizer, {"scaler": runtime.scaler.state_dict()}
-            )
-            state.prune(checkpoints, task.name, n + 1, runtime.cfg.keep)
-        if runtime.caught and not last:
-            message = f"stopped and saved at step {n + 1} of {task.name}; run the same command to go on"
-            raise Interrupted(runtime.caught, message)
-    return average
-
-
-def resume(runtime: Runtime, checkpoints: Path, task: Task, average: Average, optimizer: torch.optim.Optimizer) -> int:
-    """Load the newest valid checkpoint into the task; the number of steps it has done."""
-    found = state.newest(checkpoints, task.name, runtime.say)
-    if not found:
-        return 0
-    path, saved = found
-    state.load(path, task.module, average, optimizer)
+def resume(runtime: Runtime, run_dir: Path, task: Task, training: Training, strict: bool) -> tuple[int, int]:
+    """Load the newest valid checkpoint: the number of steps it has done, and how many of the last were left out."""
+    world = runtime.world
+    found = state.newest(run_dir / "checkpoints", task.name, runtime.say, strict) if world.rank == 0 else None
+    if not (path := world.share(str(found or ""))):
+        if task.name in logged(run_dir):
+            runtime.say(f"{task.name}: no checkpoint yet, beginning at step 0 again")
+        return 0, 0
+    saved = files.read_json(Path(path) / "state.json")
+    state.load(Path(path), training, saved["updates"])
     if saved["scaler"]:
         runtime.scaler.load_state_dict(saved["scaler"])
     if saved["step"] < task.stage.steps:
         runtime.say(f"{task.name}: going on from step {saved['step']}")
-    return saved["step"]
+    return saved["step"], saved["skipped"]
 
 
-def step(runtime: Runtime, task: Task, average: Average, optimizer: torch.optim.Optimizer, n: int) -> dict[str, float]:
-    """One update: gradients over the parts of the batch, clipped, applied, averaged."""
-    cfg = task.stage
+def train(
+    runtime: Runtime,
+    run_dir: Path,
+    task: Task,
+    training: Training,
+    parts: list[range],
+    saver: Saver,
+    start: int,
+    skipped: int,
+) -> None:
+    """The updates from `start` on, and what happens between them: metrics, pictures, checkpoints, signals."""
+    cfg, world = task.stage, runtime.world
+    log = Metrics(run_dir, task.name, start, cfg.batch_size, runtime.cfg.tensorboard) if world.rank == 0 else None
+    bar = Progress(task.name, cfg.steps, start)
+    save = partial(commit, runtime, run_dir, task, training, saver)
+    make: Callable[[int], list[tuple[Tensor, ...]]] = lambda n: [task.batch(n, rows) for rows in parts]  # noqa: E731
+    for n, batch in Ahead(make, range(start, cfg.steps), runtime.cfg.timeout):
+        done, last = step(runtime, task, training, n, batch, saver.settle), n + 1 == cfg.steps
+        skipped = skipped + 1 if done.left_out else 0
+        if done.left_out:
+            reason, found = f"loss {done.values['loss']:g}", culprits(runtime, task, n, parts)
+            reason += f", gradient norm {done.values['grad_norm']:g}"
+            runtime.say(
+                f"{task.name}: step {n + 1} left out, {reason}: {', '.join(found[:8])}{' ...' * (len(found) > 8)}"
+            )
+            log.skipped(n + 1, reason, found) if log else None
+            if skipped >= runtime.cfg.max_skipped:
+                save(n + 1, 0)
+                saver.wait()
+                raise diverged(task, f"{skipped} updates in a row left out up to step {n + 1}, {reason}")
+        if log:
+            log.add(n + 1, done.values)
+            bar.update(n + 1, f"loss {log.recent:.4f}")
+        if last or (n + 1) % cfg.sample_every == 0:
+            saver.settle()
+            look(runtime, run_dir, task, training, n + 1, log)
+        if last or (n + 1) % cfg.save_every == 0 or done.caught:
+            save(n + 1, skipped)
+        saver.check()
+        if done.caught and not last:
+            saver.wait()
+            message = f"stopped and saved at step {n + 1} of {task.name}; run the same command to go on"
+            raise Interrupted(done.caught, message)
+    saver.wait()
+    log.close() if log else None
+
+
+class Done(NamedTuple):
+    """An update: what was measured, whether it was left out as not finite, and the signal that any process caught."""
+
+    values: dict[str, float]
+    left_out: bool
+    caught: int
+
+
+def step(
+    runtime: Runtime,
+    task: Task,
+    training: Training,
+    n: int,
+    batch: list[tuple[Tensor, ...]],
+    settle: Callable[[], None] = lambda: None,
+) -> Done:
+    """One update: gradients over the parts of the batch, clipped, applied, averaged. `settle` comes before any change."""
+    cfg, scaler, optimizer, totals = task.stage, runtime.scaler, training.optimizer, dict[str, Tensor]()
     rate = learning_rate(n, cfg)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    size, total, terms = cfg.batch_size // cfg.accumulate, 0.0, {}
-    for part in range(cfg.accumulate):
+    for i, part in enumerate(batch):
+        with synced(task.network, i + 1 == len(batch)):
+            with runtime.autocast(), runtime.attention():
+                loss, terms = task.loss(*(t.to(runtime.device, non_blocking=True) for t in part))
+            scaler.scale(loss / len(batch)).backward()
+        for name, value in {"loss": counted(loss.detach()), **terms}.items():
+            totals[name] = totals[name] + value if name in totals else value
+    settle()
+    held = [(piece, grad) for piece in training.pieces if (grad := piece.gradient()) is not None]
+    scaler.unscale_(optimizer)
+    values, size, caught = agree(
+        runtime, totals, norm([piece for piece, _ in held], [grad for _, grad in held], runtime.world)
+    )
+    finite = math.isfinite(values["loss"] + size)
+    if finite:
+        clip([grad for _, grad in held], size, cfg.clip)
+        scaler.step(optimizer)
+    if scaler.is_enabled():  # where any process has an infinite gradient, all halve the scale
+        scaler.update(None if finite else scaler.get_scale() * scaler.get_backoff_factor())
+    task.module.zero_grad(set_to_none=True)
+    training.average.update(n, last=n + 1 == cfg.steps)
+    left_out = not finite and not (scaler.is_enabled() and math.isfinite(values["loss"]))
+    return Done({"loss": values.pop("loss"), "lr": rate, "grad_norm": size} | values, left_out, caught)
+
+
+def agree(runtime: Runtime, totals: dict[str, Tensor], size: Tensor) -> tuple[dict[str, float], float, int]:
+    """Means of what was measured, the gradient's norm and the signal caught, over all processes, in one exchange."""
+    caught = torch.tensor([float(runtime.caught == number) for number in SIGNALS], dtype=torch.float64)
+    numbers = torch.cat([*totals.values(), caught.to(size.device)])
+    *numbers, norm = torch.cat([runtime.world.sum(numbers), size.double().reshape(1)]).tolist()
+    means = {name: numbers[2 * i] / numbers[2 * i + 1] for i, name in enumerate(totals) if numbers[2 * i + 1]}
+    signals = [number for number, count in zip(SIGNALS, numbers[-len(SIGNALS) :], strict=True) if count]
+    return means, norm, signals[0] if signals else 0
+
+
+@torch.no_grad()
+def culprits(runtime: Runtime, task: Task, n: int, parts: list[range]) -> list[str]:
+    """The images of step `n` whose own loss is no finite number; all of the batch where each by itself is fine."""
+    bad = torch.zeros(task.stage.batch_size)
+    for row in (row for rows in parts for row in rows):
         with runtime.autocast(), runtime.attention():
-            loss, more = task.loss(n, range(part * size, (part + 1) * size))
-        runtime.scaler.scale(loss / cfg.accumulate).backward()
-        total += loss.item() / cfg.accumulate
-        terms = {k: terms.get(k, 0.0) + v.item() / cfg.accumulate for k, v in more.items()}
-    runtime.scaler.unscale_(optimizer)
-    norm = clip(task.module.parameters(), cfg.clip)
-    if not math.isfinite(total) or not (math.isfinite(norm) or runtime.dtype is torch.float16):
-        raise DivergedError(
-            f"{task.name}: loss {total}, gradient {norm} at step {n + 1}; lower train.{task.name}.lr and run again"
-        )
-    runtime.scaler.step(optimizer)
-    runtime.scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    average.update(n, last=n + 1 == cfg.steps)
-    return {"loss": total, "lr": rate, "grad_norm": norm} | terms
+            loss, _ = task.loss(*(t.to(runtime.device) for t in task.batch(n, range(row, row + 1))))
+        bad[row] = not loss.isfinite()
+    rows = runtime.world.sum(bad).nonzero().flatten().tolist()
+    return task.data.names(task.order(n)[rows or slice(None)])
 
 
-@contextlib.contextmanager
-def averaged(module: nn.Module, average: Average) -> Iterator[None]:
-    """The module holds the averaged weights inside, its own again outside."""
-    own = copy.deepcopy([p.detach() for p in module.parameters()])
-    average.copy_to(module)
+def diverged(task: Task, what: str) -> DivergedError:
+    fix = f"lower train.{task.name}.lr and go on with --accept-changes, or leave those images out"
+    return DivergedError(f"{task.name}: {what}; the checkpoints are finite: {fix}")
+
+
+def look(runtime: Runtime, run_dir: Path, task: Task, training: Training, n: int, log: Metrics | None) -> None:
+    """Pictures of what the averaged weights have learnt, and the report that shows them."""
+    if log is None and not divided(runtime, task):
+        return
+    training.average.exchange()
     try:
-        yield
+        pictures, values = task.pictures()  # where weights are divided, every process has to help
     finally:
-        with torch.no_grad():
-            for p, value in zip(module.parameters(), own, strict=True):
-                p.copy_(value)
-
-
-def look(run_dir: Path, task: Task, n: int, log: Metrics) -> None:
-    """Pictures of what the task has learnt, and the report that shows them."""
-    pictures, values = task.pictures()
+        training.average.exchange()
+    if log is None:
+        return
     (run_dir / "samples").mkdir(exist_ok=True)
     path = run_dir / "samples" / f"{task.name}-{n:08d}.png"
     files.write_file(path, images.encode_png(images.grid(pictures, 8), None), force=True)
     if task.captions:
         files.write_file(path.with_name("captions.json"), json.dumps(task.captions).encode(), force=True)
-    log.write({"stage": task.name, "step": n, **values}) if values else None
+    log.look(n, values, path)
     report.write(run_dir)
 
 
-class Metrics:
-    """`metrics.jsonl`: one JSON line every few steps; lines past the step that a run resumes from are cut off."""
+def commit(runtime: Runtime, run_dir: Path, task: Task, training: Training, saver: Saver, n: int, skipped: int) -> None:
+    """Begin to save step `n`: the checkpoint, the model folder of its averaged weights, and what is no longer kept."""
+    largest = torch.stack([t.abs().max() for t in training.tensors("weights").values() if t.numel()]).isfinite().all()
+    if not runtime.world.all(bool(largest)):
+        raise diverged(task, f"weights are no finite numbers after step {n}")
+    checkpoints, cfg, world = run_dir / "checkpoints", runtime.cfg, runtime.world
+    about = {"stage": task.name, "step": n, "skipped": skipped, "updates": training.updates}
+    about |= {"scaler": runtime.scaler.state_dict(), "processes": world.size}
 
-    EVERY = 10
+    def write(memory: Snapshot) -> None:
+        publish = partial(task.publish, path=run_dir / "model")
+        state.save(checkpoints / f"{task.name}-{n:08d}", memory, training.places, about, world, publish)
+        if world.rank == 0:
+            state.prune(checkpoints, task.name, cfg.keep, cfg.keep_every)
 
-    def __init__(self, run_dir: Path, name: str, start: int):
-        self.path, self.name = run_dir / "metrics.jsonl", name
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if (v := parse(line)) and (v["stage"] != name or v["step"] <= start)]
-        files.write_file(self.path, "".join(f"{line}\n" for line in kept).encode(), force=True)
-        self.recent, self.begun = math.nan, time.monotonic()
-
-    def add(self, n: int, values: dict[str, float]) -> None:
-        self.recent = values["loss"] if math.isnan(self.recent) else 0.98 * self.recent + 0.02 * values["loss"]
-        if n % self.EVERY == 0:
-            now = time.monotonic()
-            rate, self.begun = self.EVERY / max(1e-9, now - self.begun), now
-            self.write({"stage": self.name, "step": n, **values, "steps_per_second": rate})
-
-    def write(self, values: dict[str, Any]) -> None:
-        line = json.dumps({k: round(v, 7) if isinstance(v, float) else v for k, v in values.items()})
-        with self.path.open("a") as file:
-            file.write(line + "\n")
+    saver.begin(training, write)
 
 
-def parse(line: str) -> dict[str, Any] | None:
-    """A metrics line, or None where a kill left half of one."""
+@contextlib.contextmanager
+def enough_memory(task: Task, runtime: Runtime) -> Iterator[None]:
+    """Says which setting to change where memory does not suffice."""
     try:
-        return json.loads(line)
-    except ValueError:
-        return None
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not any(t in str(error) for t in NO_MEMORY):
+            raise
+        cfg = task.stage
+        more = next((k for k in range(cfg.accumulate + 1, cfg.batch_size + 1) if cfg.batch_size % k == 0), 0)
+        fix = f"set train.{task.name}.accumulate={more}" if more else f"lower train.{task.name}.batch_size"
+        fix += "" if runtime.cfg.gradient_checkpointing else ", or train.gradient_checkpointing=true"
+        raise ResourceError(
+            f"{task.name}: out of memory at {cfg.batch_size // cfg.accumulate} rows at once; {fix}"
+        ) from error

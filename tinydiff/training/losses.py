@@ -29,10 +29,9 @@ def autoencoder_loss(
     return terms
 
 
-def denoising_loss(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Weighted mean squared error: output, target (B, C, h, w), weight (B,)."""
-    each = F.mse_loss(output.float(), target, reduction="none").mean(dim=(1, 2, 3))  # (B,)
-    return (each * weight).mean()
+def denoising_losses(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Weighted mean squared error of each image, (B,): output, target (B, C, h, w), weight (B,)."""
+    return F.mse_loss(output.float(), target, reduction="none").mean(dim=(1, 2, 3)) * weight
 
 
 def snr_weight(alpha: np.ndarray, sigma: np.ndarray, prediction: str, gamma: float) -> np.ndarray:

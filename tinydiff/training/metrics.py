@@ -81,7 +81,7 @@ class Metrics:
 
     def append(self, row: dict[str, Any]) -> None:
         line = json.dumps(row, allow_nan=False).encode() + b"\n"
-        with files._named(self.path), self.path.open("ab", buffering=0) as file:
+        with files.named(self.path), self.path.open("ab", buffering=0) as file:
             while line:  # once, unless the disk is full, when the second write says so
                 line = line[file.write(line) :]
 
@@ -91,6 +91,13 @@ def cut(path: Path, stage: str, start: int) -> None:
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     kept = [line for line in lines if (row := parse(line)) and (row["stage"] != stage or row["step"] <= start)]
     files.write_file(path, b"".join(line + b"\n" for line in kept), force=True)
+
+
+def logged(run_dir: Path) -> set[str]:
+    """The stages that the log of a run has lines of."""
+    path = run_dir / "metrics.jsonl"
+    rows = map(parse, path.read_bytes().split(b"\n")) if path.exists() else ()
+    return {row["stage"] for row in rows if row}
 
 
 def parse(line: bytes | str) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tinydiff.config import Stage
 
@@ -18,7 +18,7 @@ def learning_rate(step: int, cfg: Stage) -> float:
     return cfg.lr * warm * (cfg.final_lr + (1 - cfg.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def adamw(parameters: Iterable[nn.Parameter], cfg: Stage) -> torch.optim.AdamW:
+def adamw(parameters: Iterable[Tensor], cfg: Stage) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019); matrices and kernels decay, vectors (biases, norms) do not."""
     parameters = list(parameters)
     groups = [
@@ -29,18 +29,17 @@ def adamw(parameters: Iterable[nn.Parameter], cfg: Stage) -> torch.optim.AdamW:
 
 
 class Average:
-    """Exponential moving average of a network's parameters, warmed up as (1 + step)/(10 + step) until `decay`.
+    """Exponential moving average of parameters (or blocks of them), warmed up as (1 + step)/(10 + step) until `decay`.
 
     It is taken every `EVERY` steps with the decay of as many: reading all weights each step costs more than it is worth.
     """
 
     EVERY = 4
 
-    def __init__(self, module: nn.Module, decay: float):
+    def __init__(self, parameters: Iterable[Tensor], decay: float):
         self.decay = decay
-        self.source = [p.detach() for p in module.parameters()]
+        self.source = [p.detach() for p in parameters]
         self.tensors: list[Tensor] = [p.clone() for p in self.source]
-        self.names = [name for name, _ in module.named_parameters()]
 
     @torch.no_grad()
     def update(self, step: int, last: bool = False) -> None:
@@ -50,26 +49,17 @@ class Average:
             decay = min(self.decay, (1 + step) / (10 + step)) ** since
             torch._foreach_lerp_(self.tensors, self.source, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
-    def state(self) -> dict[str, Tensor]:
-        return dict(zip(self.names, self.tensors, strict=True))
-
     @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        for name, mine in self.state().items():
-            mine.copy_(tensors[name])
-
-    @torch.no_grad()
-    def copy_to(self, module: nn.Module) -> None:
-        """The average into a network of the same shape; buffers are not averaged."""
-        for p, mine in zip(module.parameters(), self.tensors, strict=True):
+    def exchange(self) -> None:
+        """Averages become the parameters, and these are kept in their place; a second call takes it back."""
+        for p, mine in zip(self.source, self.tensors, strict=True):
+            kept = p.clone()
             p.copy_(mine)
+            mine.copy_(kept)
 
 
 @torch.no_grad()
-def clip(parameters: Iterable[nn.Parameter], largest: float) -> float:
-    """Scale gradients down to a joint norm of `largest` (0: leave them); returns the norm they had."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients).item()
-    if largest and largest < norm < math.inf:
+def clip(gradients: list[Tensor], norm: float, largest: float) -> None:
+    """Scale gradients of a finite joint `norm` down to `largest` (0: leave them)."""
+    if largest and largest < norm:
         torch._foreach_mul_(gradients, largest / norm)  # pyright: ignore[reportPrivateImportUsage]
-    return norm

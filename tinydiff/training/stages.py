@@ -1,43 +1,73 @@
 """The two things that are trained, as tasks the loop can run: an autoencoder, then a text encoder with a denoiser.
 
-A task owns its network and knows how to make the loss of (step, rows of the batch) and pictures of what it has learnt.
-All randomness is keyed by (seed, stream, step, row), so nothing but weights needs saving.
+A task owns its network and knows how to make the batch of (step, rows), its loss, and pictures of what it has learnt. All
+randomness is keyed by (seed, stream, step, row), so nothing but weights needs saving, and no process or thread has any.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tinydiff import config, images
+from tinydiff import config
 from tinydiff.backends.pytorch import TorchBackend
+from tinydiff.checkpoints import folder
 from tinydiff.checkpoints.description import described
 from tinydiff.checkpoints.folder import Model
 from tinydiff.data.dataset import Images, Order
+from tinydiff.data.embeddings import TextEmbeddings
+from tinydiff.data.latents import Latents
 from tinydiff.diffusion.noise import keyed
 from tinydiff.diffusion.predictions import PREDICTIONS
 from tinydiff.diffusion.schedules import training_levels
-from tinydiff.models.autoencoder import mean_and_std
+from tinydiff.images import to_pixels, to_uint8
+from tinydiff.models.autoencoder import Autoencoder, mean_and_std
 from tinydiff.pipeline import Request, generate
-from tinydiff.training.losses import autoencoder_loss, denoising_loss, pick_level, psnr, snr_weight
+from tinydiff.training.losses import autoencoder_loss, denoising_losses, pick_level, psnr, snr_weight
+from tinydiff.training.state import Blocks
+
+BANDS = 4  # of noise levels, whose losses are told apart
+PICTURES = 16
+Terms = dict[str, Tensor]  # (2,) each: a sum and how many were summed
 
 
 class Task(Protocol):
-    """What the loop needs of a stage."""
+    """What the loop needs of a stage. `network` is what `loss` calls: `module`, or what spreads it over processes."""
 
     name: str
     captions: list[str]
+    data: Images
+    order: Order
+    network: nn.Module
 
     @property
     def module(self) -> nn.Module: ...
     @property
+    def parts(self) -> list[nn.Module]: ...
+    @property
     def stage(self) -> config.Stage: ...
 
-    def loss(self, step: int, rows: range) -> tuple[Tensor, dict[str, Tensor]]: ...
+    def batch(self, step: int, rows: range) -> tuple[Tensor, ...]: ...
+    def loss(self, *batch: Tensor) -> tuple[Tensor, Terms]: ...
     def pictures(self) -> tuple[np.ndarray, dict[str, float]]: ...
+    def publish(self, checkpoint: Path, path: Path) -> None: ...
+
+
+class Reconstruct(nn.Module):
+    """Pixels (B, 3, H, W) and noise (B, C, h, w) to reconstructions, and the latents' means and deviations."""
+
+    def __init__(self, vae: Autoencoder):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mean, std = mean_and_std(self.vae.encode(x).float())
+        return self.vae.decode(mean + std * noise).float(), mean, std
 
 
 class AutoencoderTask:
@@ -45,36 +75,45 @@ class AutoencoderTask:
 
     name = "autoencoder"
     captions: list[str] = []  # noqa: RUF012
+    parts: list[nn.Module] = []  # noqa: RUF012  small enough to be whole on every process
 
     def __init__(self, cfg: config.Config, model: Model, data: Images, device: torch.device):
         self.cfg, self.stage, self.module, self.data, self.device = cfg, cfg.train.autoencoder, model.vae, data, device
-        self.order = Order(data.weights(), cfg.train.seed)
+        self.network: nn.Module = Reconstruct(model.vae)
+        self.order = Order(data.weights(), cfg.train.seed, data.bucket, self.stage.batch_size)
 
-    def batch(self, step: int, rows: range) -> tuple[Tensor, Tensor]:
+    def batch(self, step: int, rows: range) -> tuple[Tensor, ...]:
         """Pixels (B, 3, H, W) and the noise (B, C, h, w) of their latents."""
-        n, seed = self.stage.batch_size, self.cfg.train.seed
-        pixels = images.to_pixels(np.stack([self.data[self.order(step * n + row)] for row in rows]))
-        side = self.cfg.data.resolution // 2 ** (len(self.cfg.autoencoder.block_out_channels) - 1)
-        shape = (self.cfg.autoencoder.latent_channels, side, side)
+        pixels = to_pixels(self.data.batch(self.order(step)[rows.start : rows.stop]))
+        factor = 2 ** (len(self.cfg.autoencoder.block_out_channels) - 1)
+        shape = (self.cfg.autoencoder.latent_channels, pixels.shape[2] // factor, pixels.shape[3] // factor)
+        seed = self.cfg.train.seed
         noise = np.stack([keyed(seed, "autoencoder", step, row).standard_normal(shape, np.float32) for row in rows])
-        x = torch.from_numpy(pixels).to(self.device, memory_format=torch.channels_last)
-        return x, torch.from_numpy(noise).to(self.device)
+        return torch.from_numpy(pixels), torch.from_numpy(noise)
 
-    def loss(self, step: int, rows: range) -> tuple[Tensor, dict[str, Tensor]]:
-        x, noise = self.batch(step, rows)
-        mean, std = mean_and_std(self.module.encode(x).float())
-        output = self.module.decode(mean + std * noise).float()
+    def loss(self, *batch: Tensor) -> tuple[Tensor, Terms]:
+        x, noise = batch
+        x = x.to(memory_format=torch.channels_last)
+        output, mean, std = self.network(x, noise)
         terms = autoencoder_loss(x, output, mean, std, self.stage)
-        return torch.stack(list(terms.values())).sum(), terms
+        return torch.stack(list(terms.values())).sum(), {k: counted(v.detach()) for k, v in terms.items()}
 
     @torch.no_grad()
     def pictures(self) -> tuple[np.ndarray, dict[str, float]]:
         """Images above their reconstructions, uint8 (2 n, H, W, 3), and the reconstruction's PSNR in dB."""
-        pixels = images.to_pixels(np.stack([self.data[self.order(i)] for i in range(16)]))
+        alike = np.flatnonzero(self.data.bucket == self.data.bucket[self.order(0)[0]])  # a grid is of one size
+        pixels = to_pixels(self.data.batch(alike[np.arange(PICTURES) * len(alike) // PICTURES]))
         x = torch.from_numpy(pixels).to(self.device, memory_format=torch.channels_last)
         output = self.module.decode(mean_and_std(self.module.encode(x).float())[0]).float()
         both = np.concatenate([pixels, output.cpu().numpy()])
-        return images.to_uint8(both), {"psnr": psnr(x, output)}
+        return to_uint8(both), {"psnr": psnr(x, output)}
+
+    def publish(self, checkpoint: Path, path: Path) -> None:
+        """An autoencoder alone is no model."""
+
+
+def counted(value: Tensor, count: float = 1.0) -> Tensor:
+    return torch.stack([value.double(), value.new_tensor(count, dtype=torch.float64)])
 
 
 class Denoise(nn.Module):
@@ -88,73 +127,110 @@ class Denoise(nn.Module):
         else:
             self.fixed = [model.text_encoder]  # in a list, where a module's weights are nobody's
 
-    def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        encoder = self.fixed[0] if self.fixed else self.text_encoder
-        return self.denoiser(x, t, encoder(ids)[0])
+    def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """`text` is token ids (B, T), or vectors (B, T, D) that have been computed before."""
+        if not text.is_floating_point():
+            text = (self.fixed[0] if self.fixed else self.text_encoder)(text)[0]
+        return self.denoiser(x, t, text)
 
 
 class DenoiserTask:
-    """Stage 2: denoise cached latents under their captions."""
+    """Stage 2: denoise cached latents under their captions, or under vectors of the captions that are cached too."""
 
     name = "denoiser"
-    PICTURES = 16
 
     def __init__(
-        self, cfg: config.Config, model: Model, data: Images, latents: tuple[Tensor, Tensor], device: torch.device
+        self,
+        cfg: config.Config,
+        model: Model,
+        data: Images,
+        latents: Latents,
+        device: torch.device,
+        texts: TextEmbeddings | None = None,
     ):
         self.cfg, self.stage, self.model, self.data, self.device = cfg, cfg.train.denoiser, model, data, device
+        self.latents, self.texts = latents, texts
         self.module = Denoise(model)
-        self.mean, self.std = (t * model.scaling_factor for t in latents)
-        self.order = Order(data.weights(), cfg.train.seed)
+        self.network: nn.Module = self.module
+        names = {p: name for name, p in self.module.named_parameters()}
+        self.trained = {  # of each folder its parameters, those that blocks share under each block, by their names here
+            name: {k: names[p] for k, p in part.named_parameters(remove_duplicate=False) if p in names}
+            for name, part in model.parts().items()
+        }
+        self.parts: list[nn.Module] = list(self.module.children())
+        weights = data.weights() * latents.valid
+        self.order = Order(weights, cfg.train.seed, data.bucket, self.stage.batch_size)
         d = cfg.diffusion
         self.levels = training_levels(d.schedule, d.num_train_timesteps, d.shift, d.zero_terminal_snr)
         self.prediction = PREDICTIONS[cfg.diffusion.prediction]
         self.ids: dict[str, np.ndarray] = {}
         count = len(data.source)
-        self.captions = [data.source.captions(i * count // self.PICTURES)[0] for i in range(self.PICTURES)]
+        self.captions = [data.source.captions(i * count // PICTURES)[0] for i in range(PICTURES)]
 
     def encode(self, caption: str) -> np.ndarray:
-        """Token ids (T,) of a caption, remembered."""
+        """Token ids (T,) of a caption, remembered while there is room."""
         if caption not in self.ids:
+            if len(self.ids) >= 200_000:
+                self.ids.clear()
             self.ids[caption] = self.model.tokenizer.encode([caption])[0]
         return self.ids[caption]
 
-    def draw(self, step: int, row: int) -> tuple[int, int, np.ndarray, np.ndarray]:
-        """(image, level, token ids (T,), normals (2, C, h, w)) of one row of the batch."""
+    def draw(self, step: int, row: int, image: int, shape: tuple[int, ...]) -> tuple[int, str, np.ndarray]:
+        """(level, caption, normals (2, C, h, w)) of one row of the batch, which holds `image`."""
         rng, cfg = keyed(self.cfg.train.seed, "denoiser", step, row), self.cfg.diffusion
         u, dropped, which = rng.random(3)
         level = pick_level(u, float(rng.standard_normal()), cfg.timestep_density, len(self.levels))
-        normals = rng.standard_normal((2, *self.mean.shape[1:]), np.float32)
+        normals = rng.standard_normal((2, *shape), np.float32)
         if cfg.offset_noise:
-            normals[1] += cfg.offset_noise * rng.standard_normal((self.mean.shape[1], 1, 1), np.float32)
-        image = self.order(step * self.stage.batch_size + row)
+            normals[1] += cfg.offset_noise * rng.standard_normal((shape[0], 1, 1), np.float32)
         captions = self.data.source.captions(image % len(self.data.source))
         captions = captions[:1] if self.cfg.text_encoder.kind == "class" else captions  # the first one is the label
-        caption = "" if dropped < cfg.caption_dropout else captions[self.choose(which, len(captions))]
-        return image, level, self.encode(caption), normals
+        return level, "" if dropped < cfg.caption_dropout else captions[self.choose(which, len(captions))], normals
 
     @staticmethod
     def choose(u: float, count: int) -> int:
         """Half of the time the main caption, else one of the others."""
         return 0 if count == 1 or u < 0.5 else 1 + int((u - 0.5) * 2 * (count - 1))
 
-    def loss(self, step: int, rows: range) -> tuple[Tensor, dict[str, Tensor]]:
-        chosen, picked, ids, normals = (np.stack(c) for c in zip(*(self.draw(step, r) for r in rows), strict=True))
+    def batch(self, step: int, rows: range) -> tuple[Tensor, ...]:
+        """x_t (B, C, h, w), target, times (B,), text (B, T) or (B, T, D), loss weights (B,), bands of noise (B,)."""
+        chosen = self.order(step)[rows.start : rows.stop]
+        mean, std = (part * self.latents.scaling_factor for part in self.latents.rows(chosen))
+        drawn = [self.draw(step, row, int(i), mean.shape[1:]) for row, i in zip(rows, chosen, strict=True)]
+        picked, captions, normals = zip(*drawn, strict=True)
         alpha, sigma, t = np.array([self.levels[i] for i in picked]).T  # (B,) each
         weight = snr_weight(alpha, sigma, self.cfg.diffusion.prediction, self.cfg.diffusion.min_snr_gamma)
-        noise = torch.from_numpy(normals)
-        x0 = self.mean[chosen] + self.std[chosen] * noise[:, 0]
+        noise = torch.from_numpy(np.stack(normals))
+        x0 = mean + std * noise[:, 0]
         a, s, times, w = (torch.from_numpy(v.astype(np.float32)) for v in (alpha, sigma, t, weight))
         a, s = a[:, None, None, None], s[:, None, None, None]
-        x = (x0 * a + noise[:, 1] * s).to(self.device, memory_format=torch.channels_last)
-        target = self.prediction.target(x0, noise[:, 1], a, s).to(self.device)
-        output = self.module(x, times.to(self.device), torch.from_numpy(ids).to(self.device))
-        return denoising_loss(output, target, w.to(self.device)), {}
+        text = (
+            self.texts.rows(captions) if self.texts else torch.from_numpy(np.stack([self.encode(c) for c in captions]))
+        )
+        target, bands = self.prediction.target(x0, noise[:, 1], a, s), torch.tensor(picked) * BANDS // len(self.levels)
+        return x0 * a + noise[:, 1] * s, target, times, text, w, bands
+
+    def loss(self, *batch: Tensor) -> tuple[Tensor, Terms]:
+        x, target, times, text, weight, bands = batch
+        output = self.network(x.to(memory_format=torch.channels_last), times, text)
+        each = denoising_losses(output, target, weight)  # (B,)
+        inside = torch.nn.functional.one_hot(bands, BANDS).double()  # (B, BANDS)
+        sums = torch.stack([each.detach().double() @ inside, inside.sum(0)], dim=1)  # (BANDS, 2)
+        return each.mean(), {f"loss_{i}": sums[i] for i in range(BANDS)}
 
     def pictures(self, steps: int = 12) -> tuple[np.ndarray, dict[str, float]]:
         """Generated images, uint8 (16, H, W, 3), of captions spread over the data."""
         d, g = described(self.cfg, self.model.scaling_factor), self.cfg.generate
         steps = min(steps, len(self.levels))
         request = Request(steps, g.cfg_scale, g.sampler, g.schedule, d.size, d.size)
-        seeds = range(self.cfg.train.seed, self.cfg.train.seed + self.PICTURES)
+        seeds = range(self.cfg.train.seed, self.cfg.train.seed + PICTURES)
         return generate(TorchBackend(self.model, d), self.captions, seeds, request), {}
+
+    def publish(self, checkpoint: Path, path: Path) -> None:
+        """The model folder at `path` with the averaged weights of a checkpoint."""
+        averaged = dict(Blocks(checkpoint, "average").whole())
+
+        def tensors(name: str, part: nn.Module) -> Mapping[str, Tensor]:
+            return {k: averaged[mine] for k, mine in self.trained[name].items()} or part.state_dict()
+
+        folder.save(path, self.model, self.cfg, replace=True, tensors_of=tensors)
