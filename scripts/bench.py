@@ -5,7 +5,8 @@
 startup   `tinydiff --help` against `python -c "import typer"`
 generate  `tinydiff generate` of one image, whole process, against a diffusers script with the same weights, and against
           a bare script that opens the same ONNX sessions and loops in numpy (the floor)
-train     one step of the denoiser stage through the training loop against forward + backward + optimizer on the same batch
+train     steps of the denoiser stage through the training loop, batches and metrics included, against forward + backward +
+          optimizer on one batch, and against a script with accelerate and diffusers of the same sizes
 samplers  the arithmetic of each solver, a step of 8 latents of 4x64x64, against one call of a network of Stable Diffusion's
           size on them (minutes and 4 GB; not run unless named)
 full      Stable Diffusion 1.5's size with random weights, against diffusers: one network call of two 64x64 latents on torch
@@ -126,7 +127,7 @@ def generate(runs: int, model: Path) -> None:
 
 
 class Captions:
-    """A source of 512 captions, all the training step asks for when its latents are cached."""
+    """A source of 512 captions, all that a training step asks for when its latents are cached."""
 
     skipped = ()
 
@@ -140,9 +141,24 @@ class Captions:
         return 1.0
 
 
+class Latents:
+    """512 latents in memory."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        import numpy as np
+        import torch
+
+        self.mean, self.valid, self.scaling_factor = torch.randn(512, *shape), np.ones(512, bool), 1.0
+
+    def rows(self, indices) -> tuple:
+        return self.mean[indices], self.mean[indices].abs() * 0.1
+
+
+STEPS = 8  # timed together
+
+
 def train(runs: int, config: Path) -> None:
-    """The loop's step, data and metrics included, against the bare step on one fixed batch of the same shape."""
-    import numpy as np
+    """The loop's step, batches and metrics included, against the bare step on one fixed batch, and against accelerate."""
     import torch
     from torch.nn import functional as F
 
@@ -150,46 +166,109 @@ def train(runs: int, config: Path) -> None:
     from tinydiff.checkpoints import folder
     from tinydiff.data.dataset import Images
     from tinydiff.text.tokenizer import Tokenizer
-    from tinydiff.training import loop
+    from tinydiff.training.loop import step
+    from tinydiff.training.metrics import Metrics
     from tinydiff.training.optim import Average, adamw
+    from tinydiff.training.parallel import pieces
+    from tinydiff.training.runtime import Runtime
+    from tinydiff.training.saver import Ahead
     from tinydiff.training.stages import DenoiserTask
+    from tinydiff.training.state import Training
 
-    cfg = configuration.load(config, ["data.path=bench"])
-    tokenizer = Tokenizer.train(
-        [f"image number {i}" for i in range(512)], 1024, cfg.text_encoder.max_position_embeddings
-    )
+    cfg = configuration.load(config, ["data.path=bench", "data.flip=false", f"train.threads={torch.get_num_threads()}"])
+    length, names = cfg.text_encoder.max_position_embeddings, [f"image number {i}" for i in range(512)]
+    tokenizer = Tokenizer.train(names, 1024, length)
     side = cfg.data.resolution // 2 ** (len(cfg.autoencoder.block_out_channels) - 1)
-    latents = torch.randn(512, cfg.autoencoder.latent_channels, side, side)
-    with loop.Runtime(cfg) as runtime:
+    latents = Latents((cfg.autoencoder.latent_channels, side, side))
+    with Runtime(cfg) as runtime, tempfile.TemporaryDirectory() as run_dir:
         model = folder.build(cfg, tokenizer)
         model.denoiser.to(memory_format=torch.channels_last)
-        task = DenoiserTask(cfg, model, Images(Captions(), cfg.data), (latents, latents.abs() * 0.1), runtime.device)
-        average, optimizer = (
-            Average(task.module, cfg.train.denoiser.ema),
-            adamw(task.module.parameters(), cfg.train.denoiser),
-        )
-        n, counter = cfg.train.denoiser.batch_size, iter(range(10**9))
-        x = latents[:n].to(memory_format=torch.channels_last)
-        t, ids = torch.rand(n) * 1000, torch.from_numpy(np.stack([task.encode(f"image number {i}") for i in range(n)]))
+        data = Images(Captions(), cfg.data)  # type: ignore[arg-type]
+        task = DenoiserTask(cfg, model, data, latents, runtime.device)  # type: ignore[arg-type]
+        held = pieces(task.module, runtime.world)
+        parameters = [piece.tensor for piece in held]
+        training = Training(held, Average(parameters, task.stage.ema), adamw(parameters, task.stage))
+        log, size = Metrics(Path(run_dir), task.name, 0, task.stage.batch_size), task.stage.batch_size
+        coming = iter(Ahead(lambda n: [task.batch(n, range(size))], range(10**6), 600))
+        x, target, t, ids, *_ = task.batch(0, range(size))
+        x = x.to(memory_format=torch.channels_last)
 
         def bare() -> None:
             with runtime.autocast(), runtime.attention():
-                loss = F.mse_loss(task.module(x, t, ids).float(), x)
+                loss = F.mse_loss(task.network(x, t, ids).float(), target)
             loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            training.optimizer.step()
+            training.optimizer.zero_grad(set_to_none=True)
 
-        def seconds(step: Callable[[], object], times: int = 5) -> float:
-            begun = time.perf_counter()
-            for _ in range(times):
-                step()
-            return time.perf_counter() - begun
+        def ours() -> None:
+            n, batch = next(coming)
+            log.add(n + 1, step(runtime, task, training, n, batch).values)
 
-        def ours() -> object:
-            return loop.step(runtime, task, average, optimizer, next(counter))
+        theirs = accelerated(folder.component_config("unet", model, cfg), cfg, latents.mean, tokenizer.encode(names))
+        for call in (bare, ours, theirs):
+            repeated(call, 2)
+        compare("time, training step / bare step", runs, lambda: repeated(ours), lambda: repeated(bare))
+        name = "time, training step / accelerate and diffusers"
+        compare(name, runs, lambda: repeated(ours), lambda: repeated(theirs))
 
-        seconds(bare), seconds(ours)
-        compare("time, training step / bare step", runs, lambda: seconds(ours), lambda: seconds(bare))
+
+def repeated(call: Callable[[], object], times: int = STEPS) -> float:
+    begun = time.perf_counter()
+    for _ in range(times):
+        call()
+    return time.perf_counter() - begun
+
+
+def accelerated(unet: dict, cfg, latents, ids) -> Callable[[], None]:
+    """A step of the usual script: accelerate, UNet2DConditionModel and CLIPTextModel of our sizes, EMA, clipping."""
+    import torch
+    from accelerate import Accelerator
+    from diffusers import DDPMScheduler, UNet2DConditionModel
+    from diffusers.optimization import get_cosine_schedule_with_warmup
+    from diffusers.training_utils import EMAModel
+    from torch.utils.data import DataLoader, TensorDataset
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    text, stage = cfg.text_encoder, cfg.train.denoiser
+    from tinydiff.training.runtime import Runtime
+
+    accelerator = Accelerator(mixed_precision="bf16" if Runtime(cfg).dtype is torch.bfloat16 else "no", cpu=True)
+    network = UNet2DConditionModel.from_config({k: v for k, v in unet.items() if not k.startswith("_")})
+    sizes = {
+        k: getattr(text, k) for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    }
+    clip = CLIPTextConfig(vocab_size=1024, max_position_embeddings=ids.shape[1], eos_token_id=1023, **sizes)
+    encoder = CLIPTextModel(clip)
+    noises = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+    parameters = [*network.parameters(), *encoder.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=stage.lr, weight_decay=stage.weight_decay, fused=True)
+    loader = DataLoader(TensorDataset(latents, torch.from_numpy(ids)), stage.batch_size, shuffle=True, drop_last=True)
+    rates = get_cosine_schedule_with_warmup(optimizer, stage.warmup, stage.steps)
+    network, encoder, optimizer, loader, rates = accelerator.prepare(network, encoder, optimizer, loader, rates)
+    average = EMAModel(network.parameters(), decay=stage.ema)
+
+    def batches():
+        while True:
+            yield from loader
+
+    coming = batches()
+
+    def call() -> None:
+        x, tokens = next(coming)
+        noise, t = torch.randn_like(x), torch.randint(0, 1000, (x.shape[0],))
+        noisy, target = noises.add_noise(x, noise, t), noises.get_velocity(x, noise, t)
+        with accelerator.autocast():
+            output = network(noisy, t, encoder(tokens)[0]).sample
+        loss = torch.nn.functional.mse_loss(output.float(), target)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        rates.step()
+        optimizer.zero_grad()
+        average.step(network.parameters())
+        loss.item()
+
+    return call
 
 
 def samplers() -> None:

@@ -377,7 +377,8 @@ def fail(message: str, code: int) -> None:
     if os.environ.get("TINYDIFF_DEBUG"):
         raise  # noqa: PLE0704
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        print("tinydiff: " + " ".join(message.split()), file=sys.stderr)
+        if message:  # of many processes one speaks for all
+            print("tinydiff: " + " ".join(message.split()), file=sys.stderr)
     raise SystemExit(code) from None
 
 

@@ -192,7 +192,7 @@ def train(
         if done.caught and not last:
             saver.wait()
             message = f"stopped and saved at step {n + 1} of {task.name}; run the same command to go on"
-            raise Interrupted(done.caught, message)
+            raise Interrupted(done.caught, message if world.rank == 0 else "")
     saver.wait()
     log.close() if log else None
 
@@ -219,8 +219,8 @@ def step(
     for group in optimizer.param_groups:
         group["lr"] = rate
     for i, part in enumerate(batch):
-        with synced(task.network, i + 1 == len(batch)):
-            with runtime.autocast(), runtime.attention():
+        with synced(task.network, task.parts, i + 1 == len(batch)), runtime.attention():
+            with runtime.autocast():
                 loss, terms = task.loss(*(t.to(runtime.device, non_blocking=True) for t in part))
             scaler.scale(loss / len(batch)).backward()
         for name, value in {"loss": counted(loss.detach()), **terms}.items():
@@ -237,7 +237,8 @@ def step(
         scaler.step(optimizer)
     if scaler.is_enabled():  # where any process has an infinite gradient, all halve the scale
         scaler.update(None if finite else scaler.get_scale() * scaler.get_backoff_factor())
-    task.module.zero_grad(set_to_none=True)
+    for piece in training.pieces:
+        piece.parameter.grad = None
     training.average.update(n, last=n + 1 == cfg.steps)
     left_out = not finite and not (scaler.is_enabled() and math.isfinite(values["loss"]))
     return Done({"loss": values.pop("loss"), "lr": rate, "grad_norm": size} | values, left_out, caught)

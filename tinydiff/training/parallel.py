@@ -35,9 +35,9 @@ class World:
     """
 
     def __init__(self, device: torch.device, timeout: int, tensor: int = 1):
-        self.device, self.timeout, self.tensor = device, timeout, tensor
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if self.size % tensor:
+        self.device, self.timeout, self.tensor = device, timeout, tensor if self.size > 1 else 1
+        if self.size % self.tensor:
             raise UsageError(
                 f"train.tensor_parallel: {tensor} does not divide the {self.size} processes that were started"
             )
@@ -186,16 +186,14 @@ def share_matrices(network: nn.Module, world: World) -> None:
         parallelize_module(block, world.mesh["tensor"], plan)
 
 
-def synced(network: nn.Module, last: bool) -> AbstractContextManager:
-    """Around the parts of a batch: gradients are summed over the processes behind the `last` of them alone."""
+def synced(network: nn.Module, parts: Sequence[nn.Module], last: bool) -> AbstractContextManager:
+    """Around each part of a batch: gradients are summed over the processes behind the `last` of them alone."""
     from torch.distributed.fsdp import FSDPModule
 
-    if isinstance(network, DistributedDataParallel) and not last:
-        return network.no_sync()
-    for module in network.modules():
-        if isinstance(module, FSDPModule):
-            module.set_requires_gradient_sync(last, recurse=False)
-    return contextlib.nullcontext()
+    for part in parts:
+        if isinstance(part, FSDPModule):
+            part.set_requires_gradient_sync(last)
+    return contextlib.nullcontext() if last or not isinstance(network, DistributedDataParallel) else network.no_sync()
 
 
 # ---- what a process holds --------------------------------------------------------------------------------------------

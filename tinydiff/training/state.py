@@ -7,7 +7,6 @@ pointer file, no modification times. Blocks are put together at any number of pr
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from torch import Tensor
 from tinydiff.checkpoints import weights
 from tinydiff.checkpoints.header import header
 from tinydiff.errors import ModelError, ResourceError
-from tinydiff.files import MANIFEST, committed, read_json, shown, verify
+from tinydiff.files import MANIFEST, committed, named, read_json, shown, verify
 from tinydiff.training.optim import Average
 from tinydiff.training.parallel import Piece, World
 
@@ -95,7 +94,7 @@ def save(
     writers = world.size if places else 1
     if world.rank >= writers:
         return
-    with committed(path) if world.rank == 0 else contextlib.nullcontext() as temporary:
+    with committed(path) if world.rank == 0 else named(path) as temporary:
         place = Path(world.share(str(temporary), world.savers)) if writers > 1 else temporary
         assert place is not None
         problem = write(place, saved, places, world.rank, writers)

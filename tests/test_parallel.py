@@ -1,0 +1,470 @@
+"""Several processes as one run: what each does, that they agree with one alone, and what happens when one of them dies."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tinydiff import config
+from tinydiff.checkpoints import folder
+from tinydiff.errors import UsageError
+from tinydiff.training import claim, loop, state
+from tinydiff.training.metrics import TIMED
+from tinydiff.training.parallel import World, blocks
+
+STEPS = 50
+SEED = 7
+
+
+# ------------------------------------------------------------------------------------------------------ what each does
+
+
+def place(rank: int, size: int, tensor: int = 1) -> World:
+    """A place in a world that nobody has joined."""
+    made = World(torch.device("cpu"), 1)
+    made.rank, made.size, made.tensor = rank, size, tensor
+    return made
+
+
+@pytest.mark.parametrize(("size", "tensor"), [(1, 1), (2, 1), (4, 1), (4, 2), (8, 4)])
+def test_processes_share_out_the_rows_of_a_batch(size, tensor):
+    apart = [list(place(rank, size, tensor).rows(16, shared=False)) for rank in range(size)]
+    assert list(chain(*apart)) == list(range(16)) and len(set(map(len, apart))) == 1
+    shared = [list(place(rank, size, tensor).rows(16, shared=True)) for rank in range(size)]
+    assert list(chain(*shared[::tensor])) == list(range(16))
+    assert all(shared[rank] == shared[rank // tensor * tensor] for rank in range(size))
+
+
+def test_rows_are_computed_in_parts():
+    cfg = config.Stage(batch_size=24, accumulate=3)
+    assert claim.split(range(12, 24), cfg, "denoiser", place(1, 2)) == [range(12, 16), range(16, 20), range(20, 24)]
+
+
+@pytest.mark.parametrize(("batch", "accumulate", "size"), [(6, 1, 4), (8, 4, 4), (1, 1, 2)])
+def test_rows_that_do_not_come_out_even_are_refused(batch, accumulate, size):
+    cfg, world = config.Stage(batch_size=batch, accumulate=accumulate), place(0, size)
+    with pytest.raises(UsageError, match=rf"batch_size: {batch} .* multiple of {size * accumulate}"):
+        claim.split(world.rows(batch, shared=False), cfg, "denoiser", world)
+
+
+def test_more_matrices_shared_than_processes_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    with pytest.raises(UsageError, match="tensor_parallel: 4 does not divide the 6 processes"):
+        World(torch.device("cpu"), 1, 4)
+
+
+def test_blocks_are_what_a_network_repeats(tiny_config):
+    model = folder.build(tiny_config, _Words())
+    found = list(blocks(model.denoiser))
+    assert found == [
+        *model.denoiser.down_blocks,
+        *model.denoiser.mid_block.attentions,
+        *model.denoiser.mid_block.resnets,
+        *model.denoiser.up_blocks,
+    ]
+    assert list(blocks(nn.ModuleDict({"text": model.text_encoder}))) == list(
+        model.text_encoder.text_model.encoder.layers
+    )
+
+
+class _Words:
+    vocab_size, eos = 600, 599
+
+
+def test_blocks_computed_twice_give_the_same_bits(parallel_config, alone, tmp_path):
+    cfg = replace(parallel_config, train=replace(parallel_config.train, gradient_checkpointing=True))
+    loop.run(cfg, tmp_path)
+    assert digests(tmp_path) == digests(alone)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_alike(parallel_config, alone, tmp_path):
+    loop.run(replace(parallel_config, train=replace(parallel_config.train, compile=True)), tmp_path)
+    assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------- many as one
+
+# Imports torch once, then forks the processes of each job that it reads: the command line with the environment that
+# torchrun would give it, which costs seconds for each start. Says the process ids at once and the exit codes at the end.
+SERVER = """
+import json, os, sys
+from tinydiff import cli
+from tinydiff.training import loop
+import torch._dynamo  # which the first optimizer step imports
+import torch.distributed.fsdp, torch.distributed.tensor.parallel, torch.nn.parallel
+
+def child(job, rank):
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["size"], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": job["port"]}
+    os.environ.update({k: str(v) for k, v in place.items()} if job["size"] > 1 else {})
+    out = os.open(f"{job['log']}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    sys.argv = ["tinydiff", *(text.replace("RANK", str(rank)) for text in job["argv"])]
+    exec(job["patch"], {"rank": rank})
+    try:
+        cli.main()
+    except SystemExit as end:
+        sys.stderr.flush()
+        return end.code or 0
+
+for line in sys.stdin:
+    job, pids = json.loads(line), []
+    for rank in range(job["size"]):
+        if (pid := os.fork()) == 0:
+            code = 1
+            try:
+                code = child(job, rank)
+            finally:
+                os._exit(code)
+        pids.append(pid)
+    print(json.dumps(pids), flush=True)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)
+"""
+
+
+@dataclass
+class Server:
+    """Runs of the command line in several processes that can be killed."""
+
+    config_path: Path
+    process: subprocess.Popen = field(init=False)
+    run_dir: Path = field(init=False)
+    pids: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        root = str(Path(loop.__file__).parents[2])
+        path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+        command = [sys.executable, "-c", SERVER]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def start(self, size: int, run_dir: Path, *settings: str, patch: str = "") -> list[int]:
+        """Begin a run of `size` processes; their ids. What a failed test has left running is ended first."""
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if self.pids:
+            self.wait()
+        self.run_dir = run_dir
+        argv = ["train", str(self.config_path), "--run-dir", str(run_dir)]
+        argv += [part for setting in settings for part in (("--set", setting) if "=" in setting else (setting,))]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        job = {"size": size, "argv": argv, "log": f"{run_dir}.log", "port": port, "patch": patch}
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        self.pids = json.loads(self.process.stdout.readline())
+        return self.pids
+
+    def wait(self) -> list[int]:
+        self.pids = []
+        return json.loads(self.process.stdout.readline())
+
+    def run(self, size: int, run_dir: Path, *settings: str, patch: str = "") -> list[int]:
+        self.start(size, run_dir, *settings, patch=patch)
+        return self.wait()
+
+    def said(self, rank: int = 0) -> str:
+        return Path(f"{self.run_dir}.log.{rank}").read_text()
+
+
+@pytest.fixture(scope="module")
+def parallel_config(tiny_config) -> config.Config:
+    """Few steps of the autoencoder, then fifty of a denoiser of one level; pictures and a last checkpoint at the end."""
+    denoiser = replace(tiny_config.denoiser, block_out_channels=(16,), down_block_types=("CrossAttnDownBlock2D",))
+    train = replace(
+        tiny_config.train,
+        timeout=30,
+        autoencoder=replace(tiny_config.train.autoencoder, steps=4, save_every=4, sample_every=100),
+        denoiser=replace(tiny_config.train.denoiser, steps=STEPS, save_every=25, sample_every=100),
+    )
+    return replace(tiny_config, denoiser=denoiser, train=train)
+
+
+@pytest.fixture(scope="module")
+def config_path(parallel_config, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "tiny.toml"
+    path.write_text(config.to_toml(parallel_config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(config_path) -> Iterator[Server]:
+    server = Server(config_path)
+    yield server
+    with server.process as process:
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def alone(server, tmp_path_factory) -> Path:
+    """The run of a single process."""
+    run_dir = tmp_path_factory.mktemp("alone") / "run"
+    assert server.run(1, run_dir) == [0], server.said()
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def pair(server, tmp_path_factory) -> Path:
+    """The run of two processes that nothing disturbed."""
+    run_dir = tmp_path_factory.mktemp("pair") / "run"
+    assert server.run(2, run_dir) == [0, 0], server.said()
+    return run_dir
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    """Everything measured but for what depends on the clock."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMED} for row in rows]
+
+
+def losses(run_dir: Path, stage: str = "denoiser") -> list[float]:
+    return [row["loss"] for row in metrics(run_dir) if row["stage"] == stage and "loss" in row]
+
+
+def digests(run_dir: Path) -> dict[str, str]:
+    """SHA-256 of everything that the last steps left behind, and what was measured."""
+    paths = [*run_dir.glob("model/*/*.safetensors"), *run_dir.glob(f"checkpoints/denoiser-{STEPS:08d}/*.safetensors")]
+    found = {str(p.relative_to(run_dir)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(paths)}
+    return found | {"metrics": json.dumps(metrics(run_dir))}
+
+
+def tensors(run_dir: Path, kind: str, step: int = STEPS) -> dict[str, torch.Tensor]:
+    return dict(state.Blocks(run_dir / "checkpoints" / f"denoiser-{step:08d}", kind).whole())
+
+
+def alike(one: Path, other: Path) -> None:
+    """Losses within 1e-4 at every step that is logged, and weights and moments that went the same way."""
+    assert len(losses(one)) == 5 and losses(other) == pytest.approx(losses(one), rel=1e-4)
+    for kind in state.KINDS:
+        mine, theirs = tensors(one, kind), tensors(other, kind)
+        assert {k: v.shape for k, v in mine.items()} == {k: v.shape for k, v in theirs.items()}
+        usual = torch.stack([v.abs().max() for v in mine.values()]).median()
+        for name, value in mine.items():  # what should be zero, such as a gradient of a key's bias, is noise
+            assert (value - theirs[name]).abs().max() <= 2e-3 * value.abs().max() + 1e-3 * usual, (kind, name)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_many_processes_learn_what_one_does(server, alone, pair, tmp_path, size):
+    run_dir = pair if size == 2 else tmp_path / "run"
+    assert size == 2 or server.run(size, run_dir) == [0] * size, server.said()
+    alike(alone, run_dir)
+    names = [{str(p.relative_to(d)) for p in (d / "checkpoints").rglob("*.*")} for d in (alone, run_dir)]
+    assert names[0] == names[1]  # whoever goes on with it need not know
+    assert server.said(1) == "" or size == 4
+
+
+def test_divided_weights_learn_the_same_and_go_on_alone(server, alone, tmp_path):
+    """FSDP over four processes, their checkpoint of step 25 then continued by one, and by two with whole weights."""
+    run_dir = tmp_path / "run"
+    assert server.run(4, run_dir, "train.parallel=fsdp") == [0] * 4, server.said()
+    alike(alone, run_dir)
+    half = run_dir / "checkpoints" / "denoiser-00000025"
+    assert len(list(half.glob("weights-*-of-00004.safetensors"))) == 4
+    assert sum(p.stat().st_size for p in half.glob("weights-*")) < 1.5 * sum(
+        p.stat().st_size for p in (alone / "checkpoints" / "denoiser-00000025").glob("weights.safetensors")
+    )
+    shutil.rmtree(run_dir / "model")
+    shutil.rmtree(run_dir / "checkpoints" / f"denoiser-{STEPS:08d}")
+    two = Path(shutil.copytree(run_dir, tmp_path / "two"))
+    assert server.run(1, run_dir) == [0] and "going on from step 25" in server.said(), server.said()
+    alike(alone, run_dir)
+    assert server.run(2, two) == [0, 0], server.said()
+    alike(alone, two)
+    model, average = folder.load(two / "model"), tensors(two, "average")
+    assert all(torch.equal(v, average[f"denoiser.{k}"]) for k, v in model.denoiser.state_dict().items())
+
+
+def test_shared_matrices_learn_the_same(server, tmp_path):
+    """A DiT over two groups of two processes that share each matrix, then alone from their checkpoint."""
+    dit = ("denoiser.kind=dit", 'dit.size="custom"', "dit.num_layers=2", "dit.num_attention_heads=2")
+    dit += ("dit.attention_head_dim=8",)
+    assert server.run(1, tmp_path / "alone", *dit) == [0], server.said()
+    settings = (*dit, "train.parallel=fsdp", "train.tensor_parallel=2")
+    assert server.run(4, tmp_path / "run", *settings) == [0] * 4, server.said()
+    alike(tmp_path / "alone", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / f"denoiser-{STEPS:08d}")
+    assert server.run(1, tmp_path / "run", *dit) == [0], server.said()
+    alike(tmp_path / "alone", tmp_path / "run")
+
+
+def test_parts_of_a_batch_are_exchanged_once(server, alone, tmp_path):
+    """Gradients of two processes in two parts each: as one batch, and summed over the processes once an update."""
+    count = """
+import atexit, os
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from tinydiff.training import parallel
+calls = [0]
+class Counted(parallel.DistributedDataParallel):
+    def __init__(self, *a, **k):
+        super().__init__(*a, **k)
+        def hook(group, bucket):
+            calls[0] += bucket.is_last()
+            return allreduce_hook(group, bucket)
+        self.register_comm_hook(None, hook)
+parallel.DistributedDataParallel = Counted
+from tinydiff.training import loop
+run = loop.run
+def counted(*a):
+    result = run(*a)
+    print("exchanges", calls[0], flush=True)
+    return result
+loop.run = counted
+"""
+    settings = ("train.denoiser.accumulate=2", "--accept-changes")
+    assert server.run(2, tmp_path / "run", *settings, patch=count) == [0, 0], server.said()
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-4)
+    assert f"exchanges {4 + STEPS}" in server.said()
+
+
+# ------------------------------------------------------------------------------------------------ when one of them dies
+
+
+def checked(run_dir: Path, wanted: Path) -> None:
+    """The run ended in the bits of the undisturbed one, and nothing half-written is left."""
+    assert digests(run_dir) == digests(wanted)
+    assert not [p for p in run_dir.rglob(".*") if p.name != ".lock"]
+
+
+def killed(server: Server, run_dir: Path, wanted: Path, times: int) -> None:
+    """Kill one of two processes at random moments, `times` times, then let the run end."""
+    rng, codes = np.random.default_rng(SEED), []
+    while len(codes) < times:
+        pids, rank = server.start(2, run_dir), int(rng.integers(2))
+        time.sleep(rng.uniform(0.3, 2.5))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pids[rank], signal.SIGKILL)
+        codes.append(server.wait())
+        if codes[-1] == [0, 0]:  # it was faster: some steps back
+            for path in sorted(run_dir.glob("checkpoints/denoiser-*"))[-1:]:
+                shutil.rmtree(path)
+        else:
+            assert codes[-1][rank] == -signal.SIGKILL and codes[-1][1 - rank] in (7, -signal.SIGKILL), server.said(
+                1 - rank
+            )
+    assert server.run(2, run_dir) == [0, 0], server.said()
+    checked(run_dir, wanted)
+
+
+def test_a_killed_process_ends_the_others_and_the_run_ends_in_the_same_bits(server, pair, tmp_path):
+    killed(server, tmp_path / "run", pair, 4)
+
+
+@pytest.mark.slow
+def test_fifty_times_killed(server, pair, tmp_path):
+    killed(server, tmp_path / "run", pair, 50)
+
+
+def reached(run_dir: Path, name: str) -> None:
+    """Wait for a file of the run."""
+    end = time.monotonic() + 120
+    while not list(run_dir.glob(name)):
+        assert time.monotonic() < end, f"{name} never came"
+        time.sleep(0.01)
+
+
+def test_a_process_that_hangs_ends_the_run_in_time(server, pair, tmp_path):
+    run_dir = tmp_path / "run"
+    pids = server.start(2, run_dir, "train.timeout=6")
+    reached(run_dir, "checkpoints/denoiser-00000025")
+    begun = time.monotonic()
+    os.kill(pids[1], signal.SIGSTOP)
+    while Path(f"/proc/{pids[0]}").exists():
+        assert time.monotonic() < begun + 25, "the other waits for ever"
+        time.sleep(0.05)
+    os.kill(pids[1], signal.SIGKILL)
+    assert server.wait() == [7, -signal.SIGKILL]
+    last = server.said().splitlines()[-1]
+    assert "did not answer for 6 s; start the same command again" in last and "Traceback" not in server.said()
+    assert server.run(2, run_dir) == [0, 0]
+    checked(run_dir, pair)
+
+
+def test_a_signal_to_one_stops_all_behind_one_step(server, pair, tmp_path):
+    run_dir = tmp_path / "run"
+    pids = server.start(2, run_dir)
+    reached(run_dir, "checkpoints/denoiser-00000025")
+    os.kill(pids[1], signal.SIGTERM)
+    assert server.wait() == [128 + signal.SIGTERM] * 2
+    assert "stopped and saved at step" in server.said() and server.said(1) == ""
+    assert server.run(2, run_dir) == [0, 0]
+    checked(run_dir, pair)
+
+
+def test_what_one_cannot_save_nobody_commits(server, tmp_path):
+    full = """
+import errno
+from tinydiff.training import state
+save = state.save_file
+def save_file(tensors, path, about):
+    if rank == 1 and "00000050" in str(path):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+    save(tensors, path, about)
+state.save_file = save_file
+"""
+    run_dir = tmp_path / "run"
+    assert server.run(2, run_dir, "train.parallel=fsdp", patch=full) == [7, 7], server.said()
+    assert "weights-00002-of-00002.safetensors: No space left on device; free some space" in server.said(1)
+    assert "another process could not write" in server.said()
+    kept = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
+    assert kept == ["autoencoder-00000004", "denoiser-00000025"]
+    assert server.run(2, run_dir, "train.parallel=fsdp") == [0, 0], server.said()
+
+
+def test_processes_that_read_other_data_are_refused(server, image_folder, tmp_path):
+    for rank in range(2):
+        shutil.copytree(image_folder, tmp_path / f"images{rank}")
+    (tmp_path / "images1" / "red-square.txt").write_text("something else")
+    codes = server.run(2, tmp_path / "run", f"data.path={tmp_path}/imagesRANK")
+    assert codes[1] == 3 and codes[0] != 0
+    assert "process 1 reads other data than process 0" in server.said(1)
+
+
+def test_a_second_run_in_the_directory_is_refused(server, tmp_path):
+    from tinydiff import files
+
+    (tmp_path / "run").mkdir()
+    with files.lock(tmp_path / "run"):
+        codes = server.run(2, tmp_path / "run")
+    assert codes[0] == 6 and codes[1] != 0
+
+
+def test_torchrun_trains_and_draws(config_path, pair, tmp_path):
+    """The commands of the README, by torchrun itself."""
+    root = str(Path(loop.__file__).parents[2])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([root, *sys.path])}
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "tinydiff",
+    ]
+    command = [*torchrun, "train", str(config_path), "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'run' / 'model'}\n"), done.stderr
+    checked(tmp_path / "run", pair)
