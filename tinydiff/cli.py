@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tinydiff import __version__, flags
+from tinydiff import __version__, flags, processes
 from tinydiff.diffusion.predictions import PREDICTIONS
 from tinydiff.diffusion.samplers import SAMPLERS
 from tinydiff.diffusion.schedules import SPACINGS
@@ -195,9 +195,14 @@ def generate(
     force: Force = False,
     no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Leave the settings out of the PNG.")] = False,
 ) -> None:
-    """Draw images from prompts."""
+    """Draw images from prompts.
+
+    Under torchrun (`torchrun --nproc-per-node 4 -m tinydiff generate - -o out/`) several processes draw the same images in
+    less time: the first one reads the prompts, and a batch is drawn as soon as it is full.
+    """
     flags.choose("--backend", backend, BACKENDS)
     flags.choose("--device", device, DEVICES)
+    processes.own_device()
     opened = opening(model, backend, device, vae, prediction)
     from tinydiff import drawing  # imported while the graphs are being opened
 
@@ -217,11 +222,15 @@ def generate(
 
 
 def say_image(path: str, image: Any, as_json: bool) -> None:
-    """One image's line: JSON on stdout, or for a person on stderr."""
+    """One image's line: JSON on stdout, or for a person on stderr.
+
+    Its end is written with it: under torchrun, which turns buffering off, other processes' lines would get in between.
+    """
     if as_json:
-        print(json.dumps({"path": path, **image.settings, "seconds": round(image.seconds, 4)}), flush=True)
+        row = {"path": path, **image.settings, "seconds": round(image.seconds, 4)}
+        print(json.dumps(row) + "\n", end="", flush=True)
     else:
-        print(f"{path}: {image.settings['prompt']!r}, seed {image.settings['seed']}", file=sys.stderr)
+        print(f"{path}: {image.settings['prompt']!r}, seed {image.settings['seed']}\n", end="", file=sys.stderr)
 
 
 def opening(
@@ -376,9 +385,9 @@ def fail(message: str, code: int) -> None:
     """Print one line, or the traceback under --debug, and exit."""
     if os.environ.get("TINYDIFF_DEBUG"):
         raise  # noqa: PLE0704
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        if message:  # of many processes one speaks for all
-            print("tinydiff: " + " ".join(message.split()), file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError, AttributeError, KeyboardInterrupt):
+        if message:  # of many processes that stop together one speaks for all
+            print(f"tinydiff: {processes.turn()}" + " ".join(message.split()), file=sys.stderr)
     raise SystemExit(code) from None
 
 

@@ -1,10 +1,12 @@
 """From prompts on the command line or stdin to PNG files: what `tinydiff generate` does between parsing and drawing.
 
-Prompts are drawn in batches as they come in; each image is written as soon as its batch is done.
+Prompts are drawn in batches as they come in; each image is written as soon as its batch is done. Under torchrun the
+first process reads the prompts and the batches are dealt out.
 """
 
 from __future__ import annotations
 
+import json
 import queue
 import re
 import secrets
@@ -18,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from tinydiff import images, pipeline
+from tinydiff import images, pipeline, processes
 from tinydiff.diffusion.noise import Seed
 from tinydiff.editing import Edit
 from tinydiff.errors import UsageError
@@ -52,9 +54,15 @@ class Drawn:
 
 
 def refuse_existing(path: Path, force: bool) -> None:
-    """UsageError, before anything is drawn, where a file would be lost."""
-    if path.exists() and not force:
+    """UsageError, before anything is drawn, where a file would be lost. Of several processes the first one looks."""
+    if processes.rank() == 0 and path.exists() and not force:
         raise UsageError(f"{shown(path)}: exists; use --force to replace it, or another -o")
+
+
+def refuse_many(output: str) -> None:
+    """UsageError where several processes would write one file."""
+    if processes.world() > 1:
+        raise UsageError(f"-o {output}: several processes cannot write one file; give a folder, such as out/")
 
 
 class Reel:
@@ -63,6 +71,7 @@ class Reel:
     MOVING = (".webp", ".gif", ".apng")
 
     def __init__(self, output: str, force: bool):
+        refuse_many(output)
         self.path, self.force, self.drawn = Path(output), force, list[Drawn]()
         if self.path.suffix.lower() not in (".png", *self.MOVING):
             raise UsageError(
@@ -95,6 +104,7 @@ class Sink:
     def __init__(self, output: str, force: bool, many: bool):
         self.output, self.force = output, force
         if output == "-":
+            refuse_many(output)
             if sys.stdout.isatty():
                 raise UsageError("-o -: PNG bytes do not belong on a terminal; redirect stdout or give a file")
             return
@@ -218,6 +228,22 @@ def batches(items: Iterator[Job | None], size: int) -> Iterator[list[Job]]:
         yield batch
 
 
+def shares(items: Iterator[Job | None], size: int) -> Iterator[list[Job]]:
+    """This process's batches: all of them, or of several processes every so-manieth, each full wherever there are jobs."""
+    if processes.world() == 1:
+        yield from batches(items, size)
+        return
+    full = batches((job for job in items if job), size)
+    for data in processes.dealt(json.dumps([asdict(job) for job in batch]).encode() for batch in full):
+        yield [job_of(values) for values in json.loads(data)]
+
+
+def job_of(values: dict[str, Any]) -> Job:
+    """A job from its JSON, where a way between two seeds is a list."""
+    job = Job(**values)
+    return replace(job, seed=tuple(values["seed"])) if isinstance(values["seed"], list) else job
+
+
 def draw(
     backend: pipeline.Backend,
     items: Iterator[Job | None],
@@ -226,15 +252,18 @@ def draw(
     size: int,
     edit: Edit | None = None,
 ) -> Iterator[Drawn]:
-    """Every job's image, in order; prompts longer than the model's context are named on stderr."""
-    noted: set[str] = set()
-    negative = clean(negative)
-    for batch in batches(items, size):
+    """Every job's image, in order; prompts longer than the model's context are named on stderr.
+
+    Under torchrun only the first process's `items` are drawn, each image by one of the processes.
+    """
+    negative, first = clean(negative), processes.rank() == 0
+    noted = set() if first else {negative}
+    for batch in shares(items, size):
         prompts = [understood(job.prompt, job.toward, job.share) for job in batch]
         for text in dict.fromkeys([negative, *(branch.text for branches in prompts for branch in branches)]):
             note_of_parts(backend, text, noted)
         bar = Progress(f"image {batch[0].index + 1}{to_last(batch)}", request.steps)
-        on_step = bar.update if bar.bar else lambda step: None
+        on_step = bar.update if bar.bar and first else lambda step: None
         begun, seeds, negatives = time.monotonic(), [job.seed for job in batch], [negative] * len(batch)
         pixels = pipeline.generate(backend, prompts, seeds, request, negatives, on_step, edit)
         seconds = (time.monotonic() - begun) / len(batch)
