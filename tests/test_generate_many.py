@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import socket
@@ -46,8 +45,10 @@ def one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
     def run(*words: str, stdin: bytes = b"") -> str:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        cli.app(words, standalone_mode=False)
+        (tmp_path / "stdin").write_bytes(stdin)
+        with open(tmp_path / "stdin") as file:
+            monkeypatch.setattr(sys, "stdin", file)
+            cli.app(words, standalone_mode=False)
         return capsys.readouterr().out
 
     return run

@@ -226,11 +226,13 @@ def say_image(path: str, image: Any, as_json: bool) -> None:
 
     Its end is written with it: under torchrun, which turns buffering off, other processes' lines would get in between.
     """
+    from tinydiff.files import shown
+
     if as_json:
         row = {"path": path, **image.settings, "seconds": round(image.seconds, 4)}
         print(json.dumps(row) + "\n", end="", flush=True)
     else:
-        print(f"{path}: {image.settings['prompt']!r}, seed {image.settings['seed']}\n", end="", file=sys.stderr)
+        print(f"{shown(path)}: {image.settings['prompt']!r}, seed {image.settings['seed']}\n", end="", file=sys.stderr)
 
 
 def opening(
@@ -268,6 +270,7 @@ def export(
     """Write ONNX graphs, verified against torch before they are kept, or the weights in another layout."""
     flags.choose("--format", format_, ("onnx", "folder", "single-file"))
     flags.choose("--precision", precision or "fp32", ("fp32", "fp16"))
+    flags.finite("--atol", atol)
     if prediction:
         flags.choose("--prediction", prediction, tuple(PREDICTIONS))
     from tinydiff.backends import find_model
@@ -300,7 +303,7 @@ def evaluate(
         list[str], typer.Option("--data", help="A folder of captioned images, or shapes; repeat to compare among all.")
     ] = ...,  # type: ignore[assignment]
     count: Annotated[int, typer.Option(min=1, max=100_000, help="Images to draw for each.")] = 256,
-    seed: Annotated[int, typer.Option("-s", "--seed", min=0, help="Picks captions and noise.")] = 0,
+    seed: Annotated[int, typer.Option("-s", "--seed", min=0, max=2**63 - 1, help="Picks captions and noise.")] = 0,
     batch_size: BatchSize = None,
     steps: Steps = None,
     cfg_scale: CfgScale = None,
@@ -382,12 +385,13 @@ def one_line_errors() -> Iterator[None]:
 
 
 def fail(message: str, code: int) -> None:
-    """Print one line, or the traceback under --debug, and exit."""
+    """Print one line that a terminal only shows, or the traceback under --debug, and exit."""
     if os.environ.get("TINYDIFF_DEBUG"):
         raise  # noqa: PLE0704
     with contextlib.suppress(OSError, ValueError, AttributeError, KeyboardInterrupt):
-        if message:  # of many processes that stop together one speaks for all
-            print(f"tinydiff: {processes.turn()}" + " ".join(message.split()), file=sys.stderr)
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
+        if line:  # of many processes that stop together one speaks for all
+            print(f"tinydiff: {processes.turn()}{line}", file=sys.stderr)
     raise SystemExit(code) from None
 
 
@@ -398,8 +402,17 @@ def closed_pipe() -> None:
     raise SystemExit(141) from None
 
 
+def hold_streams() -> None:
+    """Point standard streams that are closed at nothing, lest a file that is opened gets their number and their text."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+
+
 def main() -> None:
     """The console script: the app with errors in one line, and stdout flushed where that can still fail cleanly."""
+    hold_streams()
     with one_line_errors():
         code = app(standalone_mode=False)
         if sys.stdout is not None:

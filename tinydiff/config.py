@@ -243,6 +243,8 @@ def load(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
 def read_toml(path: Path) -> dict[str, Any]:
     """A TOML file as a dict; UsageError where it is missing, over 1 MB or not TOML."""
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UsageError(f"{path}: not a regular file; give a tinydiff.toml")
         data = path.read_bytes()
         if len(data) > 1_000_000:
             raise UsageError(f"{path}: {len(data)} bytes is no configuration; expected a tinydiff.toml")

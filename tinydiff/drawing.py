@@ -23,12 +23,14 @@ import numpy as np
 from tinydiff import images, pipeline, processes
 from tinydiff.diffusion.noise import Seed
 from tinydiff.editing import Edit
-from tinydiff.errors import UsageError
+from tinydiff.errors import ResourceError, UsageError
 from tinydiff.files import shown, write_file
 from tinydiff.text.prompts import Branch, blend, parse
 from tinydiff.training.progress import Progress
 
 NUMBERED = "%04d.png"
+MAX_PROMPT = 10_000  # characters
+MAX_LINE = 2**20  # bytes read of stdin before a line's end is waited for no longer: it is no prompt
 COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
@@ -105,6 +107,8 @@ class Sink:
         self.output, self.force = output, force
         if output == "-":
             refuse_many(output)
+            if sys.stdout is None:
+                raise UsageError("-o -: stdout is closed; give a file")
             if sys.stdout.isatty():
                 raise UsageError("-o -: PNG bytes do not belong on a terminal; redirect stdout or give a file")
             return
@@ -164,19 +168,32 @@ def clean(text: str) -> str:
 
 def understood(prompt: str, toward: str | None = None, share: float = 0.0) -> list[Branch]:
     """The prompt's branches, or those on the way to another; UsageError names the prompt too, it may be one of many."""
+    for text in (prompt, toward or ""):
+        refuse_long(text)
     try:
         return parse(prompt) if toward is None else blend(prompt, toward, share)
     except UsageError as error:
         raise UsageError(f"{error} (in {prompt[:60]!r})") from None
 
 
+def refuse_long(text: str) -> None:
+    """UsageError for a prompt so long that what the network looks at would fill the memory."""
+    if len(text) > MAX_PROMPT:
+        raise UsageError(f"prompt: {len(text)} characters are over {MAX_PROMPT}; shorten it (it begins {text[:60]!r})")
+
+
 def _stdin() -> Iterator[str | None]:
-    lines: queue.Queue[bytes | None] = queue.Queue(1024)
+    lines: queue.Queue[bytes | OSError | None] = queue.Queue(1024)
 
     def read() -> None:
-        for line in sys.stdin.buffer if sys.stdin else ():
-            lines.put(line)
-        lines.put(None)
+        try:
+            if sys.stdin:  # a reader of our own: Python aborts where it ends while a thread is reading its own one
+                with open(sys.stdin.fileno(), "rb", closefd=False) as stdin:
+                    while line := stdin.readline(MAX_LINE):
+                        lines.put(line)
+            lines.put(None)
+        except OSError as error:  # stdin is open for writing only, say
+            lines.put(error)
 
     threading.Thread(target=read, daemon=True).start()
     waiting = False
@@ -188,6 +205,8 @@ def _stdin() -> Iterator[str | None]:
             yield None
             continue
         waiting = False
+        if isinstance(line, OSError):
+            raise ResourceError(f"stdin: {line.strerror}; give it prompts, one a line") from line
         if line is None:
             return
         if text := clean(line.decode("utf-8", "replace").lstrip("\ufeff")):
@@ -257,6 +276,7 @@ def draw(
     Under torchrun only the first process's `items` are drawn, each image by one of the processes.
     """
     negative, first = clean(negative), processes.rank() == 0
+    refuse_long(negative)
     noted = set() if first else {negative}
     for batch in shares(items, size):
         prompts = [understood(job.prompt, job.toward, job.share) for job in batch]

@@ -13,6 +13,8 @@ from tinydiff.diffusion.samplers import SAMPLERS
 from tinydiff.diffusion.schedules import SPACINGS
 from tinydiff.errors import UsageError
 
+MAX_SIDE = 16384  # pixels, as of -W and -H
+
 if TYPE_CHECKING:
     from tinydiff.editing import Edit
     from tinydiff.pipeline import Backend, Request
@@ -27,8 +29,7 @@ def complete(opened: Backend, given: dict[str, Any]) -> tuple[Request, int]:
             choose(f"--{flag}", given[flag], tuple(names))
     scales = ("cfg_scale", "cfg_max", "cfg_complex", "cfg_rescale")
     for name in scales:
-        if not math.isfinite(given.get(name) or 0):
-            raise UsageError(f"--{name.replace('_', '-')} {given[name]}: give a number, such as 3")
+        finite(f"--{name.replace('_', '-')}", given.get(name) or 0)
     d = opened.description
     values = {
         k: given[k] if given.get(k) is not None else getattr(d.generate, k)
@@ -75,9 +76,12 @@ def edited(opened: Backend, request: Request, given: dict[str, Any]) -> tuple[Re
 def margins(text: str) -> tuple[int, int, int, int]:
     """ "L,T,R,B" as pixels; UsageError for anything else."""
     parts = text.split(",")
-    if len(parts) != 4 or not all(part.strip().isdecimal() for part in parts) or not any(int(part) for part in parts):
+    sides = [int(part) for part in parts if part.strip().isdecimal() and len(part) < 10]
+    if len(parts) != 4 or len(sides) != 4 or not any(sides):
         raise UsageError(f"--outpaint {text}: give four numbers of pixels, left,top,right,bottom, such as 0,0,64,0")
-    left, top, right, bottom = (int(part) for part in parts)
+    if max(sides) > MAX_SIDE:
+        raise UsageError(f"--outpaint {text}: {max(sides)} pixels are over {MAX_SIDE}; give less")
+    left, top, right, bottom = sides
     return left, top, right, bottom
 
 
@@ -90,6 +94,12 @@ def interval(text: str) -> tuple[float, float]:
     if not 0 <= low <= high <= 1:
         raise UsageError(f"--cfg-interval {text}: give two shares of the noise levels, such as 0.2,0.8")
     return low, high
+
+
+def finite(flag: str, value: float) -> None:
+    """UsageError for nan and infinity, which no range of numbers excludes."""
+    if not math.isfinite(value):
+        raise UsageError(f"{flag} {value}: give a number, such as 3")
 
 
 def choose(flag: str, value: str, names: tuple[str, ...]) -> None:
@@ -113,7 +123,7 @@ def way(prompts: Iterator[str | None], given: dict[str, Any]) -> Iterator[Any]:
         seeds = [int(part) for part in given["seed_path"].split(",")] if given["seed_path"] else [start]
     except ValueError:
         seeds = []
-    if not seeds or (given["seed_path"] and len(seeds) < 2) or min(seeds) < 0:
-        raise UsageError(f"--seed-path {given['seed_path']}: give two or more seeds, such as 1,2,3")
+    if not seeds or (given["seed_path"] and len(seeds) < 2) or min(seeds) < 0 or max(seeds) >= 2**63:
+        raise UsageError(f"--seed-path {given['seed_path']}: give two or more seeds below 2^63, such as 1,2,3")
     to = drawing.clean(given["to"]) if given["to"] is not None else None
     return drawing.frames(next(prompts) or "", to, seeds, given["frames"] or 16)
