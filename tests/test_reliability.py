@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -456,3 +457,16 @@ def test_bytes_do_not_go_to_a_terminal(tmp_path: Path) -> None:
         raise OSError
     os.close(ours)
     assert done.returncode == 2 and b"terminal" in done.stderr
+
+
+# ---- the list ------------------------------------------------------------------------------------------------------
+
+
+def test_the_tests_that_are_named_exist() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "reliability.md").read_text()))
+    found = {
+        name
+        for path in (ROOT / "tests").glob("*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)
+    }
+    assert len(named) > 80 and named <= found, sorted(named - found)

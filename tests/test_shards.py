@@ -250,7 +250,7 @@ def test_nothing_of_use(tmp_path, make):
 # ---- items of reliability --------------------------------------------------------------------------------------------
 
 
-def test_42_nothing_leaves_the_archive(tmp_path, make):
+def test_nothing_leaves_the_archive(tmp_path, make):
     secret = tmp_path / "secret.png"
     secret.write_bytes(picture((9, 9, 9)))
     files = [
@@ -304,7 +304,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_43_hostile_archives_are_refused_within_two_seconds(tmp_path, make, name):
+def test_hostile_archives_are_refused_within_two_seconds(tmp_path, make, name):
     content, expected = HOSTILE[name]
     path = tmp_path / "shards/evil.tar"
     for before in (b"", b"".join(padded(part) for part in (header(size=b"00000000001\0"), b"x"))):
@@ -316,7 +316,7 @@ def test_43_hostile_archives_are_refused_within_two_seconds(tmp_path, make, name
             assert expected in message
 
 
-def test_43_bombs_that_are_sparse_on_disk_cost_nothing(tmp_path, make):
+def test_bombs_that_are_sparse_on_disk_cost_nothing(tmp_path, make):
     """Archives of a hundred gigabytes, by their size: one image, one caption, one name."""
     for number, block in enumerate(
         (header(size=b"\x80" + (10**11).to_bytes(11, "big")), header(b"a.txt"), header(kind=b"L"))
@@ -328,14 +328,14 @@ def test_43_bombs_that_are_sparse_on_disk_cost_nothing(tmp_path, make):
         assert refusal(make, path)
 
 
-def test_43_a_member_that_claims_too_many_pixels_is_left_out(tmp_path, make):
+def test_a_member_that_claims_too_many_pixels_is_left_out(tmp_path, make):
     bomb = picture()
     bomb = bomb.replace(bomb[16:24], struct.pack(">II", 2**20, 2**20))
     source = make(tar(tmp_path / "a.tar", [*sample(1).items(), ("bomb.png", bomb), ("bomb.txt", b"x")]))
     assert source.skipped[0][0] == "a.tar/bomb" and len(source) == 1
 
 
-def test_43_limits_on_members_and_text(tmp_path, make, monkeypatch):
+def test_limits_on_members_and_text(tmp_path, make, monkeypatch):
     path = tar(tmp_path / "a.tar", sample(1) | sample(2))
     monkeypatch.setattr("tinydiff.data.tar.MAX_MEMBERS", 3)
     assert "over 3 members; split it" in refusal(make, path)
@@ -363,7 +363,7 @@ def test_43_limits_on_members_and_text(tmp_path, make, monkeypatch):
         "no.tar",
     ],
 )
-def test_44_a_path_is_only_a_path(tmp_path, monkeypatch, name):
+def test_a_path_is_only_a_path(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="no such file or folder") as caught:
         open_source(replace(Data(), path=name))
@@ -371,7 +371,7 @@ def test_44_a_path_is_only_a_path(tmp_path, monkeypatch, name):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_44_a_folder_of_such_a_name_is_read(tmp_path, make):
+def test_a_folder_of_such_a_name_is_read(tmp_path, make):
     (tmp_path / "{a..b}").mkdir()
     tar(tmp_path / "{a..b}/*.tar", sample(1))
     assert list(everything(make(str(tmp_path / "{a..b}")))) == ["*.tar/001.png"]
