@@ -35,6 +35,7 @@ WITHOUT_TORCH = [
     "tinydiff.data.shards",
     "tinydiff.data.tar",
     "tinydiff.charts",
+    "tinydiff.processes",
     "tinydiff.training.metrics",
     "tinydiff.inspect",
     "tinydiff.checkpoints.description",
