@@ -65,6 +65,7 @@ def test_rows_that_do_not_come_out_even_are_refused(batch, accumulate, size):
 
 
 def test_more_matrices_shared_than_processes_are_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "6")
     with pytest.raises(UsageError, match="tensor_parallel: 4 does not divide the 6 processes"):
         World(torch.device("cpu"), 1, 4)

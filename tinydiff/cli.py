@@ -112,7 +112,7 @@ def train(
 
     folder = run_dir or Path("runs") / default_name(path)
     result = run(cfg, unused(folder) if fresh else folder, stage, accept_changes, strict)
-    if os.environ.get("RANK", "0") == "0":
+    if processes.rank() == 0:
         print(result)
 
 

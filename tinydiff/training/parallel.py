@@ -7,7 +7,6 @@ no loop: a network is a module, and what is saved or averaged of it is a list of
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from tinydiff import processes
 from tinydiff.config import Train
 from tinydiff.errors import ResourceError, UsageError
 from tinydiff.models.dit import Condition, DiT, DiTBlock
@@ -35,7 +35,7 @@ class World:
     """
 
     def __init__(self, device: torch.device, timeout: int, tensor: int = 1):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.size = processes.rank(), processes.world()
         self.device, self.timeout, self.tensor = device, timeout, tensor if self.size > 1 else 1
         if self.size % self.tensor:
             raise UsageError(
