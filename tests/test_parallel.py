@@ -402,6 +402,28 @@ def test_a_process_that_hangs_ends_the_run_in_time(server, pair, tmp_path):
     checked(run_dir, pair)
 
 
+def test_no_group_of_processes_waits_longer_than_it_may(server, tmp_path):
+    """Of four that share matrices by twos, every group has the run's timeout, those of the threads that save too."""
+    say = """
+import torch
+from tinydiff.training import parallel
+meet = parallel.World.meet
+def told(self):
+    meet(self)
+    groups = [torch.distributed.group.WORLD, self.savers, *(self.mesh[n].get_group() for n in ("data", "tensor"))]
+    found = [g._get_backend(torch.device("cpu")).options._timeout.total_seconds() for g in groups]
+    print("timeouts", found, [torch.distributed.get_process_group_ranks(g) for g in groups], flush=True)
+    raise SystemExit(0)
+parallel.World.meet = told
+"""
+    settings = ("denoiser.kind=dit", "dit.num_attention_heads=2", 'dit.size="custom"', "train.tensor_parallel=2")
+    codes = server.run(4, tmp_path / "run", *settings, "train.parallel=fsdp", "train.timeout=17", patch=say)
+    assert codes == [0] * 4, server.said()
+    everyone = [0, 1, 2, 3]
+    assert f"timeouts {[17.0] * 4} {[everyone, everyone, [0, 2], [0, 1]]}" in server.said()
+    assert f"timeouts {[17.0] * 4} {[everyone, everyone, [1, 3], [2, 3]]}" in server.said(3)
+
+
 def test_a_signal_to_one_stops_all_behind_one_step(server, pair, tmp_path):
     run_dir = tmp_path / "run"
     pids = server.start(2, run_dir)

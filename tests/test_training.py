@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 
 from tinydiff import config, files
@@ -604,6 +606,48 @@ def test_reading_that_hangs_ends_the_run(run_config, monkeypatch, tmp_path):
     with pytest.raises(HungError, match=r"batch of step 1 took more than 1 s.*train\.timeout"):
         loop.run(replace(run_config, train=replace(run_config.train, timeout=1)), tmp_path)
     released.set()
+
+
+@pytest.mark.parametrize("kind", ["unet", "dit"])
+def test_images_of_several_shapes_are_trained_in_theirs(run_config, tmp_path, kind):
+    """Wide, square and tall images, by the buckets of one run; each batch of one size, every image of its bucket."""
+    place, rng = tmp_path / "images", np.random.default_rng(0)
+    place.mkdir()
+    for i, (width, height) in enumerate([(40, 20), (20, 40), (30, 30)] * 5):
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(place / f"{i}.png")
+        (place / f"{i}.txt").write_text(f"image {i}")
+    data = config.Data(str(place), 16, max_aspect_ratio=2.0, bucket_step=4, flip=True)
+    denoiser = replace(run_config.denoiser, kind=kind)
+    dit = config.DiT("custom", 2, 1, 2, 8)
+    cfg = replace(run_config, data=data, denoiser=denoiser, dit=dit)
+    assert not list(config.conflicts(cfg))
+    loop.run(cfg, tmp_path / "run")
+    shapes = {
+        tensor.shape[1:]
+        for path in (tmp_path / "run" / "latents").iterdir()
+        for tensor in weights.tensors([path]).values()
+    }
+    assert shapes == {(4, 6, 10), (4, 10, 6), (4, 8, 8)}  # of 20 x 12, 12 x 20 and 16 x 16 pixels
+    assert Image.open(tmp_path / "run" / "samples" / "denoiser-00000012.png").width > 8 * 16
+    images = Images(open_source(data), data)
+    model = folder.load(tmp_path / "run" / "model")
+    found = latents.open_cache(tmp_path / "run" / "latents", images, model.vae)
+    task = DenoiserTask(cfg, model, images, found, torch.device("cpu"))
+    seen = {tuple(task.batch(step, range(4))[0].shape) for step in range(12)}
+    assert seen == {(4, *shape) for shape in shapes}
+
+
+def test_shards_train_to_the_bits_of_the_folder(run_config, whole, image_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "shards").mkdir()
+    names = sorted(image_folder.iterdir())
+    for i in range(2):
+        with tarfile.open(tmp_path / "shards" / f"{i:06d}.tar", "w") as tar:
+            for path in names[i * 12 : i * 12 + 12]:
+                tar.add(path, path.name)
+    cfg = replace(run_config, data=replace(run_config.data, path=str(tmp_path / "shards")))
+    loop.run(cfg, tmp_path / "run")
+    assert digests(tmp_path / "run") == digests(whole)
 
 
 def test_images_lost_while_training_are_passed_over_and_counted(own_data, monkeypatch, tmp_path):

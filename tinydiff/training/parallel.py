@@ -18,7 +18,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -48,16 +48,19 @@ class World:
         if self.size > 1:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
-            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             with self.together():
-                dist.init_process_group(backend, timeout=timedelta(seconds=self.timeout))
-                names = ("data", "tensor")
-                self.mesh = init_device_mesh(
-                    self.device.type, (self.size // self.tensor, self.tensor), mesh_dim_names=names
-                )
-                group = dist.new_group(backend="gloo")  # of the threads that save
-                self.savers = group if isinstance(group, dist.ProcessGroup) else None
+                self.meet()
         return self
+
+    def meet(self) -> None:
+        """Groups of processes, none of which waits longer than the timeout: torch's own mesh would wait half an hour."""
+        timeout = timedelta(seconds=self.timeout)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", timeout=timeout)
+        mesh = torch.arange(self.size).view(-1, self.tensor)  # (data, tensor)
+        groups = [mine(dist.new_subgroups_by_enumeration(m.tolist(), timeout)) for m in (mesh.T, mesh)]
+        self.mesh = DeviceMesh.from_group(groups, self.device.type, mesh=mesh, mesh_dim_names=("data", "tensor"))
+        everyone = [mesh.flatten().tolist()]
+        self.savers = mine(dist.new_subgroups_by_enumeration(everyone, timeout, backend="gloo"))
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.mesh and kind is None:  # after an error the others may be gone, and would be waited for
@@ -117,6 +120,11 @@ class World:
         """This process's part of a batch; where matrices are `shared`, a group has the same part."""
         parts, part = (self.size // self.tensor, self.rank // self.tensor) if shared else (self.size, self.rank)
         return range(part * batch // parts, (part + 1) * batch // parts)
+
+
+def mine(groups: tuple) -> dist.ProcessGroup:
+    """Of the groups that torch made, the one that this process is in."""
+    return groups[0]
 
 
 # ---- networks --------------------------------------------------------------------------------------------------------
