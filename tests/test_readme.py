@@ -60,7 +60,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shim.write_text(
         f'#!/bin/bash\n[ "$1" = train ] && exec python -m tinydiff "$@" {tiny}\nexec python -m tinydiff "$@"\n'
     )
-    shim.chmod(shim.stat().st_mode | stat.S_IEXEC)
+    many = home / "bin" / "torchrun"
+    many.write_text(
+        f'#!/bin/bash\n[[ "$*" == *" train "* ]] && exec python -m torch.distributed.run --standalone "$@" {tiny}\n'
+        'exec python -m torch.distributed.run --standalone "$@"\n'
+    )
+    for path in (shim, many):
+        path.chmod(path.stat().st_mode | stat.S_IEXEC)
     return home
 
 
@@ -86,6 +92,14 @@ def photos(home: Path) -> Path:
 def test_train_your_own(photos: Path) -> None:
     assert (photos / "model" / "model_index.json").is_file()
     assert "<svg" in (photos / "report.html").read_text()
+
+
+def test_many_processes(home: Path, photos: Path) -> None:
+    run(home, block("torchrun"))
+    assert (home / "runs" / "many" / "model" / "model_index.json").is_file()
+    run(home, "printf 'red heart\\ngreen apple\\n' | tinydiff generate - -s 1 -o one/")
+    for name in ("0000.png", "0001.png"):
+        assert np.array_equal(pixels(home / "many" / name), pixels(home / "one" / name))
 
 
 def test_export(home: Path, photos: Path) -> None:

@@ -628,7 +628,8 @@ def test_images_of_several_shapes_are_trained_in_theirs(run_config, tmp_path, ki
         for tensor in weights.tensors([path]).values()
     }
     assert shapes == {(4, 6, 10), (4, 10, 6), (4, 8, 8)}  # of 20 x 12, 12 x 20 and 16 x 16 pixels
-    assert Image.open(tmp_path / "run" / "samples" / "denoiser-00000012.png").width > 8 * 16
+    with Image.open(tmp_path / "run" / "samples" / "denoiser-00000012.png") as grid:
+        assert grid.width > 8 * 16
     images = Images(open_source(data), data)
     model = folder.load(tmp_path / "run" / "model")
     found = latents.open_cache(tmp_path / "run" / "latents", images, model.vae)

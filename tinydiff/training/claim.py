@@ -22,6 +22,7 @@ FREE = (  # keys that change nothing that is learnt
     "generate.",
     *(f"train.{k}" for k in ("threads", "keep", "device", "timeout", "max_skipped", "tensorboard", "parallel")),
     *(f"train.{k}" for k in ("tensor_parallel", "gradient_checkpointing", "compile")),
+    "data.path",  # what is there is compared by its content
     "data.max_bad_fraction",
     ".save_every",
     ".sample_every",
