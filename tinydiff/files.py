@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Collection, Iterator
@@ -20,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from uuid import uuid4
 
-from tinydiff.errors import BusyError, ModelError, ResourceError, UsageError
+from tinydiff.errors import BusyError, ModelError, ResourceError, UsageError, UserError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -34,7 +35,13 @@ FIXES = {
     errno.EACCES: "choose a writable place",
     errno.EPERM: "choose a writable place",
     errno.EROFS: "choose a writable place",
+    errno.ENOENT: "check the path",
 }
+TOLD = re.compile(r"\(os error (\d+)\)")  # how Rust's libraries, safetensors' among them, pass on a refusal
+
+
+class VersionError(ModelError):
+    """Written by another version of tinydiff: not damaged, but not for this one to read."""
 
 
 @contextmanager
@@ -47,10 +54,11 @@ def committed(path: str | Path, *, replace: bool = False, manifest: bool = True)
     """
     path = Path(os.path.abspath(path))
     temporary = _temporary(path)
-    with named(path):
+    with named(path, temporary):
         recover(path)
         _check_free(path, replace, manifest)
-        temporary.mkdir(parents=True)
+        make_folder(path.parent)
+        temporary.mkdir()
         try:
             yield temporary
             _seal(temporary, manifest)
@@ -108,8 +116,8 @@ def written(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     temporary = _temporary(path)
     if not force and os.path.lexists(path):
         raise UsageError(f"{shown(path)}: exists; use --force to overwrite it or choose another path")
-    with named(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with named(path, temporary):
+        make_folder(path.parent)
         try:
             yield temporary
             _sync(temporary)
@@ -146,7 +154,7 @@ def lock(folder: str | Path) -> Iterator[None]:
     """Holds `folder`, made if missing, for this process; a dead holder's lock is free. Raises BusyError if taken."""
     folder = Path(folder)
     with named(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         with named(folder / ".lock"):
@@ -162,15 +170,38 @@ def shown(path: str | Path) -> str:
 
 
 @contextmanager
-def named(path: Path) -> Iterator[None]:
-    """Turns an OSError into a ResourceError that names the file and the fix. A closed pipe is not ours to explain."""
+def named(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Turns an OSError into a ResourceError that names the file and the fix. A closed pipe is not ours to explain.
+
+    A file in `temporary` is named as the one in `path` that it was to become.
+    """
     try:
         yield
-    except BrokenPipeError:
+    except (BrokenPipeError, UserError):
         raise
-    except OSError as error:
-        fix = FIXES.get(error.errno or 0, "check the disk")
-        raise ResourceError(f"{shown(error.filename or path)}: {error.strerror or error}; {fix}") from error
+    except Exception as error:
+        if (cause := system_error(error)) is None:
+            raise
+        where = shown(cause.filename or path)
+        where = where.replace(shown(temporary), shown(path)) if temporary else where
+        fix = FIXES.get(cause.errno or 0, "check the disk")
+        raise ResourceError(f"{where}: {cause.strerror or cause}; {fix}") from error
+
+
+def system_error(error: Exception) -> OSError | None:
+    """The OSError that an exception is, or that it tells of in its text alone."""
+    if isinstance(error, OSError):
+        return error
+    told = TOLD.search(str(error))
+    return OSError(int(told[1]), os.strerror(int(told[1]))) if told else None
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it, and syncs each into the one that holds it; one that is there is left alone."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        _sync(path.parent)
 
 
 def _temporary(path: Path) -> Path:
@@ -229,16 +260,19 @@ def _install(temporary: Path, path: Path) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_bytes(data)
+    _sync(path)
 
 
 def _sync(path: Path) -> None:
+    """Until a file's bytes, or a folder's list of names, would survive the loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # some network drives sync no folders
+            error.filename = str(path)
+            raise
     finally:
         os.close(descriptor)
 
@@ -273,7 +307,7 @@ def _entries(folder: Path) -> dict[str, dict[str, Any]]:
     content = read_json(path)
     version, entries = content.get("format"), content.get("files")
     if isinstance(version, int) and version > FORMAT:
-        raise ModelError(f"{shown(path)}: format {version} was written by a newer tinydiff; upgrade tinydiff")
+        raise VersionError(f"{shown(path)}: format {version} was written by a newer tinydiff; upgrade tinydiff")
     if version != FORMAT or not isinstance(entries, dict) or not all(map(_is_entry, entries.values())):
         raise ModelError(f"{shown(path)}: damaged manifest; {RESTORE}")
     return entries

@@ -18,7 +18,9 @@ import numpy as np
 from tinydiff.errors import ModelError
 from tinydiff.files import LFS_POINTER, RESTORE, shown
 
-MAX_HEADER = 100_000_000  # the safetensors format's own limit
+MAX_HEADER = 16 * 2**20  # the format allows more; the largest models need a hundredth, and JSON takes tenfold in memory
+MAX_COMMAS = 250_000  # in a header, which is eight for a convolution's kernel: thirty times the tensors of SDXL
+MAX_AXES = 64  # of a tensor, as in torch
 NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 # Training leaves a few objects beside the tensors; a stub stands for each, so that none of their code runs.
@@ -69,11 +71,13 @@ def header(path: str | Path) -> Header:
             if size > min(MAX_HEADER, length - 8):
                 raise ValueError("no safetensors header")
             file.seek(8)
-            table = json.loads(file.read(size))
+            text = file.read(size)
+        if text.count(b",") > MAX_COMMAS:
+            raise ValueError("too many tensors")
+        table = json.loads(text, object_pairs_hook=_unique)
         metadata = {str(k): str(v) for k, v in table.pop("__metadata__", {}).items()}
         tensors = {name: _stored(entry, 8 + size) for name, entry in table.items()}
-        if max((tensor.end for tensor in tensors.values()), default=8 + size) != length:
-            raise ValueError("its size is not what its header says")
+        _check_places(tensors, 8 + size, length)
     except OSError as error:
         raise ModelError(f"{shown(path)}: {error.strerror}; make it readable") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -81,11 +85,30 @@ def header(path: str | Path) -> Header:
     return Header(path, tensors, metadata)
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError where it has a name twice, of which readers would take one or the other."""
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a name twice")
+    return found
+
+
+def _check_places(tensors: dict[str, Stored], start: int, length: int) -> None:
+    """Raises ValueError unless the tensors fill the file from `start` to its end, without a hole and without overlap."""
+    for tensor in sorted(tensors.values(), key=lambda tensor: tensor[2:]):
+        if tensor.start != start:
+            raise ValueError("tensors overlap or leave a hole")
+        start = tensor.end
+    if start != length:
+        raise ValueError("its size is not what its header says")
+
+
 def _stored(entry: Any, offset: int) -> Stored:
     """One entry of a header. Raises ValueError, KeyError or TypeError where it makes no sense."""
     (start, end), dtype, shape = entry["data_offsets"], entry["dtype"], tuple(entry["shape"])
-    if not all(type(n) is int and n >= 0 for n in (start, end, *shape)) or type(dtype) is not str:
-        raise ValueError("no shape or type")
+    if len(shape) > MAX_AXES or not all(type(n) is int and 0 <= n < 2**63 for n in (start, end, *shape)):
+        raise ValueError("no shape")
+    if type(dtype) is not str or end < start:
+        raise ValueError("no type, or less than nothing")
     if dtype in NUMPY and end - start != math.prod(shape) * np.dtype(NUMPY[dtype]).itemsize:
         raise ValueError("as many bytes as its shape does not say")
     return Stored(dtype, shape, offset + start, offset + end)

@@ -6,7 +6,8 @@ network: a component is a folder with a name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,3 +76,15 @@ def tensors(paths: list[Path]) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{shown(path)}: damaged ({error}); fetch or train it again") from None
     return found
+
+
+def check_finite(found: Mapping[str, Tensor], path: Path) -> None:
+    """Raises ModelError naming a tensor with a value that is no finite number. Reads all of them once."""
+    import torch
+
+    for name, tensor in found.items():
+        # a sum is no number where a part is none; float64 holds the sum of any that are
+        if tensor.is_floating_point() and not math.isfinite(tensor.sum(dtype=torch.float64).item()):
+            raise ModelError(
+                f"{shown(path)}: {name} holds values that are no finite numbers; train it again, or {RESTORE}"
+            )

@@ -6,6 +6,7 @@ Both are daemons: what a dying process leaves undone is invisible (saves) or mad
 from __future__ import annotations
 
 import queue
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -60,8 +61,11 @@ class Saver:
         self.check()
 
     def close(self) -> None:
-        """At an early end: let a checkpoint be finished that is being written, if that is a matter of seconds."""
-        if self.thread is not None:
+        """At an early end: let a checkpoint be finished that is being written, if that is a matter of seconds.
+
+        Who interrupts a second time does not want to wait: a checkpoint that is not finished is then invisible.
+        """
+        if self.thread is not None and not isinstance(sys.exc_info()[1], KeyboardInterrupt):
             self.thread.join(25.0)  # torchrun kills after 30
 
 

@@ -8,6 +8,7 @@ pointer file, no modification times. Blocks are put together at any number of pr
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from torch import Tensor
 from tinydiff.checkpoints import weights
 from tinydiff.checkpoints.header import header
 from tinydiff.errors import ModelError, ResourceError
-from tinydiff.files import MANIFEST, committed, named, read_json, shown, verify
+from tinydiff.files import MANIFEST, VersionError, committed, make_folder, named, read_json, shown, system_error, verify
 from tinydiff.training.optim import Average
 from tinydiff.training.parallel import Piece, World
 
@@ -91,9 +92,11 @@ def save(
     Every process that holds blocks writes its files; if one cannot, none is kept. `publish` gets the folder before the
     commit: whoever finds the last checkpoint has nothing left to do.
     """
-    writers = world.size if places else 1
+    writers, run_dir = world.size if places else 1, path.parent.parent
     if world.rank >= writers:
         return
+    if not run_dir.is_dir():  # made anew it would be locked by nobody
+        raise ResourceError(f"{shown(run_dir)}: removed while training; put it back, or start the run again")
     with committed(path) if world.rank == 0 else named(path) as temporary:
         place = Path(world.share(str(temporary), world.savers)) if writers > 1 else temporary
         assert place is not None
@@ -113,23 +116,25 @@ def write(folder: Path, saved: Snapshot, places: Places, rank: int, writers: int
     """This process's files. Gives an error back in place of raising it, since the others have to hear of it first."""
     end = f"-{rank + 1:05d}-of-{writers:05d}" if writers > 1 else ""
     about = {"blocks": json.dumps(places)} if places else None
-    try:
-        for kind, tensors in saved.items():
-            save_file(tensors, folder / f"{kind}{end}.safetensors", about)
-    except OSError as error:
-        return error
-    except Exception as error:  # safetensors' own, which is no OSError
-        return OSError(None, str(error))
+    for kind, tensors in saved.items():
+        path = folder / f"{kind}{end}.safetensors"
+        try:
+            save_file(tensors, path, about)
+        except Exception as error:
+            cause = system_error(error) or OSError(None, str(error))
+            cause.filename = str(path)
+            return cause
     return None
 
 
 def set_aside(path: Path) -> Path:
     """Keep a damaged checkpoint where no one looks for a sound one; returns its new place."""
     place = path.parent.parent / "damaged"
-    place.mkdir(exist_ok=True)
     new = place / path.name
     new = new if not new.exists() else place / f"{path.name}-{uuid4().hex[:8]}"
-    path.rename(new)
+    with named(path):
+        make_folder(place)
+        path.rename(new)
     return new
 
 
@@ -140,25 +145,21 @@ def newest(folder: Path, stage: str, warn: Callable[[str], None], strict: bool =
     """The valid checkpoint of the highest step; damaged ones are named and passed over.
 
     Where there is a sound one, those are moved out of its way, to `damaged/` beside `folder`. Raises ModelError where none
-    is sound, or where one is damaged and `strict` says that this is too many.
+    is sound, where another tinydiff wrote one, or where one is damaged and `strict` says that this is too many.
     """
     damaged: list[Path] = []
     found = sorted(folder.glob(f"{stage}-[0-9]*"), reverse=True)
     for path in found:
         try:
-            if not (path / MANIFEST).is_file():
-                raise ModelError(f"{shown(path)}: has no {MANIFEST}")
-            verify(path)
-            state = read_json(path / "state.json")
+            check(path, stage)
+        except VersionError:
+            raise
         except ModelError as error:
             if strict:
                 raise ModelError(f"{error}; without --strict the checkpoint before it is used") from error
             warn(f"{error}; going back to the checkpoint before it")
             damaged.append(path)
             continue
-        if (version := state.get("format", 1)) != FORMAT:
-            which = "a newer" if version > FORMAT else "an older"
-            raise ModelError(f"{shown(path)}: written by {which} tinydiff; use that one, or train with --fresh")
         for other in damaged:
             set_aside(other)
         return path
@@ -167,6 +168,24 @@ def newest(folder: Path, stage: str, warn: Callable[[str], None], strict: bool =
             f"{shown(folder)}: none of the {len(found)} checkpoints of {stage} is sound; --fresh starts over"
         )
     return None
+
+
+def check(path: Path, stage: str) -> None:
+    """Raises ModelError unless the folder is a whole checkpoint, of this format and of the step that its name says."""
+    if not (path / MANIFEST).is_file():
+        raise ModelError(f"{shown(path)}: has no {MANIFEST}")
+    verify(path)
+    state = read_json(path / "state.json")
+    if type(version := state.get("format", 1)) is int and version != FORMAT:
+        which = "a newer" if version > FORMAT else "an older"
+        raise VersionError(f"{shown(path)}: written by {which} tinydiff; use that one, or train with --fresh")
+    kinds = dict.fromkeys(("format", "files", "step", "updates", "skipped"), int) | {"scaler": dict}
+    if any(type(state.get(key)) is not kind for key, kind in kinds.items()) or (
+        path.name != f"{stage}-{state['step']:08d}"
+    ):
+        raise ModelError(f"{shown(path)}: not the checkpoint that its name says")
+    if any(len(list(path.glob(f"{kind}[.-]*safetensors"))) != state["files"] for kind in KINDS):
+        raise ModelError(f"{shown(path)}: not whole")
 
 
 def load(path: Path, training: Training, updates: int) -> None:
@@ -239,6 +258,19 @@ class Blocks:
                 yield name, tensor
 
 
+# ---- room for them ---------------------------------------------------------------------------------------------------
+
+
+def check_room(run_dir: Path, training: Training) -> None:
+    """Raises ResourceError where the disk cannot take one checkpoint more, and the model folder beside it."""
+    size = (len(KINDS) + 1) * sum(math.prod(piece.shape) * piece.tensor.element_size() for piece in training.pieces)
+    with named(run_dir):
+        free = shutil.disk_usage(run_dir).free
+    if free < size:
+        fix = "free some space, or use another --run-dir"
+        raise ResourceError(f"{shown(run_dir)}: {free / 1e9:.3g} GB free, and a save takes {size / 1e9:.3g}; {fix}")
+
+
 # ---- which are kept --------------------------------------------------------------------------------------------------
 
 
@@ -252,12 +284,14 @@ def prune(folder: Path, stage: str, keep: int, every: int = 0) -> None:
 def discard(path: Path) -> None:
     """Remove a folder so that under its name it is whole or gone."""
     aside = path.with_name(f".tmp-{path.name}-{uuid4().hex}")
-    path.rename(aside)
-    shutil.rmtree(aside)
+    with named(path, aside):
+        path.rename(aside)
+        shutil.rmtree(aside)
 
 
 def sweep(run_dir: Path) -> None:
     """Remove what a killed process left half-written or half-removed; the caller holds the run's lock."""
     for pattern in (".tmp-*", "*/.tmp-*"):
         for path in run_dir.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            with named(path):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
