@@ -271,7 +271,7 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno != errno.EINVAL or not path.is_dir():  # some network drives sync no folders
-            error.filename = str(path)
+            error.filename = error.filename or str(path)
             raise
     finally:
         os.close(descriptor)

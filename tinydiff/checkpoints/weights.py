@@ -83,8 +83,8 @@ def check_finite(found: Mapping[str, Tensor], path: Path) -> None:
     import torch
 
     for name, tensor in found.items():
-        # a sum is no number where a part is none; float64 holds the sum of any that are
-        if tensor.is_floating_point() and not math.isfinite(tensor.sum(dtype=torch.float64).item()):
-            raise ModelError(
-                f"{shown(path)}: {name} holds values that are no finite numbers; train it again, or {RESTORE}"
-            )
+        if tensor.is_floating_point() and not math.isfinite(
+            tensor.sum(dtype=torch.float32).item()
+        ):  # fast, and rarely so
+            if not tensor.isfinite().all():
+                raise ModelError(f"{shown(path)}: {name} holds no finite numbers; train it again, or {RESTORE}")
