@@ -14,13 +14,14 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forker import Forker, environment, processor_time, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -682,82 +683,6 @@ def test_half_a_line_of_metrics_is_dropped(finished, run_config):
 
 # ------------------------------------------------------------------------------------------------- killed and resumed
 
-# Imports torch once, then forks a process for each job that it reads, which may kill itself before its n-th system call
-# that makes something last. Says the process id at once and the exit code at the end.
-FORKER = """
-import json, os, signal, sys, time
-from pathlib import Path
-from tinydiff import config
-from tinydiff.errors import UserError
-from tinydiff.training import loop
-import torch._dynamo  # which the first optimizer step imports, a second of every job otherwise
-
-def job(config_path, run_dir, die_at, names, log):
-    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-    calls = [0]
-    def counted(real):
-        def call(*args, **kwargs):
-            calls[0] += 1
-            if calls[0] == die_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args, **kwargs)
-        return call
-    for name in names:
-        setattr(os, name, counted(getattr(os, name)))
-    try:
-        loop.run(config.load(Path(config_path)), Path(run_dir))
-        print("calls and seconds", calls[0], time.process_time(), file=sys.stderr)
-        return 0
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.code
-
-for line in sys.stdin:
-    if (pid := os.fork()) == 0:
-        code = 1
-        try:
-            code = job(*json.loads(line))
-        except BaseException as error:
-            print(repr(error), file=sys.stderr)
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-class Forker:
-    """Training runs in processes of their own that can be killed."""
-
-    def __init__(self, config_path: Path):
-        self.config_path = config_path
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", FORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
-        )
-
-    def start(self, run_dir: Path, die_at: int = 0, names: Sequence[str] = ("rename", "fsync", "link")) -> int:
-        """Begin a run that dies before its `die_at`-th call of `names`; its process id."""
-        job = [str(self.config_path), str(run_dir), die_at, names, f"{run_dir}.log"]
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def wait(self) -> int:
-        return int(self.process.stdout.readline())
-
-    def run(self, *arguments) -> int:
-        self.start(*arguments)
-        return self.wait()
-
-
-def environment() -> dict[str, str]:
-    root = str(Path(loop.__file__).parents[2])
-    return os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
-    }
-
 
 @pytest.fixture(scope="module")
 def config_path(run_config, tmp_path_factory) -> Path:
@@ -770,8 +695,7 @@ def config_path(run_config, tmp_path_factory) -> Path:
 def forker(config_path) -> Iterator[Forker]:
     forker = Forker(config_path)
     yield forker
-    with forker.process as process:
-        process.kill()
+    forker.close()
 
 
 @pytest.fixture(scope="module")
@@ -810,15 +734,6 @@ def test_killed_at_random_moments(forker, reference, tmp_path):
     assert set(codes) <= {0, -signal.SIGKILL} and codes[0] == -signal.SIGKILL
     assert forker.run(tmp_path / "run") == 0
     check(tmp_path / "run", wanted)
-
-
-def processor_time(pid: int) -> float | None:
-    """Seconds that a process has computed, to a hundredth; None when it is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") if fields[0] != "Z" else None
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -863,13 +778,6 @@ def test_the_command_is_stopped_and_goes_on(config_path, reference, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'run' / 'model'}\n"), done.stderr
     check(tmp_path / "run", reference[0])
-
-
-def wait_until(done, seconds: float = 300) -> None:
-    end = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.005)
 
 
 def test_a_second_process_is_refused(forker, tmp_path):

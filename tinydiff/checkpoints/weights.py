@@ -83,8 +83,9 @@ def check_finite(found: Mapping[str, Tensor], path: Path) -> None:
     import torch
 
     for name, tensor in found.items():
-        if tensor.is_floating_point() and not math.isfinite(
-            tensor.sum(dtype=torch.float32).item()
-        ):  # fast, and rarely so
-            if not tensor.isfinite().all():
+        if tensor.is_floating_point():
+            total = tensor.sum(
+                dtype=torch.float32
+            ).item()  # one pass; looked at again where it is too large or no number
+            if not math.isfinite(total) and not tensor.isfinite().all():
                 raise ModelError(f"{shown(path)}: {name} holds no finite numbers; train it again, or {RESTORE}")

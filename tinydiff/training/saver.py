@@ -5,6 +5,7 @@ Both are daemons: what a dying process leaves undone is invisible (saves) or mad
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import sys
 import threading
@@ -13,6 +14,8 @@ from typing import Any
 
 from tinydiff.errors import HungError
 from tinydiff.training.state import Snapshot, Training, snapshot
+
+TRIES = 10  # parts of a time-out; the time that a process is stopped, and its threads with it, is over in one of them
 
 
 class Saver:
@@ -105,11 +108,11 @@ class Ahead:
             thread.join(1.0)
 
     def next(self, n: int) -> Any:
-        try:
-            value, error = self.made.get(timeout=self.timeout)
-        except queue.Empty:
-            problem = f"reading the batch of step {n + 1} took more than {self.timeout:g} s"
-            raise HungError(f"{problem}; check the disk that holds the data, or raise train.timeout") from None
-        if error is not None:
-            raise error
-        return value
+        for _ in range(TRIES):
+            with contextlib.suppress(queue.Empty):
+                value, error = self.made.get(timeout=self.timeout / TRIES)
+                if error is not None:
+                    raise error
+                return value
+        problem = f"reading the batch of step {n + 1} took more than {self.timeout:g} s"
+        raise HungError(f"{problem}; check the disk that holds the data, or raise train.timeout")

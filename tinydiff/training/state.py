@@ -261,14 +261,15 @@ class Blocks:
 # ---- room for them ---------------------------------------------------------------------------------------------------
 
 
-def check_room(run_dir: Path, training: Training) -> None:
-    """Raises ResourceError where the disk cannot take one checkpoint more, and the model folder beside it."""
+def make_room(folder: Path, training: Training) -> None:
+    """Make the folder of the checkpoints. Raises ResourceError where the disk has no room for one and its model folder."""
     size = (len(KINDS) + 1) * sum(math.prod(piece.shape) * piece.tensor.element_size() for piece in training.pieces)
-    with named(run_dir):
-        free = shutil.disk_usage(run_dir).free
+    with named(folder):
+        make_folder(folder)
+        free = shutil.disk_usage(folder).free
     if free < size:
         fix = "free some space, or use another --run-dir"
-        raise ResourceError(f"{shown(run_dir)}: {free / 1e9:.3g} GB free, and a save takes {size / 1e9:.3g}; {fix}")
+        raise ResourceError(f"{shown(folder)}: {free / 1e9:.3g} GB free, and a save takes {size / 1e9:.3g}; {fix}")
 
 
 # ---- which are kept --------------------------------------------------------------------------------------------------
