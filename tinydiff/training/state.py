@@ -95,7 +95,9 @@ def save(
     writers, run_dir = world.size if places else 1, path.parent.parent
     if world.rank >= writers:
         return
-    if not run_dir.is_dir():  # made anew it would be locked by nobody
+    with named(run_dir):
+        there = run_dir.is_dir()
+    if not there:  # made anew it would be locked by nobody
         raise ResourceError(f"{shown(run_dir)}: removed while training; put it back, or start the run again")
     with committed(path) if world.rank == 0 else named(path) as temporary:
         place = Path(world.share(str(temporary), world.savers)) if writers > 1 else temporary
@@ -109,7 +111,10 @@ def save(
             (place / "state.json").write_text(
                 json.dumps({"format": FORMAT, "files": writers, **state}, indent=2) + "\n"
             )
-            publish(place)
+            try:
+                publish(place)
+            except ModelError as error:  # what has just been written cannot be read
+                raise error.__cause__ if isinstance(error.__cause__, OSError) else error
 
 
 def write(folder: Path, saved: Snapshot, places: Places, rank: int, writers: int) -> OSError | None:
@@ -277,7 +282,9 @@ def make_room(folder: Path, training: Training) -> None:
 
 def prune(folder: Path, stage: str, keep: int, every: int = 0) -> None:
     """Remove a stage's checkpoints but the newest `keep`, and those of every `every`-th step."""
-    for path in sorted(folder.glob(f"{stage}-[0-9]*"))[:-keep]:
+    with named(folder):
+        found = sorted(folder.glob(f"{stage}-[0-9]*"))
+    for path in found[:-keep]:
         if not every or int(path.name.rpartition("-")[2]) % every:
             discard(path)
 
@@ -292,7 +299,6 @@ def discard(path: Path) -> None:
 
 def sweep(run_dir: Path) -> None:
     """Remove what a killed process left half-written or half-removed; the caller holds the run's lock."""
-    for pattern in (".tmp-*", "*/.tmp-*"):
-        for path in run_dir.glob(pattern):
-            with named(path):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with named(run_dir):
+        for path in [*run_dir.glob(".tmp-*"), *run_dir.glob("*/.tmp-*")]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
