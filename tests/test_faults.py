@@ -35,7 +35,7 @@ from torch import nn
 
 from tinydiff import config, files
 from tinydiff.checkpoints import folder, weights
-from tinydiff.checkpoints.header import MAX_HEADER, header
+from tinydiff.checkpoints.header import MAX_COMMAS, MAX_HEADER, header
 from tinydiff.errors import HungError, ModelError, ResourceError
 from tinydiff.training import loop, state
 from tinydiff.training.metrics import TIMED, Metrics
@@ -358,7 +358,7 @@ class Disk:
                 before = self.live.get(number, {})
                 gone = {name: i for name, i in before.items() if found.get(name) != i}
                 come = {name: i for name, i in found.items() if before.get(name) != i}
-                steps = [(name, i) for name, i in come.items()] + [(name, None) for name in gone if name not in come]
+                steps = [*come.items(), *((name, None) for name in gone if name not in come)]
                 if steps:  # of one call: what left a name and came under another was renamed
                     self.pending.setdefault(number, []).append(steps)
         self.live = live
@@ -478,3 +478,478 @@ def test_power_lost_after_every_write_of_a_single_file(tmp_path):
         files.write_file(run_dir / "a" / "b" / "c.json", b"{}\n" * 99)
     lose_power("done", done=True)
     disk.close()
+
+
+# ------------------------------------------------------------------------------------------------------------- damaged
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    """Steps 1 and 2 of a toy whose files take several pages."""
+    run_dir = tmp_path_factory.mktemp("two")
+    for step in (1, 2):
+        save(run_dir, step, keep=2, width=48)
+    return run_dir
+
+
+def flipped(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :]
+
+
+def damages(checkpoint: Path) -> Iterator[tuple[str, Path, bytes]]:
+    """(what, file, its damaged content): cut at every page or 64 bytes, a bit of every region, emptied, and replaced."""
+    for path in sorted(checkpoint.iterdir()):
+        data = path.read_bytes()
+        step = 4096 if len(data) > 8192 else 64
+        for size in range(0, len(data), step):
+            yield "cut", path, data[:size]
+        for at in range(0, len(data), 1024 if len(data) > 8192 else 48):
+            yield "bit", path, flipped(data, at)
+        yield "pointer", path, POINTER
+        yield "zeros", path, bytes(len(data))
+        other = checkpoint.with_name("toy-00000001") / path.name
+        yield "swapped", path, other.read_bytes()
+        yield "longer", path, data + b"\0"
+    yield "extra", checkpoint / "evil.py", b"1"
+
+
+def replaced(path: Path, data: bytes) -> None:
+    """In place of a file that other folders may be linked to."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(data)
+
+
+def test_every_damage_is_found_and_the_checkpoint_before_it_used(two, tmp_path):
+    """Named and set aside; where it is called strict, refused."""
+    cases = list(damages(two / "checkpoints" / "toy-00000002"))
+    assert len(cases) > 100
+    for number, (what, path, data) in enumerate(cases):
+        run_dir = tmp_path / str(number)
+        shutil.copytree(two, run_dir, copy_function=os.link)
+        damaged, checkpoints, said = run_dir / path.relative_to(two), run_dir / "checkpoints", []
+        replaced(damaged, data)
+        with pytest.raises(ModelError) as caught:
+            state.newest(checkpoints, "toy", said.append, strict=True)
+        assert caught.value.code == 4 and "\n" not in str(caught.value) and not said
+        assert f"{checkpoints}/toy-00000002" in str(caught.value), (what, path, str(caught.value))
+        if "another" in str(caught.value) or "newer" in str(caught.value):  # the bit was one of its version
+            assert path.name == "manifest.json" and what == "bit"
+            continue
+        assert "--strict" in str(caught.value)
+        assert path.name in str(caught.value) or path.name == "manifest.json"  # which blames what it is wrong about
+        assert state.newest(checkpoints, "toy", said.append) == checkpoints / "toy-00000001" and len(said) == 1
+        assert sorted(p.name for p in run_dir.iterdir()) == ["checkpoints", "damaged", "model"]
+        assert [p.name for p in (run_dir / "damaged").iterdir()] == ["toy-00000002"]
+        assert restored(run_dir, 48) == 1
+        shutil.rmtree(run_dir)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda c: c.rename(c.with_name("toy-00000007")),
+        lambda c: (c / "exp_avg.safetensors").unlink(),
+        lambda c: (c / "state.json").write_text(json.dumps({"format": state.FORMAT, "step": 2})),
+        lambda c: (c / "state.json").write_text("[]"),
+    ],
+    ids=["name", "file", "keys", "list"],
+)
+def test_a_checkpoint_that_is_sound_but_not_what_it_should_be(two, tmp_path, edit):
+    """Somebody has renamed it, or has written a manifest of their own."""
+    run_dir, said = Path(shutil.copytree(two, tmp_path / "run")), []
+    checkpoint = run_dir / "checkpoints" / "toy-00000002"
+    (checkpoint / "manifest.json").unlink()
+    with files.committed(tmp_path / "made") as made:
+        shutil.copytree(checkpoint, made, dirs_exist_ok=True)
+        if (made / "state.json").exists() and edit.__code__.co_names[0] != "rename":
+            edit(made)
+    shutil.rmtree(checkpoint)
+    (tmp_path / "made").rename(checkpoint)
+    if edit.__code__.co_names[0] == "rename":
+        edit(checkpoint)
+    assert state.newest(run_dir / "checkpoints", "toy", said.append) == run_dir / "checkpoints" / "toy-00000001"
+    assert len(said) == 1 and "going back" in said[0]
+
+
+def test_a_clock_that_jumps_changes_nothing(two, tmp_path):
+    """Times of files do not count: the newest is that of the highest step."""
+    run_dir = Path(shutil.copytree(two, tmp_path / "run"))
+    for step, jump in ((1, YEAR), (2, -YEAR)):
+        for path in (run_dir / "checkpoints" / f"toy-{step:08d}").rglob("*"):
+            os.utime(path, (time.time() + jump,) * 2)
+    assert restored(run_dir, 48) == 2
+    clock = iter(np.cumsum(np.random.default_rng(20).choice([YEAR, -YEAR, 1], 10_000)).tolist())
+    with patch.object(time, "time", lambda: next(clock)):
+        log = Metrics(run_dir, "toy", 0, 4)
+        for n in range(1, 41):
+            log.add(n, {"loss": 1.0})
+    rates = [
+        json.loads(line).get("steps_per_second", 0) for line in (run_dir / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert len(rates) == 4 and min(rates) > 0
+
+
+# ---------------------------------------------------------------------------------------------------- hostile headers
+
+
+def safetensors(table: object, data: bytes = b"", size: int | None = None) -> bytes:
+    text = table if isinstance(table, bytes) else json.dumps(table).encode()
+    return struct.pack("<Q", len(text) if size is None else size) + text + data
+
+
+def entry(start: int, end: int, shape: list | None = None, dtype: str = "F32") -> dict:
+    return {"dtype": dtype, "shape": [(end - start) // 4] if shape is None else shape, "data_offsets": [start, end]}
+
+
+HOSTILE = {
+    "claims 2^63": lambda: safetensors({}, size=2**63),
+    "claims 2^64 - 1": lambda: safetensors({}, size=2**64 - 1),
+    "claims more than there is": lambda: safetensors({}, size=3),
+    "100,000 tensors": lambda: safetensors({f"t{i}": entry(4 * i, 4 * i + 4) for i in range(100_000)}, bytes(400_000)),
+    "overlap": lambda: safetensors({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12)),
+    "the same bytes twice": lambda: safetensors({"a": entry(0, 8), "b": entry(0, 8)}, bytes(8)),
+    "a hole": lambda: safetensors({"a": entry(0, 4), "b": entry(8, 12)}, bytes(12)),
+    "a hole before": lambda: safetensors({"a": entry(4, 8)}, bytes(8)),
+    "bytes behind": lambda: safetensors({"a": entry(0, 8)}, bytes(9)),
+    "too few bytes": lambda: safetensors({"a": entry(0, 8)}, bytes(7)),
+    "a name twice": lambda: safetensors(b'{"a":%s,"a":%s}' % ((json.dumps(entry(0, 8)).encode(),) * 2), bytes(8)),
+    "a key twice": lambda: safetensors(b'{"a":{"dtype":"F32","shape":[2],"shape":[1],"data_offsets":[0,4]}}', bytes(4)),
+    "negative offset": lambda: safetensors({"a": entry(-4, 4)}, bytes(4)),
+    "negative shape": lambda: safetensors({"a": entry(0, 8, [-1, -2])}, bytes(8)),
+    "negative size": lambda: safetensors({"a": entry(0, 8), "b": entry(8, 4, [0], "U8")}, bytes(8)),
+    "huge shape": lambda: safetensors({"a": entry(0, 0, [2**62] * 60)}),
+    "many axes": lambda: safetensors({"a": entry(0, 4, [1] * 100_000)}, bytes(4)),
+    "shape beyond 64 bits": lambda: safetensors({"a": entry(0, 4, [2**70])}, bytes(4)),
+    "shape of another size": lambda: safetensors({"a": entry(0, 8, [3])}, bytes(8)),
+    "fractions": lambda: safetensors({"a": entry(0, 4, [1.0])}, bytes(4)),
+    "truth for a number": lambda: safetensors({"a": entry(0, 4, [True])}, bytes(4)),
+    "no table": lambda: safetensors([1]),
+    "no entry": lambda: safetensors({"a": None}),
+    "metadata that are none": lambda: safetensors({"__metadata__": [1]}),
+    "deep": lambda: safetensors(b'{"a":' + b"[" * (MAX_HEADER - 100)),
+    "wide": lambda: safetensors(b'{"a":[' + b"{}," * (MAX_HEADER // 3 - 10) + b"{}]}"),
+    "many tables": lambda: safetensors(
+        b'{"a":{' + b",".join(b'"%d":{"a":[]}' % i for i in range(MAX_COMMAS - 10)) + b"}}"
+    ),
+    "too large": lambda: safetensors(b'{"a":"' + b"a" * MAX_HEADER + b'"}'),
+    "no text": lambda: safetensors(b'{"\xff":1}'),
+    "empty": lambda: b"",
+    "seven bytes": lambda: bytes(7),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_headers_are_refused_quickly_and_in_little_memory(tmp_path, kind):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(HOSTILE[kind]())
+    for read in (header, lambda path: weights.tensors([path])):
+        start = time.process_time()
+        with pytest.raises(ModelError, match=re.escape(f"{path}: ")) as caught:
+            read(path)
+        assert time.process_time() - start < 1 and caught.value.code == 4 and "\n" not in str(caught.value)
+    tracemalloc.start()
+    with pytest.raises(ModelError):
+        header(path)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 100e6
+
+
+def test_the_largest_header_that_is_read_takes_little_memory(tmp_path):
+    count = 40_000
+    table = {f"t{i}": entry(4 * i, 4 * i + 4) for i in range(count)}
+    (tmp_path / "x.safetensors").write_bytes(safetensors(table, bytes(4 * count)))
+    tracemalloc.start()
+    assert len(header(tmp_path / "x.safetensors").tensors) == count
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 100e6
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_that_are_no_numbers_are_named(dtype, bad):
+    found = {"ids": torch.arange(4), "fine": torch.ones(3, dtype=dtype), "w": torch.zeros(5, 7, dtype=dtype)}
+    weights.check_finite(found, Path("unet"))
+    found["w"][2, 3] = bad
+    with pytest.raises(ModelError, match="unet: w holds no finite numbers"):
+        weights.check_finite(found, Path("unet"))
+    weights.check_finite({"large": torch.full((9,), torch.finfo(dtype).max, dtype=dtype)}, Path("unet"))
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+def digests(run_dir: Path) -> dict[str, str]:
+    """SHA-256 of the last weights, average and moments of both stages and of the model, and the log without its times."""
+    last = {name: max(run_dir.glob(f"checkpoints/{name}-*")) for name in ("autoencoder", "denoiser")}
+    paths = [*run_dir.glob("model/*/*.safetensors"), *(p for c in last.values() for p in c.glob("*.safetensors"))]
+    found = {str(p.relative_to(run_dir)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(paths)}
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert len(found) == 3 + 2 * 4
+    return found | {"log": json.dumps([{k: v for k, v in row.items() if k not in TIMED} for row in rows])}
+
+
+@pytest.fixture(scope="module")
+def reference(forker, tmp_path_factory) -> Path:
+    """A run that nothing disturbed."""
+    run_dir = tmp_path_factory.mktemp("reference") / "run"
+    assert forker.run(run_dir) == 0
+    return run_dir
+
+
+def said(run_dir: Path) -> str:
+    return Path(f"{run_dir}.log").read_text()
+
+
+def finishes_alike(forker: Forker, run_dir: Path, reference: Path) -> None:
+    """The same command again, to the same bits, with nothing half-made left."""
+    assert forker.run(run_dir) == 0, said(run_dir)
+    assert digests(run_dir) == digests(reference)
+    assert [p for p in run_dir.rglob(".*") if p.name != ".lock"] == []
+
+
+def slow_saves(config_path: str, run_dir: str, seconds: float) -> int:
+    """A run each of whose saves takes a while before its first file."""
+    real = state.write
+
+    def write(*args):
+        time.sleep(float(seconds))
+        return real(*args)
+
+    state.write = write
+    return train(config_path, run_dir)
+
+
+def saving(run_dir: Path) -> bool:
+    return any((run_dir / "checkpoints").glob(".tmp-*"))
+
+
+def begin_slow(forker: Forker, run_dir: Path, seconds: float) -> int:
+    """A run whose first save is being written."""
+    arguments = str(forker.config_path), str(run_dir), seconds
+    pid = forker.call("test_faults:slow_saves", *arguments, log=Path(f"{run_dir}.log"))
+    wait_until(lambda: saving(run_dir))
+    return pid
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_during_a_save_lets_it_be_finished(forker, reference, tmp_path, number):
+    run_dir = tmp_path / "run"
+    os.kill(begin_slow(forker, run_dir, 0.3), number)
+    assert forker.wait() == 128 + number, said(run_dir)
+    assert "stopped and saved at step" in said(run_dir) and not saving(run_dir)
+    step = int(re.findall(r"saved at step (\d+)", said(run_dir))[-1])
+    assert state.newest(run_dir / "checkpoints", "autoencoder", pytest.fail).name == f"autoencoder-{step:08d}"
+    finishes_alike(forker, run_dir, reference)
+    assert f"going on from step {step}" in said(run_dir)
+
+
+def test_a_second_interrupt_ends_at_once(forker, reference, tmp_path):
+    """The checkpoint that was being written is invisible."""
+    run_dir = tmp_path / "run"
+    pid = begin_slow(forker, run_dir, 60)
+    os.kill(pid, signal.SIGINT)
+    time.sleep(0.3)
+    start = time.monotonic()
+    os.kill(pid, signal.SIGINT)
+    assert forker.wait() == 130 and time.monotonic() - start < 5
+    assert [p.name[:5] for p in (run_dir / "checkpoints").iterdir()] == [".tmp-"]
+    finishes_alike(forker, run_dir, reference)
+
+
+@pytest.mark.parametrize("seconds", [1.5, pytest.param(60, marks=pytest.mark.slow)])
+def test_a_process_that_was_stopped_goes_on(forker, run_config, reference, tmp_path, seconds):
+    """For longer than its time-out allows a batch to take."""
+    path = tmp_path / "config.toml"
+    path.write_text(config.to_toml(replace(run_config, train=replace(run_config.train, timeout=1))))
+    pid = forker.call("forker:train", str(path), str(tmp_path / "run"), log=tmp_path / "run.log")
+    wait_until((tmp_path / "run" / "checkpoints").exists)
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(seconds)
+    os.kill(pid, signal.SIGCONT)
+    assert forker.wait() == 0, said(tmp_path / "run")
+    assert digests(tmp_path / "run") == digests(reference)
+
+
+def batches_by_work() -> int:
+    """Batches that take half a second of the processor, where one second is too much."""
+
+    def make(n: int) -> int:
+        end = time.thread_time() + 0.5
+        while time.thread_time() < end:
+            pass
+        return n
+
+    try:
+        return 0 if [n for n, _ in Ahead(make, range(3), 1.0)] == [0, 1, 2] else 1
+    except HungError:
+        return 7
+
+
+def test_the_time_that_a_process_is_stopped_is_none_that_reading_takes(forker, tmp_path):
+    pid = forker.call("test_faults:batches_by_work", log=tmp_path / "log")
+    time.sleep(0.2)
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(1.5)
+    os.kill(pid, signal.SIGCONT)
+    assert forker.wait() == 0
+
+
+def dies_saving(config_path: str, run_dir: str) -> int:
+    """A run that is killed when the files of its first save are written and the folder is not yet in its place."""
+    state.save = partial(killed_behind, state.save)
+    return train(config_path, run_dir)
+
+
+def killed_behind(save: Callable, path: Path, *arguments) -> None:
+    save(path, *arguments[:-1], lambda _: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def test_killed_during_the_first_save(forker, run_config, reference, tmp_path):
+    """The log has lines of steps that no checkpoint has: the next start says so and begins again."""
+    path, run_dir = tmp_path / "config.toml", tmp_path / "run"
+    stages = {name: replace(getattr(run_config.train, name), save_every=11) for name in ("autoencoder", "denoiser")}
+    path.write_text(config.to_toml(replace(run_config, train=replace(run_config.train, **stages))))
+    forker.call("test_faults:dies_saving", str(path), str(run_dir), log=tmp_path / "run.log")
+    assert forker.wait() == -signal.SIGKILL and "autoencoder" in (run_dir / "metrics.jsonl").read_text()
+    assert [p.name[:5] for p in (run_dir / "checkpoints").iterdir()] == [".tmp-"]
+    finishes_alike(forker, run_dir, reference)
+    assert "autoencoder: no checkpoint yet, beginning at step 0 again" in said(run_dir)
+
+
+def everything(run_dir: Path) -> dict[str, tuple[int, int]]:
+    """When each file and folder was written last, and its inode; not of the lock, in which the holder's number stands."""
+    paths = [run_dir, *(p for p in run_dir.rglob("*") if p.name != ".lock")]
+    return {str(p): (p.stat().st_mtime_ns, p.stat().st_ino) for p in paths}
+
+
+def test_a_finished_run_writes_nothing(forker, reference):
+    before = everything(reference)
+    assert len(before) > 30 and forker.run(reference) == 0
+    assert everything(reference) == before
+
+
+# ------------------------------------------------------------------------------------------------------ disks and limits
+
+
+def test_a_disk_that_fills_ends_the_command_which_then_goes_on(config_path, reference, tmp_path):
+    """The files of the autoencoder are small enough and those of the denoiser are not."""
+    run_dir = tmp_path / "run"
+    sizes = [max(p.stat().st_size for p in reference.glob(f"checkpoints/{s}-*/*")) for s in ("autoencoder", "denoiser")]
+    assert sizes[0] < sizes[1]
+    command = [sys.executable, "-m", "tinydiff", "train", str(config_path), "--run-dir", str(run_dir)]
+    run = partial(subprocess.run, command, capture_output=True, text=True, env=environment(), timeout=200)
+    done = run(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[1] - 1, sizes[1] - 1)))
+    *_, last = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (7, "") and "Traceback" not in done.stderr, done.stderr
+    assert re.fullmatch(
+        r"tinydiff: .*/checkpoints/denoiser-0+3/.*\.safetensors: File too large; raise the file size limit", last
+    )
+    assert not list(run_dir.rglob(".tmp*"))
+    done = run()
+    assert (done.returncode, done.stdout) == (0, f"{run_dir / 'model'}\n"), done.stderr
+    assert digests(run_dir) == digests(reference)
+
+
+def no_step(*_) -> None:
+    raise AssertionError("a step was made")
+
+
+@pytest.fixture
+def steps_fail(monkeypatch):
+    monkeypatch.setattr(loop, "step", no_step)
+
+
+@pytest.mark.parametrize("where", ["file/run", "file", "/proc/run", "/sys/run"])
+@pytest.mark.usefixtures("steps_fail")
+def test_a_run_directory_that_cannot_be_written_is_refused_at_once(run_config, tmp_path, where):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ResourceError, match="/proc|/sys|/file") as caught:
+        loop.run(run_config, tmp_path / where)
+    assert caught.value.code == 7 and "\n" not in str(caught.value) and "; " in str(caught.value)
+
+
+def run_on_a_full_disk(config_path: str, run_dir: str, size: str) -> int:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), int(size)))
+    loop.step = no_step
+    return train(config_path, run_dir)
+
+
+@pytest.mark.parametrize("size", [0, 100, 3000])
+def test_a_disk_that_is_full_is_told_before_the_first_step(forker, tmp_path, size):
+    log = tmp_path / "log.txt"
+    log.write_text("")
+    os.truncate(log, 10_000)  # the limit is for what is written behind it, too
+    run_dir = tmp_path / "run"
+    forker.call("test_faults:run_on_a_full_disk", str(forker.config_path), str(run_dir), str(size), log="/dev/null")
+    assert forker.wait() == 7
+    assert not list(tmp_path.rglob(".tmp*"))
+
+
+def test_too_little_room_for_a_checkpoint_is_told_by_its_size(tmp_path):
+    usage = shutil.disk_usage(tmp_path)
+    state.make_room(tmp_path / "checkpoints", toy(1))
+    assert (tmp_path / "checkpoints").is_dir()
+    size = 5 * 4 * (36 + 6 + 6 + 1)  # five floats of every weight
+    with patch.object(shutil, "disk_usage", lambda _: usage._replace(free=size)):
+        state.make_room(tmp_path / "checkpoints", toy(1))
+    told = pytest.raises(ResourceError, match=r"checkpoints: 9.79e-07 GB free, and a save takes 9.8e-07; free some")
+    with patch.object(shutil, "disk_usage", lambda _: usage._replace(free=size - 1)), told:
+        state.make_room(tmp_path / "checkpoints", toy(1))
+
+
+def test_a_run_directory_that_is_deleted_meanwhile_ends_the_run(run_config, tmp_path):
+    real = loop.step
+
+    def step(*arguments):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        return real(*arguments)
+
+    with (
+        patch.object(loop, "step", step),
+        pytest.raises(ResourceError, match="run: removed while training; put it back"),
+    ):
+        loop.run(run_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------- soak
+
+
+def resources(pid: int) -> tuple[int, int, int]:
+    """Resident pages, open descriptors and threads of a process."""
+    proc = Path(f"/proc/{pid}")
+    return (
+        int((proc / "statm").read_text().split()[1]),
+        len(list((proc / "fd").iterdir())),
+        len(list((proc / "task").iterdir())),
+    )
+
+
+@pytest.mark.parametrize("steps", [600, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_a_long_run_takes_no_more_and_more(forker, run_config, tmp_path, steps):
+    """Memory, descriptors and threads after a quarter of the run and at its end, with saves and pictures on the way."""
+    stage = replace(run_config.train.autoencoder, steps=steps, batch_size=1, save_every=25, sample_every=100)
+    cfg = replace(run_config, train=replace(run_config.train, autoencoder=stage, keep=2))
+    (tmp_path / "config.toml").write_text(config.to_toml(cfg))
+    pid = forker.call(
+        "test_faults:soak", str(tmp_path / "config.toml"), str(tmp_path / "run"), log=tmp_path / "run.log"
+    )
+    found, log = [], tmp_path / "run" / "metrics.jsonl"
+    wait_until(log.exists)
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.02)
+        try:
+            found.append(resources(pid))
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            break
+    assert forker.wait() == 0, said(tmp_path / "run")
+    print(len(found), found[:3], found[-3:])
+
+
+def soak(config_path: str, run_dir: str) -> int:
+    loop.run(config.load(Path(config_path)), Path(run_dir), "autoencoder")
+    return 0

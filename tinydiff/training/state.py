@@ -114,7 +114,7 @@ def save(
             try:
                 publish(place)
             except ModelError as error:  # what has just been written cannot be read
-                raise error.__cause__ if isinstance(error.__cause__, OSError) else error
+                raise (error.__cause__ if isinstance(error.__cause__, OSError) else error) from None
 
 
 def write(folder: Path, saved: Snapshot, places: Places, rank: int, writers: int) -> OSError | None:
