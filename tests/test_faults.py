@@ -29,7 +29,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from forker import Forker, environment, train, wait_until
+from forker import Forker, environment, processor_time, train, wait_until
 from safetensors import SafetensorError
 from torch import nn
 
@@ -711,6 +711,41 @@ def finishes_alike(forker: Forker, run_dir: Path, reference: Path) -> None:
     assert [p for p in run_dir.rglob(".*") if p.name != ".lock"] == []
 
 
+def computed(run_dir: Path) -> float:
+    """Seconds of the processor that the last run took, as it says itself."""
+    return float(said(run_dir).split()[-1])
+
+
+@pytest.mark.parametrize("kills", [20, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(forker, run_config, tmp_path, kills):
+    """Again and again over one run, each time after some more of its own processor time, often while it saves."""
+    often = {"steps": 2 * kills, "save_every": 2, "sample_every": kills}
+    stages = {name: replace(getattr(run_config.train, name), **often) for name in ("autoencoder", "denoiser")}
+    path, run_dir, wanted = tmp_path / "config.toml", tmp_path / "run", tmp_path / "wanted"
+    path.write_text(config.to_toml(replace(run_config, train=replace(run_config.train, **stages))))
+    start = partial(forker.call, "forker:train", str(path))
+    seconds = []
+    for _ in range(2):  # the second time there is nothing to do
+        start(str(wanted), log=Path(f"{wanted}.log"))
+        assert forker.wait() == 0
+        seconds.append(computed(wanted))
+    work, rng, saving = seconds[0] - seconds[1], np.random.default_rng(20), 0
+    for _ in range(kills):
+        pid = start(str(run_dir), log=Path(f"{run_dir}.log"))
+        moment = seconds[1] + rng.uniform(0, 2) * work / kills
+        while (used := processor_time(pid)) is not None and used < moment:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.01))  # the clock's own step
+        os.kill(pid, signal.SIGKILL)
+        assert forker.wait() == -signal.SIGKILL, said(run_dir)
+        saving += any(".tmp-" in str(p) or ".tinydiff-old" in str(p) for p in run_dir.rglob(".*"))
+    print(f"{saving} of {kills} kills landed inside a save")
+    start(str(run_dir), log=Path(f"{run_dir}.log"))
+    assert forker.wait() == 0, said(run_dir)
+    assert digests(run_dir) == digests(wanted) and saving >= kills // 5
+    assert [p for p in run_dir.rglob(".*") if p.name != ".lock"] == []
+
+
 def slow_saves(config_path: str, run_dir: str, seconds: float) -> int:
     """A run each of whose saves takes a while before its first file."""
     real = state.write
@@ -929,7 +964,7 @@ def resources(pid: int) -> tuple[int, int, int]:
     )
 
 
-@pytest.mark.parametrize("steps", [600, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [3000, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_a_long_run_takes_no_more_and_more(forker, run_config, tmp_path, steps):
     """Memory, descriptors and threads after a quarter of the run and at its end, with saves and pictures on the way."""
     stage = replace(run_config.train.autoencoder, steps=steps, batch_size=1, save_every=25, sample_every=100)
@@ -947,7 +982,7 @@ def test_a_long_run_takes_no_more_and_more(forker, run_config, tmp_path, steps):
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             break
     assert forker.wait() == 0, said(tmp_path / "run")
-    print(len(found), found[:3], found[-3:])
+    print(len(found), found[:: max(1, len(found) // 30)], found[-3:])
 
 
 def soak(config_path: str, run_dir: str) -> int:

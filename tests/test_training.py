@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -13,7 +12,6 @@ import subprocess
 import sys
 import tarfile
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forker import Forker, environment, processor_time, wait_until
+from forker import Forker, environment, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -718,22 +716,6 @@ def check(run_dir: Path, wanted: dict[str, str]) -> None:
 
 def test_another_process_trains_to_the_same_bits(whole, reference):
     assert reference[0] == digests(whole)
-
-
-def test_killed_at_random_moments(forker, reference, tmp_path):
-    """Moments of its own processor time, which do not depend on what else the machine does."""
-    wanted, seconds, _ = reference
-    rng, codes = np.random.default_rng(SEED), []
-    for _ in range(6):
-        pid, moment = forker.start(tmp_path / "run"), rng.uniform(0.05, 0.6) * seconds
-        while (used := processor_time(pid)) is not None and used < moment:
-            time.sleep(0.001)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        codes.append(forker.wait())
-    assert set(codes) <= {0, -signal.SIGKILL} and codes[0] == -signal.SIGKILL
-    assert forker.run(tmp_path / "run") == 0
-    check(tmp_path / "run", wanted)
 
 
 @pytest.mark.parametrize("seed", range(2))
