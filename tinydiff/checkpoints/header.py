@@ -19,7 +19,7 @@ from tinydiff.errors import ModelError
 from tinydiff.files import LFS_POINTER, RESTORE, shown
 
 MAX_HEADER = 16 * 2**20  # the format allows more; the largest models need a hundredth, and JSON takes tenfold in memory
-MAX_COMMAS = 200_000  # in a header, where a convolution's kernel takes eight: ten times the tensors of SDXL
+MAX_COMMAS = 120_000  # in a header, where a convolution's kernel takes eight: six times the tensors of SDXL
 MAX_AXES = 64  # of a tensor, as in torch
 NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
