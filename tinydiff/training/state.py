@@ -92,13 +92,11 @@ def save(
     Every process that holds blocks writes its files; if one cannot, none is kept. `publish` gets the folder before the
     commit: whoever finds the last checkpoint has nothing left to do.
     """
-    writers, run_dir = world.size if places else 1, path.parent.parent
+    writers = world.size if places else 1
     if world.rank >= writers:
         return
-    with named(run_dir):
-        there = run_dir.is_dir()
-    if not there:  # made anew it would be locked by nobody
-        raise ResourceError(f"{shown(run_dir)}: removed while training; put it back, or start the run again")
+    if world.rank == 0:
+        check_there(path.parent.parent)
     with committed(path) if world.rank == 0 else named(path) as temporary:
         place = Path(world.share(str(temporary), world.savers)) if writers > 1 else temporary
         assert place is not None
@@ -115,6 +113,13 @@ def save(
                 publish(place)
             except ModelError as error:  # what has just been written cannot be read
                 raise (error.__cause__ if isinstance(error.__cause__, OSError) else error) from None
+
+
+def check_there(run_dir: Path) -> None:
+    """Raises ResourceError where the run directory is gone. A save must not make it anew: nobody holds its lock then."""
+    with named(run_dir):
+        if not run_dir.is_dir():
+            raise ResourceError(f"{shown(run_dir)}: removed while training; put it back, or start the run again")
 
 
 def write(folder: Path, saved: Snapshot, places: Places, rank: int, writers: int) -> OSError | None:
