@@ -1,12 +1,13 @@
 """Speed and memory as ratios against named peers, each pair run in turn, several times, in one call.
 
-    python scripts/bench.py [startup] [generate] [train] [samplers] [full] [--runs N] [--model DIR] [--folder DIR]
+    python scripts/bench.py [startup] [generate] [train] [save] [samplers] [full] [--runs N] [--model DIR] [--folder DIR]
 
 startup   `tinydiff --help` against `python -c "import typer"`
 generate  `tinydiff generate` of one image, whole process, against a diffusers script with the same weights, and against
           a bare script that opens the same ONNX sessions and loops in numpy (the floor)
 train     steps of the denoiser stage through the training loop, batches and metrics included, against forward + backward +
           optimizer on one batch, and against a script with accelerate and diffusers of the same sizes
+save      how long a checkpoint keeps the next update waiting, against how long it takes to be written
 samplers  the arithmetic of each solver, a step of 8 latents of 4x64x64, against one call of a network of Stable Diffusion's
           size on them (minutes and 4 GB; not run unless named)
 full      Stable Diffusion 1.5's size with random weights, against diffusers: one network call of two 64x64 latents on torch
@@ -19,13 +20,14 @@ Prints one line a comparison: the median ratio with its least and greatest.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 DIFFUSERS = """
@@ -157,27 +159,24 @@ class Latents:
 STEPS = 8  # timed together
 
 
-def train(runs: int, config: Path) -> None:
-    """The loop's step, batches and metrics included, against the bare step on one fixed batch, and against accelerate."""
+@contextlib.contextmanager
+def prepared(config: Path) -> Iterator[tuple]:
+    """(runtime, task, training, run directory) of the denoiser's stage on random latents, before its first step."""
     import torch
-    from torch.nn import functional as F
 
     from tinydiff import config as configuration
     from tinydiff.checkpoints import folder
     from tinydiff.data.dataset import Images
     from tinydiff.text.tokenizer import Tokenizer
-    from tinydiff.training.loop import step
-    from tinydiff.training.metrics import Metrics
     from tinydiff.training.optim import Average, adamw
     from tinydiff.training.parallel import pieces
     from tinydiff.training.runtime import Runtime
-    from tinydiff.training.saver import Ahead
     from tinydiff.training.stages import DenoiserTask
     from tinydiff.training.state import Training
 
     cfg = configuration.load(config, ["data.path=bench", "data.flip=false", f"train.threads={torch.get_num_threads()}"])
-    length, names = cfg.text_encoder.max_position_embeddings, [f"image number {i}" for i in range(512)]
-    tokenizer = Tokenizer.train(names, 1024, length)
+    names = [f"image number {i}" for i in range(512)]
+    tokenizer = Tokenizer.train(names, 1024, cfg.text_encoder.max_position_embeddings)
     side = cfg.data.resolution // 2 ** (len(cfg.autoencoder.block_out_channels) - 1)
     latents = Latents((cfg.autoencoder.latent_channels, side, side))
     with Runtime(cfg) as runtime, tempfile.TemporaryDirectory() as run_dir:
@@ -188,7 +187,22 @@ def train(runs: int, config: Path) -> None:
         held = pieces(task.module, runtime.world)
         parameters = [piece.tensor for piece in held]
         training = Training(held, Average(parameters, task.stage.ema), adamw(parameters, task.stage))
-        log, size = Metrics(Path(run_dir), task.name, 0, task.stage.batch_size), task.stage.batch_size
+        yield runtime, task, training, Path(run_dir)
+
+
+def train(runs: int, config: Path) -> None:
+    """The loop's step, batches and metrics included, against the bare step on one fixed batch, and against accelerate."""
+    import torch
+    from torch.nn import functional as F
+
+    from tinydiff.checkpoints import folder
+    from tinydiff.training.loop import step
+    from tinydiff.training.metrics import Metrics
+    from tinydiff.training.saver import Ahead
+
+    with prepared(config) as (runtime, task, training, run_dir):
+        cfg, size = runtime.config, task.stage.batch_size
+        log = Metrics(run_dir, task.name, 0, size)
         coming = iter(Ahead(lambda n: [task.batch(n, range(size))], range(10**6), 600))
         x, target, t, ids, *_ = task.batch(0, range(size))
         x = x.to(memory_format=torch.channels_last)
@@ -204,12 +218,47 @@ def train(runs: int, config: Path) -> None:
             n, batch = next(coming)
             log.add(n + 1, step(runtime, task, training, n, batch).values)
 
-        theirs = accelerated(folder.component_config("unet", model, cfg), cfg, latents.mean, tokenizer.encode(names))
+        tokens = task.model.tokenizer.encode([f"image number {i}" for i in range(512)])
+        theirs = accelerated(folder.component_config("unet", task.model, cfg), cfg, task.latents.mean, tokens)
         for call in (bare, ours, theirs):
             repeated(call, 2)
         compare("time, training step / bare step", runs, lambda: repeated(ours), lambda: repeated(bare))
         name = "time, training step / accelerate and diffusers"
         compare(name, runs, lambda: repeated(ours), lambda: repeated(theirs))
+
+
+def save(runs: int, config: Path) -> None:
+    """How long a save keeps the training from its next update, against how long the save itself takes."""
+    from tinydiff.training import loop
+    from tinydiff.training.saver import Saver
+
+    with prepared(config) as (runtime, task, training, run_dir), contextlib.closing(Saver()) as saver:
+        batch = [task.batch(0, range(task.stage.batch_size))]
+        loop.step(runtime, task, training, 0, batch)
+        n, held = iter(range(1, 10**6)), [0.0]
+
+        def commit() -> None:
+            loop.commit(runtime, run_dir, task, training, saver, next(n), 0)
+
+        def beside() -> float:
+            """Seconds of a step in which it waits for a save that begins before it."""
+            held[0] = repeated(commit, 1)
+
+            def settle() -> None:
+                held[0] += repeated(saver.settle, 1)
+
+            loop.step(runtime, task, training, 1, batch, settle)
+            saver.wait()
+            return held[0]
+
+        def alone() -> None:
+            commit()
+            saver.wait()
+
+        beside()  # which makes the memory of the copy
+        compare("time, training held up by a save / save", runs, beside, lambda: repeated(alone, 1))
+    size = 4 * sum(p.numel() for p in task.module.parameters())
+    print(f"of {size / 1e6:.0f} MB of weights, their average and two moments, and the model folder")
 
 
 def repeated(call: Callable[[], object], times: int = STEPS) -> float:
@@ -417,13 +466,15 @@ def main() -> None:
         elif what == "train":
             keep_pages()
             train(arguments.runs, model / "tinydiff.toml")
+        elif what == "save":
+            save(arguments.runs, model / "tinydiff.toml")
         elif what == "samplers":
             samplers()
         elif what == "full":
             with tempfile.TemporaryDirectory() as temporary:
                 full(arguments.runs, arguments.folder or Path(temporary))
         else:
-            sys.exit(f"{what}: no such benchmark; there are startup, generate, train, samplers and full")
+            sys.exit(f"{what}: no such benchmark; there are startup, generate, train, save, samplers and full")
 
 
 if __name__ == "__main__":

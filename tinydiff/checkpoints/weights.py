@@ -6,8 +6,7 @@ network: a component is a folder with a name.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,16 +75,3 @@ def tensors(paths: list[Path]) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{shown(path)}: damaged ({error}); fetch or train it again") from None
     return found
-
-
-def check_finite(found: Mapping[str, Tensor], path: Path) -> None:
-    """Raises ModelError naming a tensor with a value that is no finite number. Reads all of them once."""
-    import torch
-
-    for name, tensor in found.items():
-        if tensor.is_floating_point():
-            total = tensor.sum(
-                dtype=torch.float32
-            ).item()  # one pass; looked at again where it is too large or no number
-            if not math.isfinite(total) and not tensor.isfinite().all():
-                raise ModelError(f"{shown(path)}: {name} holds no finite numbers; train it again, or {RESTORE}")

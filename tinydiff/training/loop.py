@@ -115,6 +115,9 @@ def stage(runtime: Runtime, run_dir: Path, task: Task, strict: bool = False) -> 
     training = Training(held, Average([p.tensor for p in held], cfg.ema), adamw([p.tensor for p in held], cfg))
     start, skipped = resume(runtime, run_dir, task, training, strict)
     if start < cfg.steps:
+        with world.first() as first:
+            if first:
+                state.make_room(run_dir / "checkpoints", training)
         with enough_memory(task, runtime), contextlib.closing(Saver()) as saver:
             train(runtime, run_dir, task, training, parts, saver, start, skipped)
     elif world.rank == 0 and not published(run_dir, runtime.config):
@@ -282,7 +285,6 @@ def look(runtime: Runtime, run_dir: Path, task: Task, training: Training, n: int
         training.average.exchange()
     if log is None:
         return
-    (run_dir / "samples").mkdir(exist_ok=True)
     path = run_dir / "samples" / f"{task.name}-{n:08d}.png"
     files.write_file(path, images.encode_png(images.grid(pictures, 8), None), force=True)
     if task.captions:

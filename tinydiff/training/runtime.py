@@ -68,7 +68,8 @@ class Runtime:
             torch.set_num_threads(self.cfg.threads)
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
         self.world.__enter__()
-        self.previous = {n: signal.signal(n, self.catch) for n in SIGNALS}
+        heard = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]  # nohup
+        self.previous = {n: signal.signal(n, self.catch) for n in heard}
         return self
 
     def __exit__(self, *error: object) -> None:
