@@ -94,12 +94,12 @@ def vectors(runtime: Runtime, model: folder.Model, captions: list[str]) -> Tenso
 
 def encoding(runtime: Runtime, label: str) -> Callable[[int, int], None]:
     """Progress of filling a cache, and the place where a signal stops it."""
-    bars: list[Progress] = []
+    bar = Progress(label, 0)
 
     def progress(done: int, total: int) -> None:
+        bar.total = total
         if runtime.world.rank == 0:
-            bars[:] = bars or [Progress(label, total)]
-            bars[0].update(done)
+            bar.update(done)
         if runtime.caught:
             raise Interrupted(runtime.caught, f"stopped while {label}; run the same command to go on")
 

@@ -72,7 +72,7 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            if self.size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            if self.size > 1 and (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
                 problem = f"another of the {self.size} processes ended, or did not answer for {self.timeout} s"
                 raise ResourceError(f"{problem}; start the same command again to go on") from error
             raise
