@@ -21,6 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from tinydiff import config
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in the background inherits it ignored
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and so does what runs under nohup
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 210), "yellow": (230, 220, 40)}
 SHAPES = ("square", "stripe", "corner")
 

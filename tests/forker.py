@@ -123,6 +123,19 @@ def train(config_path: str, run_dir: str, die_at: int = 0, names: Sequence[str] 
         return 130
 
 
+def command(argv: Sequence[str], patch: str, rank: int) -> int:
+    """The command line behind a `patch`, which may ask for its `rank`; its exit code."""
+    from tinydiff import cli
+
+    os.dup2(2, 1)
+    sys.argv = ["tinydiff", *argv]
+    exec(patch, {"rank": rank})
+    try:
+        cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
 def serve(modules: Sequence[str]) -> None:
     for name in modules:
         importlib.import_module(name)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ def test_identity_graph_is_the_identity() -> None:
 
 
 def test_fall_back_to_the_cpu_is_an_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = ort.InferenceSession
+    opened, pool = ort.InferenceSession, ThreadPoolExecutor(4)
 
     def on_cpu(model: Path, options: ort.SessionOptions, providers: list, **more: Any) -> ort.InferenceSession:
         assert providers[0][0] == backend.CUDA
@@ -187,7 +188,9 @@ def test_fall_back_to_the_cpu_is_an_error(path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(backend, "cuda_problem", lambda: "")
     monkeypatch.setattr(ort, "InferenceSession", on_cpu)
+    monkeypatch.setattr(backend, "ThreadPoolExecutor", lambda count: pool)
     assert "onnxruntime would run it on the CPU; use --device cpu" in refusal(path, ResourceError, "cuda")
+    pool.shutdown()  # while sessions are what they are here
 
 
 @pytest.mark.gpu

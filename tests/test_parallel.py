@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forker import Forker, processor_time, wait_until
 from torch import nn
 
 from tinydiff import config
@@ -103,84 +104,46 @@ def test_compiled_blocks_train_alike(parallel_config, alone, tmp_path):
 
 # ----------------------------------------------------------------------------------------------------- many as one
 
-# Imports torch once, then forks the processes of each job that it reads: the command line with the environment that
-# torchrun would give it, which costs seconds for each start. Says the process ids at once and the exit codes at the end.
-SERVER = """
-import json, os, sys
-from tinydiff import cli
-from tinydiff.training import loop
-import torch._dynamo  # which the first optimizer step imports
-import torch.distributed.fsdp, torch.distributed.tensor.parallel, torch.nn.parallel
-
-def child(job, rank):
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["size"], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": job["port"]}
-    os.environ.update({k: str(v) for k, v in place.items()} if job["size"] > 1 else {})
-    out = os.open(f"{job['log']}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
-    sys.argv = ["tinydiff", *(text.replace("RANK", str(rank)) for text in job["argv"])]
-    exec(job["patch"], {"rank": rank})
-    try:
-        cli.main()
-    except SystemExit as end:
-        sys.stderr.flush()
-        return end.code or 0
-
-for line in sys.stdin:
-    job, pids = json.loads(line), []
-    for rank in range(job["size"]):
-        if (pid := os.fork()) == 0:
-            code = 1
-            try:
-                code = child(job, rank)
-            finally:
-                os._exit(code)
-        pids.append(pid)
-    print(json.dumps(pids), flush=True)
-    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)
-"""
-
 
 @dataclass
 class Server:
-    """Runs of the command line in several processes that can be killed."""
+    """Runs of the command line in several processes that can be killed, with the environment that torchrun gives them."""
 
     config_path: Path
-    process: subprocess.Popen = field(init=False)
-    run_dir: Path = field(init=False)
+    forker: Forker
+    run_dir: Path = Path()
     pids: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        root = str(Path(loop.__file__).parents[2])
-        path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
-        command = [sys.executable, "-c", SERVER]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
 
     def start(self, size: int, run_dir: Path, *settings: str, patch: str = "") -> list[int]:
         """Begin a run of `size` processes; their ids. What a failed test has left running is ended first."""
         for pid in self.pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        if self.pids:
-            self.wait()
-        self.run_dir = run_dir
+            os.kill(pid, signal.SIGKILL)
+            self.forker.wait(pid)
+        self.run_dir, self.pids = run_dir, []
         argv = ["train", str(self.config_path), "--run-dir", str(run_dir)]
         argv += [part for setting in settings for part in (("--set", setting) if "=" in setting else (setting,))]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        job = {"size": size, "argv": argv, "log": f"{run_dir}.log", "port": port, "patch": patch}
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        self.pids = json.loads(self.process.stdout.readline())
+        for rank in range(size):
+            place = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": size,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            mine = [text.replace("RANK", str(rank)) for text in argv]
+            env = {k: str(v) for k, v in place.items()} if size > 1 else {}
+            log = Path(f"{run_dir}.log.{rank}")
+            self.pids.append(self.forker.call("forker:command", mine, patch, rank, log=log, env=env))
         return self.pids
 
     def wait(self) -> list[int]:
+        """The exit codes."""
+        codes = [self.forker.wait(pid) for pid in self.pids]
         self.pids = []
-        return json.loads(self.process.stdout.readline())
+        return codes
 
     def run(self, size: int, run_dir: Path, *settings: str, patch: str = "") -> list[int]:
         self.start(size, run_dir, *settings, patch=patch)
@@ -212,10 +175,9 @@ def config_path(parallel_config, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(config_path) -> Iterator[Server]:
-    server = Server(config_path)
-    yield server
-    with server.process as process:
-        process.kill()
+    forker = Forker(modules=("tinydiff.cli", "tinydiff.training.loop", "torch.distributed.fsdp"))
+    yield Server(config_path, forker)
+    forker.close()
 
 
 @pytest.fixture(scope="module")
@@ -377,23 +339,12 @@ def test_fifty_times_killed(server, pair, tmp_path):
     killed(server, tmp_path / "run", pair, 50)
 
 
-def reached(run_dir: Path, name: str) -> None:
-    """Wait for a file of the run."""
-    end = time.monotonic() + 120
-    while not list(run_dir.glob(name)):
-        assert time.monotonic() < end, f"{name} never came"
-        time.sleep(0.01)
-
-
 def test_a_process_that_hangs_ends_the_run_in_time(server, pair, tmp_path):
     run_dir = tmp_path / "run"
     pids = server.start(2, run_dir, "train.timeout=10")
-    reached(run_dir, "checkpoints/denoiser-00000025")
-    begun = time.monotonic()
+    wait_until((run_dir / "checkpoints" / "denoiser-00000025").exists)
     os.kill(pids[1], signal.SIGSTOP)
-    while Path(f"/proc/{pids[0]}").exists():
-        assert time.monotonic() < begun + 40, "the other waits for ever"
-        time.sleep(0.05)
+    wait_until(lambda: processor_time(pids[0]) is None, 40)
     os.kill(pids[1], signal.SIGKILL)
     assert server.wait() == [7, -signal.SIGKILL]
     last = server.said().splitlines()[-1]
@@ -427,7 +378,7 @@ parallel.World.meet = told
 def test_a_signal_to_one_stops_all_behind_one_step(server, pair, tmp_path):
     run_dir = tmp_path / "run"
     pids = server.start(2, run_dir)
-    reached(run_dir, "checkpoints/denoiser-00000025")
+    wait_until((run_dir / "checkpoints" / "denoiser-00000025").exists)
     os.kill(pids[1], signal.SIGTERM)
     assert server.wait() == [128 + signal.SIGTERM] * 2
     assert "stopped and saved at step" in server.said() and server.said(1) == ""
