@@ -173,12 +173,8 @@ def train(
         done, last = step(runtime, task, training, n, batch, saver.settle), n + 1 == cfg.steps
         skipped = skipped + 1 if done.left_out else 0
         if done.left_out:
-            reason, found = f"loss {done.values['loss']:g}", culprits(runtime, task, n, parts)
-            reason += f", gradient norm {done.values['grad_norm']:g}"
-            runtime.say(
-                f"{task.name}: step {n + 1} left out, {reason}: {', '.join(found[:8])}{' ...' * (len(found) > 8)}"
-            )
-            log.skipped(n + 1, reason, found) if log else None
+            reason = f"loss {done.values['loss']:g}, gradient norm {done.values['grad_norm']:g}"
+            tell(runtime, task, n, reason, culprits(runtime, task, n, parts), log)
             if skipped >= runtime.cfg.max_skipped:
                 save(n + 1, 0)
                 saver.wait()
@@ -267,6 +263,14 @@ def culprits(runtime: Runtime, task: Task, n: int, parts: list[range]) -> list[s
         bad[row] = not loss.isfinite()
     rows = runtime.world.sum(bad).nonzero().flatten().tolist()
     return task.data.names(task.order(n)[rows or slice(None)])
+
+
+def tell(runtime: Runtime, task: Task, n: int, reason: str, found: list[str], log: Metrics | None) -> None:
+    """Name an update that was left out, and the images in question."""
+    shown = ", ".join(found[:8]) + " ..." * (len(found) > 8)
+    runtime.say(f"{task.name}: step {n + 1} left out, {reason}: {shown}")
+    if log:
+        log.skipped(n + 1, reason, found)
 
 
 def diverged(task: Task, what: str) -> DivergedError:
