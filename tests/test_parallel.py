@@ -302,6 +302,13 @@ loop.run = counted
     assert f"exchanges {4 + STEPS}" in server.said()
 
 
+def test_parts_of_a_batch_add_up_where_weights_are_divided(server, alone, tmp_path):
+    """FSDP keeps whole gradients until the last part; blocks that are computed twice are gathered twice."""
+    settings = ("train.parallel=fsdp", "train.denoiser.accumulate=2", "train.gradient_checkpointing=true")
+    assert server.run(2, tmp_path / "run", *settings) == [0, 0], server.said()
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-4)
+
+
 # ------------------------------------------------------------------------------------------------ when one of them dies
 
 
