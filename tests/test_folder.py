@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import socket
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +161,22 @@ def test_csv_without_its_columns(tmp_path: Path) -> None:
 
 
 # ---- some of it is bad ---------------------------------------------------------------------------------------------
+
+
+def test_endless_metadata_rows_are_left_out_without_their_memory(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        image(tmp_path / name)
+    with open(tmp_path / "metadata.jsonl", "w") as file:
+        file.write('{"file_name": "a.png", "text": "one"}\n{"file_name": "b.png", "text": "')
+        for _ in range(64):
+            file.write("x" * 2**20)
+        file.write('"}\n{"file_name": "b.png", "text": "two"}\n')
+    tracemalloc.start()
+    source = FolderSource(tmp_path, max_bad_fraction=0.5)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [source.captions(i) for i in range(2)] == [["one"], ["two"]]
+    assert source.skipped == [("metadata.jsonl:2", "not a JSON object, or over 1 MiB")] and most < 16e6
 
 
 def test_bad_images_are_listed_and_too_many_are_an_error(tmp_path: Path) -> None:

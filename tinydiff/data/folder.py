@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
@@ -371,9 +371,19 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """(line number, row, or the reason why there is none). Bytes that are not UTF-8 become surrogates, caught later."""
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            yield from _csv_rows(path, file) if path.suffix == ".csv" else _json_rows(file)
+            lines = _lines(file)
+            yield from _csv_rows(path, lines) if path.suffix == ".csv" else _json_rows(lines)
     except OSError as error:
         raise DataError(f"{shown(path)}: {error.strerror}; make it readable") from None
+
+
+def _lines(file: TextIO) -> Iterator[str]:
+    """The lines of a file; of one longer than MAX_LINE only the beginning, which is one character longer than that."""
+    while line := file.readline(MAX_LINE + 1):
+        rest = line
+        while len(rest) > MAX_LINE and not rest.endswith("\n"):
+            rest = file.readline(MAX_LINE + 1)
+        yield line
 
 
 def _json_rows(file: Iterable[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
