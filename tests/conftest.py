@@ -75,6 +75,22 @@ def tiny_config(image_folder: Path) -> config.Config:
 
 
 @pytest.fixture(scope="session")
+def run_config(tiny_config: config.Config) -> config.Config:
+    """For runs: one level less, a save at every third step, and pictures only at the end."""
+    denoiser = replace(tiny_config.denoiser, block_out_channels=(16,), down_block_types=("CrossAttnDownBlock2D",))
+    stages = {name: replace(getattr(tiny_config.train, name), sample_every=100) for name in ("autoencoder", "denoiser")}
+    return replace(tiny_config, denoiser=denoiser, train=replace(tiny_config.train, **stages))
+
+
+@pytest.fixture(scope="session")
+def config_path(run_config: config.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`run_config` as a file."""
+    path = tmp_path_factory.mktemp("config") / "tiny.toml"
+    path.write_text(config.to_toml(run_config))
+    return path
+
+
+@pytest.fixture(scope="session")
 def make_model(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Callable[..., Path]:
     """A function (config, seed=0) -> model folder, every parameter random: `build` alone leaves output layers zero."""
     import torch

@@ -53,21 +53,6 @@ YEAR = 365 * 24 * 3600
 
 
 @pytest.fixture(scope="module")
-def run_config(tiny_config) -> config.Config:
-    """Two stages of twelve steps that save at every third."""
-    denoiser = replace(tiny_config.denoiser, block_out_channels=(16,), down_block_types=("CrossAttnDownBlock2D",))
-    stages = {name: replace(getattr(tiny_config.train, name), sample_every=100) for name in ("autoencoder", "denoiser")}
-    return replace(tiny_config, denoiser=denoiser, train=replace(tiny_config.train, **stages))
-
-
-@pytest.fixture(scope="module")
-def config_path(run_config, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("config") / "tiny.toml"
-    path.write_text(config.to_toml(run_config))
-    return path
-
-
-@pytest.fixture(scope="module")
 def forker(config_path) -> Iterator[Forker]:
     forker = Forker(config_path, ["tinydiff.training.loop", "test_faults"])
     yield forker

@@ -329,14 +329,6 @@ def snapshot(run_dir: Path) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def run_config(tiny_config) -> config.Config:
-    """For runs: one level less, and pictures only at the end."""
-    denoiser = replace(tiny_config.denoiser, block_out_channels=(16,), down_block_types=("CrossAttnDownBlock2D",))
-    stages = {name: replace(getattr(tiny_config.train, name), sample_every=100) for name in ("autoencoder", "denoiser")}
-    return replace(tiny_config, denoiser=denoiser, train=replace(tiny_config.train, **stages))
-
-
-@pytest.fixture(scope="module")
 def whole(run_config, tmp_path_factory) -> Path:
     """A run that nothing disturbed, in this process."""
     run_dir = tmp_path_factory.mktemp("whole")
@@ -680,13 +672,6 @@ def test_half_a_line_of_metrics_is_dropped(finished, run_config):
 
 
 # ------------------------------------------------------------------------------------------------- killed and resumed
-
-
-@pytest.fixture(scope="module")
-def config_path(run_config, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("config") / "tiny.toml"
-    path.write_text(config.to_toml(run_config))
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -80,7 +80,6 @@ def report_skipped(images: Images, runtime: Runtime) -> None:
 def tokenizer(cfg: config.Config, run_dir: Path, images: Images) -> Any:
     """The run's tokenizer: the first time CLIP's is trained on the captions, T5's copied, or classes are listed."""
     path, text, source = run_dir / "tokenizer", cfg.text_encoder, images.source
-    count = min(len(source), 200_000)
     if path.exists():
         return TOKENIZERS[text.kind].load(path)
     if text.kind == "t5":
@@ -90,7 +89,7 @@ def tokenizer(cfg: config.Config, run_dir: Path, images: Images) -> Any:
         names = sorted({label.strip().lower(): label for label in labels if label.strip()}.values())
         made = Labels(names, max(LEAST, len(names)))
     else:
-        captions = [c for i in range(count) for c in source.captions(i)]
+        captions = [c for i in range(min(len(source), 200_000)) for c in source.captions(i)]
         made = Tokenizer.train(captions, text.vocab_size, text.max_position_embeddings)
     with files.committed(path) as temporary:
         made.save(temporary)

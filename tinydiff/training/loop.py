@@ -26,7 +26,7 @@ from tinydiff.errors import DivergedError, ResourceError
 from tinydiff.training import claim, state
 from tinydiff.training.metrics import Metrics, logged
 from tinydiff.training.optim import Average, adamw, clip, learning_rate
-from tinydiff.training.parallel import norm, pieces, spread, synced
+from tinydiff.training.parallel import divides, norm, pieces, spread, synced
 from tinydiff.training.progress import Progress
 from tinydiff.training.runtime import SIGNALS, Interrupted, Runtime
 from tinydiff.training.saver import Ahead, Saver
@@ -109,7 +109,7 @@ def encoding(runtime: Runtime, label: str) -> Callable[[int, int], None]:
 def stage(runtime: Runtime, run_dir: Path, task: Task, strict: bool = False) -> None:
     """Run one task from its newest checkpoint to its last step; its module is left with the averaged weights."""
     cfg, world = task.stage, runtime.world
-    parts = claim.split(world.rows(cfg.batch_size, divided(runtime, task)), cfg, task.name, world)
+    parts = claim.split(world.rows(cfg.batch_size, divides(task.parts, world, runtime.cfg)), cfg, task.name, world)
     task.network = spread(task.network, task.parts, world, runtime.cfg, runtime.dtype)
     held = pieces(task.module, world)
     training = Training(held, Average([p.tensor for p in held], cfg.ema), adamw([p.tensor for p in held], cfg))
@@ -123,11 +123,6 @@ def stage(runtime: Runtime, run_dir: Path, task: Task, strict: bool = False) -> 
     elif world.rank == 0 and not published(run_dir, runtime.config):
         task.publish(run_dir / "checkpoints" / f"{task.name}-{start:08d}", run_dir / "model")
     training.average.exchange()
-
-
-def divided(runtime: Runtime, task: Task) -> bool:
-    """Whether the task's weights are spread over the processes."""
-    return runtime.world.size > 1 and runtime.cfg.parallel == "fsdp" and bool(task.parts)
 
 
 def published(run_dir: Path, cfg: config.Config) -> bool:
@@ -244,13 +239,13 @@ def step(
 
 
 def agree(runtime: Runtime, totals: dict[str, Tensor], size: Tensor) -> tuple[dict[str, float], float, int]:
-    """Means of what was measured, the gradient's norm and the signal caught, over all processes, in one exchange."""
+    """Means of what was measured over all processes, the gradient's norm, and the signal that any of them caught."""
     caught = torch.tensor([float(runtime.caught == number) for number in SIGNALS], dtype=torch.float64)
     numbers = torch.cat([*totals.values(), caught.to(size.device)])
-    *numbers, norm = torch.cat([runtime.world.sum(numbers), size.double().reshape(1)]).tolist()
+    *numbers, length = torch.cat([runtime.world.sum(numbers), size.double().reshape(1)]).tolist()
     means = {name: numbers[2 * i] / numbers[2 * i + 1] for i, name in enumerate(totals) if numbers[2 * i + 1]}
     signals = [number for number, count in zip(SIGNALS, numbers[-len(SIGNALS) :], strict=True) if count]
-    return means, norm, signals[0] if signals else 0
+    return means, length, signals[0] if signals else 0
 
 
 @torch.no_grad()
@@ -280,7 +275,7 @@ def diverged(task: Task, what: str) -> DivergedError:
 
 def look(runtime: Runtime, run_dir: Path, task: Task, training: Training, n: int, log: Metrics | None) -> None:
     """Pictures of what the averaged weights have learnt, and the report that shows them."""
-    if log is None and not divided(runtime, task):
+    if log is None and not divides(task.parts, runtime.world, runtime.cfg):
         return
     training.average.exchange()
     try:

@@ -136,6 +136,11 @@ def blocks(network: nn.Module) -> Iterator[nn.Module]:
         yield from child if isinstance(child, nn.ModuleList) else blocks(child)
 
 
+def divides(parts: Sequence[nn.Module], world: World, cfg: Train) -> bool:
+    """Whether the processes divide the weights of the `parts` among them."""
+    return world.size > 1 and cfg.parallel == "fsdp" and bool(parts)
+
+
 def spread(
     network: nn.Module, parts: Sequence[nn.Module], world: World, cfg: Train, dtype: torch.dtype | None
 ) -> nn.Module:
@@ -143,7 +148,7 @@ def spread(
 
     Master weights and their gradients' sums stay float32; `dtype` is what is multiplied.
     """
-    divided = world.mesh is not None and cfg.parallel == "fsdp" and bool(parts)
+    divided = divides(parts, world, cfg)
     if divided and world.tensor > 1:
         for part in parts:
             share_matrices(part, world)
