@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 DIFFUSERS = """
 import sys
@@ -111,9 +112,9 @@ def startup(runs: int) -> None:
 
 
 def generate(runs: int, model: Path) -> None:
-    from tinydiff.checkpoints.description import describe
+    from tinydiff.checkpoints.source import Source
 
-    size = str(describe(model).size)
+    size = str(Source(model).description.size)
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/x.png"
         tail = ["-m", str(model), "-o", out, "--force", "--steps", "20"]
@@ -161,18 +162,17 @@ STEPS = 8  # timed together
 
 @contextlib.contextmanager
 def prepared(config: Path) -> Iterator[tuple]:
-    """(runtime, task, training, run directory) of the denoiser's stage on random latents, before its first step."""
+    """(run, task, training) of the denoiser's stage on random latents, before its first step."""
     import torch
 
     from tinydiff import config as configuration
     from tinydiff.checkpoints import folder
     from tinydiff.data.dataset import Images
     from tinydiff.text.tokenizer import Tokenizer
-    from tinydiff.training.optim import Average, adamw
-    from tinydiff.training.parallel import pieces
+    from tinydiff.training import denoiser
+    from tinydiff.training.run import Run
     from tinydiff.training.runtime import Runtime
-    from tinydiff.training.stages import DenoiserTask
-    from tinydiff.training.state import Training
+    from tinydiff.training.state import Learner, Training
 
     cfg = configuration.load(config, ["data.path=bench", "data.flip=false", f"train.threads={torch.get_num_threads()}"])
     names = [f"image number {i}" for i in range(512)]
@@ -180,14 +180,16 @@ def prepared(config: Path) -> Iterator[tuple]:
     side = cfg.data.resolution // 2 ** (len(cfg.autoencoder.block_out_channels) - 1)
     latents = Latents((cfg.autoencoder.latent_channels, side, side))
     with Runtime(cfg) as runtime, tempfile.TemporaryDirectory() as run_dir:
-        model = folder.build(cfg, tokenizer)
-        model.denoiser.to(memory_format=torch.channels_last)
-        data = Images(Captions(), cfg.data)  # type: ignore[arg-type]
-        task = DenoiserTask(cfg, model, data, latents, runtime.device)  # type: ignore[arg-type]
-        held = pieces(task.module, runtime.world)
-        parameters = [piece.tensor for piece in held]
-        training = Training(held, Average(parameters, task.stage.ema), adamw(parameters, task.stage))
-        yield runtime, task, training, Path(run_dir)
+        run = Run(runtime, Path(run_dir))
+        run.model = folder.build(cfg, tokenizer)
+        run.model.denoiser.to(memory_format=torch.channels_last)
+        run.data = Images(Captions(), cfg.data)  # type: ignore[arg-type]
+        with patch.object(denoiser, "encoded", lambda run: (latents, None)):
+            task = denoiser.DenoiserTask(run)
+        task.rows = [range(task.settings.batch_size)]
+        players = task.players.items()
+        training = Training([Learner.of(name, p.module, p.settings, runtime.world) for name, p in players])
+        yield run, task, training
 
 
 def train(runs: int, config: Path) -> None:
@@ -195,31 +197,30 @@ def train(runs: int, config: Path) -> None:
     import torch
     from torch.nn import functional as F
 
-    from tinydiff.checkpoints import folder
-    from tinydiff.training.loop import step
+    from tinydiff.training.loop import parts_of, step
     from tinydiff.training.metrics import Metrics
     from tinydiff.training.saver import Ahead
 
-    with prepared(config) as (runtime, task, training, run_dir):
-        cfg, size = runtime.config, task.stage.batch_size
-        log = Metrics(run_dir, task.name, 0, size)
-        coming = iter(Ahead(lambda n: [task.batch(n, range(size))], range(10**6), 600))
-        x, target, t, ids, *_ = task.batch(0, range(size))
-        x = x.to(memory_format=torch.channels_last)
+    with prepared(config) as (run, task, training):
+        log = Metrics(run.dir, task.name, 0, task.settings.batch_size)
+        coming = iter(Ahead(lambda n: parts_of(task, n), range(10**6), 600))
+        (fixed,), (learner,) = parts_of(task, 0), training.learners
+        network, x = task.players[task.name].network, fixed["sample"].to(memory_format=torch.channels_last)
 
         def bare() -> None:
-            with runtime.autocast(), runtime.attention():
-                loss = F.mse_loss(task.network(x, t, ids).float(), target)
+            with run.runtime.autocast(), run.runtime.attention():
+                output = network(x, fixed["timestep"], fixed["tokens"], fixed["condition"])
+                loss = F.mse_loss(output.float(), fixed["target"])
             loss.backward()
-            training.optimizer.step()
-            training.optimizer.zero_grad(set_to_none=True)
+            learner.optimizer.step()
+            learner.optimizer.zero_grad(set_to_none=True)
 
         def ours() -> None:
             n, batch = next(coming)
-            log.add(n + 1, step(runtime, task, training, n, batch).values)
+            log.add(n + 1, step(run, task, training, n, batch).values)
 
-        tokens = task.model.tokenizer.encode([f"image number {i}" for i in range(512)])
-        theirs = accelerated(folder.component_config("unet", task.model, cfg), cfg, task.latents.mean, tokens)
+        tokens = task.model.tokenizers["text_encoder"].encode([f"image number {i}" for i in range(512)])
+        theirs = accelerated(task.model.configs["unet"], run.cfg, task.latents.mean, tokens)
         for call in (bare, ours, theirs):
             repeated(call, 2)
         compare("time, training step / bare step", runs, lambda: repeated(ours), lambda: repeated(bare))
@@ -232,13 +233,13 @@ def save(runs: int, config: Path) -> None:
     from tinydiff.training import loop
     from tinydiff.training.saver import Saver
 
-    with prepared(config) as (runtime, task, training, run_dir), contextlib.closing(Saver()) as saver:
-        batch = [task.batch(0, range(task.stage.batch_size))]
-        loop.step(runtime, task, training, 0, batch)
+    with prepared(config) as (run, task, training), contextlib.closing(Saver()) as saver:
+        batch = loop.parts_of(task, 0)
+        loop.step(run, task, training, 0, batch)
         n, held = iter(range(1, 10**6)), [0.0]
 
         def commit() -> None:
-            loop.commit(runtime, run_dir, task, training, saver, next(n), 0)
+            loop.commit(run, task, training, saver, next(n), 0)
 
         def beside() -> float:
             """Seconds of a step in which it waits for a save that begins before it."""
@@ -247,7 +248,7 @@ def save(runs: int, config: Path) -> None:
             def settle() -> None:
                 held[0] += repeated(saver.settle, 1)
 
-            loop.step(runtime, task, training, 1, batch, settle)
+            loop.step(run, task, training, 1, batch, settle)
             saver.wait()
             return held[0]
 
@@ -257,7 +258,7 @@ def save(runs: int, config: Path) -> None:
 
         beside()  # which makes the memory of the copy
         compare("time, training held up by a save / save", runs, beside, lambda: repeated(alone, 1))
-    size = 4 * sum(p.numel() for p in task.module.parameters())
+    size = sum(piece.tensor.nbytes for piece in training.pieces)
     print(f"of {size / 1e6:.0f} MB of weights, their average and two moments, and the model folder")
 
 
@@ -325,13 +326,13 @@ def samplers() -> None:
     import numpy as np
     import torch
 
-    from tinydiff.config import Denoiser
+    from tinydiff.config import UNet as Settings
     from tinydiff.diffusion.samplers import SAMPLERS
     from tinydiff.diffusion.schedules import SCHEDULES, sampling_levels
     from tinydiff.models.unet import UNet
 
     cross = ("CrossAttnDownBlock2D",) * 3
-    unet = UNet(Denoiser("unet", (320, 640, 1280, 1280), (*cross, "DownBlock2D"), 2, 1, 8, 32, False), 4, 768)
+    unet = UNet(Settings((320, 640, 1280, 1280), (*cross, "DownBlock2D"), 2, 1, 8, 32, False), 4, 768)
     x = torch.randn(8, 4, 64, 64)
     with torch.inference_mode():
         begun = time.perf_counter()
@@ -360,8 +361,9 @@ OUR_FIRST_CALL = """
 import sys
 from pathlib import Path
 from tinydiff.backends import open_backend
+from tinydiff.checkpoints.source import Source
 from tinydiff.pipeline import Request, generate
-backend = open_backend(Path(sys.argv[1]), wait=False)
+backend = open_backend(Source(Path(sys.argv[1])), wait=False)
 if backend.name == "onnx":
     backend.sessions[backend.denoiser].result()
 backend.denoise = lambda *a: sys.exit(0)
@@ -373,17 +375,18 @@ import sys
 from pathlib import Path
 import numpy as np
 from tinydiff.backends import open_backend
+from tinydiff.checkpoints.source import Source
 
 def resident(key):
     return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key))
 
-backend = open_backend(Path(sys.argv[1]), "torch", "cpu")
-for part in backend.model.parts().values():
+backend = open_backend(Source(Path(sys.argv[1])), "torch", "cpu")
+for part in backend.model.networks.values():
     for p in part.parameters():
         p.sum()  # every page of the weights is resident
 before = resident("VmRSS")
 x = np.zeros((2, 4, 64, 64), np.float32)
-backend.denoise(x, 500.0, np.zeros((2, 77, 768), np.float32))
+backend.denoise(x, 500.0, {"encoder_hidden_states": np.zeros((2, 77, 768), np.float32)})
 backend.decode(x[:1])
 print(resident("VmHWM") - before)
 """
@@ -424,12 +427,11 @@ def network_calls(runs: int, weights: Path, graphs: Path) -> None:
     from diffusers import UNet2DConditionModel
 
     from tinydiff.backends import open_backend
+    from tinydiff.checkpoints.source import Source
 
     theirs = UNet2DConditionModel.from_pretrained(weights / "unet").eval()
-    x, context = (
-        np.random.default_rng(0).standard_normal((2, 4, 64, 64)).astype(np.float32),
-        np.zeros((2, 77, 768), "f4"),
-    )
+    x, context = np.random.default_rng(0).standard_normal((2, 4, 64, 64), np.float32), np.zeros((2, 77, 768), "f4")
+    told = {"encoder_hidden_states": context}
 
     def diffusers() -> None:
         with torch.inference_mode():
@@ -441,8 +443,8 @@ def network_calls(runs: int, weights: Path, graphs: Path) -> None:
         return time.perf_counter() - begun
 
     for name, path in (("torch", weights), ("onnx", graphs)):
-        backend = open_backend(path, name, "cpu")
-        call = lambda backend=backend: backend.denoise(x, 500.0, context)  # noqa: E731
+        backend = open_backend(Source(path), name, "cpu")
+        call = lambda backend=backend: backend.denoise(x, 500.0, told)  # noqa: E731
         call(), diffusers()  # the first calls read the weights
         compare(f"time, a network call on {name} / diffusers", runs, lambda c=call: timed(c), lambda: timed(diffusers))
 

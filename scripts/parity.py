@@ -119,22 +119,24 @@ def networks(kind: str, folder: Path) -> Iterator[tuple[str, float]]:
     from transformers import CLIPTextModel
 
     from tinydiff.backends import open_backend
+    from tinydiff.checkpoints.source import Source
 
-    backend, rng = open_backend(folder, "torch", "cpu"), np.random.default_rng(0)
+    backend, rng = open_backend(Source(folder), "torch", "cpu"), np.random.default_rng(0)
     x = rng.standard_normal((2, 4, 32, 32)).astype(np.float32)
     if kind == "dit-xl":
         ids = np.array([[207], [1000]])
         theirs: Any = DiTTransformer2DModel.from_pretrained(folder / "transformer").eval()
         wanted = theirs(torch.tensor(x), timestep=torch.tensor([601, 601]), class_labels=torch.tensor(ids[:, 0])).sample
-        yield "DiT", difference(backend.denoise(x, 601.0, backend.encode_text(ids)), wanted[:, :4])
+        yield "DiT", difference(backend.denoise(x, 601.0, backend.encode_text({"labels": ids})), wanted[:, :4])
     else:
-        ids = backend.tokenizer.encode(PROMPTS)
-        context = backend.encode_text(ids)
+        ids = backend.tokenizers["text_encoder"].encode(PROMPTS)
+        told = backend.encode_text({"text_encoder": ids})
+        context = told["encoder_hidden_states"]
         text = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()
         yield "text encoder", difference(context, text(torch.tensor(ids)).last_hidden_state)
         theirs = UNet2DConditionModel.from_pretrained(folder / "unet").eval()
         wanted = theirs(torch.tensor(x), torch.tensor(601.0), torch.tensor(context)).sample
-        yield "U-Net", difference(backend.denoise(x, 601.0, context), wanted)
+        yield "U-Net", difference(backend.denoise(x, 601.0, told), wanted)
     del theirs
     vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
     pixels = (rng.random((1, 3, 256, 256)) * 2 - 1).astype(np.float32)
@@ -147,6 +149,7 @@ def images(kind: str, folder: Path) -> Iterator[tuple[str, float]]:
     import diffusers
 
     from tinydiff.backends import open_backend
+    from tinydiff.checkpoints.source import Source
     from tinydiff.diffusion import noise
     from tinydiff.pipeline import Request, generate
 
@@ -159,7 +162,7 @@ def images(kind: str, folder: Path) -> Iterator[tuple[str, float]]:
             continue  # diffusers mixes v of different levels there; ours mixes noise, as the paper does
         getattr(diffusers, name).from_config(said).save_pretrained(folder / "scheduler")
         pipe.scheduler = getattr(diffusers, name).from_pretrained(folder / "scheduler")
-        backend = open_backend(folder, "torch", "cpu")
+        backend = open_backend(Source(folder), "torch", "cpu")
         g, start = backend.description.generate, noise.normal([3], (4, 16, 16))
         request = Request(20, 7.5, g.sampler, g.schedule, 128, 128)
         ours = generate(backend, PROMPTS[:1], [3], request)

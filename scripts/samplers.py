@@ -16,6 +16,7 @@ import numpy as np
 
 from tests.test_samplers import mixture_x0
 from tinydiff.backends import find_model, open_backend
+from tinydiff.checkpoints.source import Source
 from tinydiff.diffusion.samplers import SAMPLERS
 from tinydiff.diffusion.schedules import SCHEDULES, SPACINGS, sampling_levels
 from tinydiff.pipeline import Request, denoise_latents
@@ -72,7 +73,7 @@ class Model:
     """The shipped model drawing the same starts every time."""
 
     def __init__(self) -> None:
-        self.backend = open_backend(find_model(None))
+        self.backend = open_backend(Source(find_model(None)))
         self.d = self.backend.description
 
     def __call__(self, name: str, calls: int, spacing: str = "trailing") -> np.ndarray:

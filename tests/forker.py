@@ -16,15 +16,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from interpreters import ENV
+
 
 class Forker:
     """Training runs, and any function of a test module, in processes of their own."""
 
-    def __init__(self, config_path: Path | None = None, modules: Sequence[str] = ("tinydiff.training.loop",)):
+    def __init__(self, config_path: Path, modules: Sequence[str] = ()):
         self.config_path, self.last = config_path, 0
         command = [sys.executable, str(Path(__file__)), *modules]
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment())
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=ENV)
 
     def ask(self, **request: Any) -> int:
         assert self.process.stdin and self.process.stdout
@@ -64,14 +66,6 @@ class Forker:
     def close(self) -> None:
         with self.process as process:
             process.kill()
-
-
-def environment() -> dict[str, str]:
-    root = str(Path(__file__).parents[1])
-    return os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
-    }
 
 
 def processor_time(pid: int) -> float | None:

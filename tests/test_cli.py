@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import subprocess
 import sys
 import time
@@ -12,10 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from interpreters import ENV, ROOT
 from PIL import Image
-
-ROOT = Path(__file__).resolve().parents[1]
-ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def tinydiff(*words: str, cwd: Path, stdin: bytes = b"", **more: object) -> subprocess.CompletedProcess:
@@ -60,7 +57,7 @@ def test_help_imports_no_array_library(tmp_path: Path) -> None:
         (["generate", "x", "--cfg-scale", "nan"], "cfg-scale"),
         (["generate", "x", "--cfg-interval", "0.5"], "two shares"),
         (["generate", "a (red heart"], "never closed"),
-        (["generate", "a AND"], "nothing behind it"),
+        (["generate", "a AND"], "nothing after it"),
         (["generate", "x", "--mask", "m.png", "--fit"], "--mask, --fit: there is no image"),
         (["generate", "x", "-i", "x.png", "--strength", "1.5"], "from 0"),
         (["generate", "x", "-i", "x.png", "--outpaint", "1,2"], "four numbers"),

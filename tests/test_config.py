@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from interpreters import ROOT
 
 from tinydiff import config
-from tinydiff.config import Config, conflicts, load, to_toml
+from tinydiff.config import conflicts, load
 from tinydiff.errors import UsageError
+from tinydiff.schema import flat, to_toml
 
 FITTED = {"block_out_channels", "down_block_types", "norm_num_groups", "attention_head_dim", "num_attention_heads"}
+
+
 FITTED |= {
     "hidden_size",
     "bucket_step",
@@ -30,7 +35,7 @@ FITTED |= {
 
 def values(kind: type) -> st.SearchStrategy:
     """Instances of a configuration dataclass with every free key anywhere in its range."""
-    hints, parts = config.get_type_hints(kind), {}
+    hints, parts = get_type_hints(kind), {}
     for f in dataclasses.fields(kind):
         if dataclasses.is_dataclass(hints[f.name]):
             parts[f.name] = values(hints[f.name])
@@ -41,7 +46,7 @@ def values(kind: type) -> st.SearchStrategy:
 
 def leaf(kind: type, meta) -> st.SearchStrategy:
     if meta["choices"]:
-        return st.sampled_from(meta["choices"])
+        return st.sampled_from(tuple(meta["choices"]))
     low, high = meta["low"], meta["high"]
     ranges = {int: lambda: st.integers(low, high), float: lambda: st.floats(low, high, allow_infinity=False)}
     return {**ranges, bool: st.booleans, str: st.text}[kind]()
@@ -58,7 +63,7 @@ def error_of(text: str | bytes, tmp_path: Path, overrides: list[str] | None = No
     return message
 
 
-@given(written=values(Config))
+@given(written=values(config.whole()))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_is_written_is_read_back(written, tmp_path):
     assume(not list(conflicts(written)))
@@ -72,29 +77,29 @@ def test_lists_are_read_back(tmp_path, tiny_config):
 
 
 def test_default_configuration_stands_in_the_repository():
-    assert (Path(__file__).parents[1] / "tinydiff.toml").read_text() == to_toml(Config())
+    assert (ROOT / "tinydiff.toml").read_text() == to_toml(DEFAULT)
 
 
 def test_nothing_given_is_the_default():
-    assert load() == Config()
+    assert load() == config.make() == config.whole()()
 
 
 def test_every_key_is_explained_in_the_file():
-    lines = [line for line in to_toml(Config()).splitlines() if "=" in line and not line.startswith("#")]
-    assert len(lines) == len(config.flat(Config()))
+    lines = [line for line in to_toml(DEFAULT).splitlines() if "=" in line and not line.startswith("#")]
+    assert len(lines) == len(flat(DEFAULT))
     assert all(len(line.partition("  # ")[2]) > 3 for line in lines)
 
 
 def test_configuration_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Config().train.seed = 1  # type: ignore[misc]
+        DEFAULT.train.seed = 1  # type: ignore[misc]
 
 
 def test_a_part_of_a_table_leaves_the_rest(tmp_path):
     (tmp_path / "a.toml").write_text("[train.denoiser]\nlr = 0.5\n")
     read = load(tmp_path / "a.toml")
-    assert read.train.denoiser == dataclasses.replace(Config().train.denoiser, lr=0.5)
-    assert read.train.autoencoder == Config().train.autoencoder
+    assert read.train.denoiser == dataclasses.replace(DEFAULT.train.denoiser, lr=0.5)
+    assert read.train.autoencoder == DEFAULT.train.autoencoder
 
 
 @pytest.mark.parametrize(
@@ -115,7 +120,7 @@ def test_a_part_of_a_table_leaves_the_rest(tmp_path):
         ("[autoencoder]\nblock_out_channels = []", ["autoencoder.block_out_channels: expected a list, got []"]),
         ("[autoencoder]\nblock_out_channels = [32, '64']", ["block_out_channels: expected int, got '64'"]),
         ("[autoencoder]\nblock_out_channels = [32, 0]", ["block_out_channels: 0 is below 1"]),
-        ("[denoiser]\ndown_block_types = ['DownBlock2d']", ["'DownBlock2d'", "did you mean 'DownBlock2D'"]),
+        ("[unet]\ndown_block_types = ['DownBlock2d']", ["'DownBlock2d'", "did you mean 'DownBlock2D'"]),
         ("[data]\nresolution = 4", ["data.resolution: 4 is below 8"]),
         ("[data]\nresolution = 8192", ["data.resolution: 8192 is above 4096"]),
         ("[data]\nmax_bad_fraction = -0.1", ["data.max_bad_fraction: -0.1 is below 0"]),
@@ -149,9 +154,9 @@ def test_all_mistakes_at_once(tmp_path):
     [
         (["data.resolution=18"], "data.resolution: 18 is no multiple of 4; nearest are 16 and 20"),
         (["autoencoder.norm_num_groups=3"], "autoencoder.norm_num_groups: 3 does not divide width 8"),
-        (["denoiser.attention_head_dim=3"], "denoiser.attention_head_dim: 3 heads do not divide width 16"),
-        (["denoiser.down_block_types=['DownBlock2D']"], "down_block_types: needs one entry for each"),
-        (["denoiser.block_out_channels=[15, 30]"], "denoiser.block_out_channels: the first width"),
+        (["unet.attention_head_dim=3"], "unet.attention_head_dim: 3 heads do not divide width 16"),
+        (["unet.down_block_types=['DownBlock2D']"], "down_block_types: needs one entry for each"),
+        (["unet.block_out_channels=[15, 30]"], "unet.block_out_channels: the first width"),
         (["text_encoder.num_attention_heads=5"], "text_encoder.num_attention_heads: does not divide"),
         (["train.denoiser.accumulate=3"], "train.denoiser.accumulate: 3 does not divide batch_size 4"),
         (["diffusion.schedule=flow", "diffusion.prediction=epsilon"], "diffusion.prediction: flow goes with"),
@@ -167,7 +172,7 @@ def test_keys_of_a_file_that_do_not_fit_together(tmp_path):
 
 
 def test_even_the_default_fits_together():
-    assert list(conflicts(Config())) == []
+    assert list(conflicts(DEFAULT)) == []
 
 
 @pytest.mark.parametrize(
@@ -180,11 +185,11 @@ def test_even_the_default_fits_together():
         ("train.denoiser.lr=1", "train.denoiser.lr", 1.0),
         ("train.denoiser.lr=1e-4", "train.denoiser.lr", 1e-4),
         ("data.flip=true", "data.flip", True),
-        ("denoiser.block_out_channels=[64, 128]", "denoiser.block_out_channels", (64, 128)),
+        ("unet.block_out_channels=[64, 128]", "unet.block_out_channels", (64, 128)),
     ],
 )
 def test_set_changes_one_key(override, key, value):
-    changed = {k: v for k, v in config.flat(load(None, [override])).items() if v != config.flat(Config())[k]}
+    changed = {k: v for k, v in flat(load(None, [override])).items() if v != flat(DEFAULT)[k]}
     assert changed == {key: value} and type(changed[key]) is type(value)
 
 
@@ -252,3 +257,92 @@ def test_missing_file_and_folder(tmp_path):
         load(tmp_path / "none.toml")
     with pytest.raises(UsageError, match="directory"):
         load(tmp_path)
+
+
+DEFAULT = load()
+
+
+FITTED |= {
+    "hidden_size",
+    "bucket_step",
+    "tensor_parallel",
+    "resolution",
+    "accumulate",
+    "zero_terminal_snr",
+    "shift",
+    "kind",
+    "patch_size",
+    "size",
+}  # keys that have to fit another key: left at their default
+
+
+OLD = """[denoiser]
+kind = "unet"
+block_out_channels = [16, 32]
+down_block_types = ["DownBlock2D", "CrossAttnDownBlock2D"]
+layers_per_block = 2
+transformer_layers_per_block = 3
+attention_head_dim = [2, 4]
+norm_num_groups = 4
+use_linear_projection = true
+"""
+
+
+def heard(path, overrides=()):
+    """A configuration and what was said of it."""
+    said = []
+    return load(path, overrides, said.append), said
+
+
+def test_an_old_file_is_read_and_one_line_tells_what_to_write(tmp_path):
+    """[denoiser] once held the U-Net's keys."""
+    old, new = tmp_path / "old.toml", tmp_path / "new.toml"
+    old.write_text(OLD)
+    new.write_text(OLD.replace('[denoiser]\nkind = "unet"', "[unet]"))
+    read, said = heard(old)
+    assert (read, []) == heard(new) and read.unet.attention_head_dim == (2, 4) and read != DEFAULT
+    assert len(said) == 1 and len(said[0].splitlines()) == 1
+    assert said[0].startswith(f"{old}: denoiser.block_out_channels, down_block_types, layers_per_block, ")
+    assert said[0].endswith("[unet]; write them there") and "kind" not in said[0]
+    assert heard(None, to_sets(OLD))[0] == read
+
+
+def to_sets(text):
+    """The keys of a file's one table as `--set` takes them."""
+    table, *lines = text.splitlines()
+    return [f"{table[1:-1]}.{line}" for line in lines]
+
+
+def test_an_old_set_is_read_and_one_line_tells_what_to_write():
+    read, said = heard(None, ["denoiser.block_out_channels=[64, 128]", "train.seed=3", "denoiser.layers_per_block=1"])
+    assert (read, []) == heard(None, ["unet.block_out_channels=[64, 128]", "train.seed=3", "unet.layers_per_block=1"])
+    keys = "denoiser.block_out_channels, layers_per_block"
+    assert said == [f"--set: {keys}: read as keys of [unet]; write them there"]
+
+
+def test_old_and_new_files_and_sets_mix(tmp_path):
+    """A `--set` goes over the file, whichever spelling either has; in one file the new spelling goes before the old one."""
+    old, new, both = tmp_path / "old.toml", tmp_path / "new.toml", tmp_path / "both.toml"
+    old.write_text("[denoiser]\nlayers_per_block = 4\nnorm_num_groups = 4\n")
+    new.write_text("[unet]\nlayers_per_block = 4\nnorm_num_groups = 4\n")
+    both.write_text(old.read_text() + "[unet]\nlayers_per_block = 5\n")
+    for path in (old, new):
+        for table in ("denoiser", "unet"):
+            unet = heard(path, [f"{table}.layers_per_block=3"])[0].unet
+            assert (unet.layers_per_block, unet.norm_num_groups) == (3, 4)
+    assert len(heard(old, ["denoiser.layers_per_block=3"])[1]) == 2
+    assert (heard(both)[0].unet.layers_per_block, heard(both)[0].unet.norm_num_groups) == (5, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("[denoiser]\nlayers_per_block = 99", "unet.layers_per_block: 99 is above 16"),
+        ("[denoiser]\nlayers_per_blok = 1", "denoiser.layers_per_blok: unknown key"),
+        ("[denoiser]\nlayers_per_block = 1\n[dit]\npatch = 1", "dit.patch: unknown key (did you mean 'patch_size'?)"),
+        ("denoiser = 3", "denoiser: expected a table, got 3"),
+        ("unet = 3\n[denoiser]\nlayers_per_block = 1", "unet: expected a table, got 3"),
+    ],
+)
+def test_mistakes_in_old_files_are_named(text, part, tmp_path):
+    assert part in error_of(text, tmp_path)

@@ -321,7 +321,7 @@ def test_no_thread_is_made_for_what_is_kept(monkeypatch):
     monkeypatch.setattr("tinydiff.data.dataset.THREADS", 4)
     data = Images(Counted(4), Data(path="somewhere", resolution=8))
     assert all(data[i].any() for i in range(4)) and len(data.batch([0, 1, 2, 3])) == 4
-    assert data.pool is None
+    assert not data.pool._threads
 
 
 def test_many_threads_may_ask(monkeypatch):

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
-from conftest import randomise
+from published_dit import CLASSES, published_weights, reference
+from tensors import noise, randomise
 from torch.nn import functional as F
 
 from tinydiff import config, export
-from tinydiff.checkpoints.dit import NAMES, config_of, is_published, is_shared, named, published
+from tinydiff.checkpoints import dit
+from tinydiff.checkpoints.dit import NAMES, is_published, published
 from tinydiff.errors import ModelError
 from tinydiff.models.dit import DiT, DiTBlock, positions
+from tinydiff.networks import DENOISERS
+from tinydiff.networks.dit import SIZES, is_shared, settings_of
+from tinydiff.networks.dit import DiT as DiTSettings
+from tinydiff.schema import build
 
-TINY = config.DiT("custom", 2, num_layers=3, num_attention_heads=2, attention_head_dim=12)
-CLASSES, TEXT = 5, 10
+TINY = DiTSettings("custom", 2, num_layers=3, num_attention_heads=2, attention_head_dim=12)
 
 
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+TEXT = 10
 
 
 def one_hot(*labels: int, classes: int = CLASSES) -> torch.Tensor:
@@ -32,7 +34,7 @@ def same(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 5e-6) -> N
     assert (ours - theirs).abs().max() <= tolerance * theirs.std()
 
 
-def make(cfg: config.DiT = TINY, **options) -> DiT:
+def make(cfg: DiTSettings = TINY, **options) -> DiT:
     """Random weights in place of the zeros that networks start with."""
     if "context_dim" not in options:
         options = {"classes": CLASSES} | options
@@ -44,13 +46,13 @@ def make(cfg: config.DiT = TINY, **options) -> DiT:
 # ---- against diffusers -------------------------------------------------------------------------------------------------
 
 
-def their_sizes(cfg: config.DiT, side: int) -> dict:
+def their_sizes(cfg: DiTSettings, side: int) -> dict:
     layers, heads, width = cfg.shape
     sizes = {"num_layers": layers, "num_attention_heads": heads, "attention_head_dim": width, "sample_size": side}
     return sizes | {"patch_size": cfg.patch_size, "in_channels": 4, "norm_type": "ada_norm_zero"}
 
 
-def their_dit(cfg: config.DiT, side: int = 8, **options):
+def their_dit(cfg: DiTSettings, side: int = 8, **options):
     from diffusers import DiTTransformer2DModel
 
     theirs = DiTTransformer2DModel(**their_sizes(cfg, side), num_embeds_ada_norm=CLASSES, **options).eval()
@@ -78,7 +80,7 @@ def our_tokens(x: torch.Tensor, patch: int) -> torch.Tensor:
 @pytest.mark.parametrize("patch", [2, 4])
 @torch.no_grad()
 def test_dit_is_that_of_diffusers(patch):
-    cfg = config.DiT("custom", patch, 3, 4, 24)
+    cfg = DiTSettings("custom", patch, 3, 4, 24)
     theirs = their_dit(cfg, 16)
     ours = DiT(cfg, 4, 16, CLASSES, shared=False)
     ours.load_state_dict(theirs.state_dict(), strict=True)
@@ -138,75 +140,11 @@ def test_text_is_attended_to_as_in_diffusers():
     same(ours(x, t, context), wanted)
 
 
-# ---- against the paper -------------------------------------------------------------------------------------------------
-
-
-def published_weights(depth: int, width: int, patch: int = 2, classes: int = CLASSES, side: int = 8) -> dict:
-    """Random tensors under the published names, four channels in, eight out."""
-    w = {
-        "x_embedder.proj": (width, 4, patch, patch),
-        "t_embedder.mlp.0": (width, 256),
-        "t_embedder.mlp.2": (width, width),
-        "final_layer.linear": (patch * patch * 8, width),
-        "final_layer.adaLN_modulation.1": (2 * width, width),
-    }
-    rows = {"attn.qkv": 3, "attn.proj": 1, "mlp.fc1": 4, "adaLN_modulation.1": 6}
-    for i in range(depth):
-        w |= {f"blocks.{i}.{name}": (n * width, width) for name, n in rows.items()}
-        w[f"blocks.{i}.mlp.fc2"] = (width, 4 * width)
-    tensors = {}
-    for seed, (name, shape) in enumerate(w.items()):
-        tensors[f"{name}.weight"] = noise(*shape, seed=seed) / math.prod(shape[1:]) ** 0.5
-        tensors[f"{name}.bias"] = noise(shape[0], seed=1000 + seed) / 10
-    tensors["y_embedder.embedding_table.weight"] = noise(classes + 1, width, seed=99)
-    tensors["pos_embed"] = torch.from_numpy(places(side // patch, width)).float()[None]
-    return tensors
-
-
-def places(n: int, width: int) -> np.ndarray:
-    """(n n, width): a quarter each of sin(column), cos(column), sin(row), cos(row) at rates 1 to 1/10000."""
-    rate = 10000.0 ** -(np.arange(width // 4) / (width // 4))
-    rows, columns = np.divmod(np.arange(n * n), n)
-    return np.concatenate([f(axis[:, None] * rate) for axis in (columns, rows) for f in (np.sin, np.cos)], axis=1)
-
-
-def reference(w: dict, x: torch.Tensor, t: torch.Tensor, label: torch.Tensor, heads: int) -> torch.Tensor:
-    """The paper's DiT with adaLN-Zero (figure 3), from its published parameters: all 2 C channels."""
-
-    def linear(name: str, v: torch.Tensor) -> torch.Tensor:
-        return v @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-
-    def norm(v: torch.Tensor) -> torch.Tensor:
-        return (v - v.mean(-1, keepdim=True)) / (v.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
-
-    def attention(name: str, v: torch.Tensor) -> torch.Tensor:
-        q, k, u = linear(f"{name}.qkv", v).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # (B, N, T, D/N)
-        scores = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
-        return linear(f"{name}.proj", (scores @ u).transpose(1, 2).flatten(2))
-
-    p, c_in = w["x_embedder.proj.weight"].shape[-1], x.shape[1]
-    b, rows, columns = x.shape[0], x.shape[2] // p, x.shape[3] // p
-    patches = x.reshape(b, c_in, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5).reshape(b, rows * columns, -1)
-    h = patches @ w["x_embedder.proj.weight"].flatten(1).T + w["x_embedder.proj.bias"] + w["pos_embed"]
-    angles = t[:, None] * torch.exp(-math.log(10000) * torch.arange(128) / 128)  # float32 also where all else is not
-    time = torch.cat([angles.cos(), angles.sin()], -1).to(x.dtype)
-    c = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", time)))
-    c = F.silu(c + w["y_embedder.embedding_table.weight"][label])
-    for i in range(1 + max(int(k.split(".")[1]) for k in w if k.startswith("blocks."))):
-        m = linear(f"blocks.{i}.adaLN_modulation.1", c)[:, None].chunk(6, -1)
-        h = h + m[2] * attention(f"blocks.{i}.attn", norm(h) * (1 + m[1]) + m[0])
-        inner = linear(f"blocks.{i}.mlp.fc1", norm(h) * (1 + m[4]) + m[3])
-        h = h + m[5] * linear(f"blocks.{i}.mlp.fc2", F.gelu(inner, approximate="tanh"))
-    shift, scale = linear("final_layer.adaLN_modulation.1", c)[:, None].chunk(2, -1)
-    out = linear("final_layer.linear", norm(h) * (1 + scale) + shift).reshape(b, rows, columns, p, p, -1)
-    return out.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, rows * p, columns * p)
-
-
 @pytest.mark.parametrize("depth,width,heads,patch", [(2, 128, 2, 2), (1, 384, 6, 4)])
 @torch.no_grad()
 def test_published_weights_give_the_paper_s_network(depth, width, heads, patch):
     weights = published_weights(depth, width, patch)
-    net = DiT(**config_of({k: tuple(v.shape) for k, v in weights.items()}))
+    net = DiT.of(dit.configs({k: tuple(v.shape) for k, v in weights.items()})["transformer"])
     mapped = published(weights)
     assert mapped.keys() == net.state_dict().keys() and is_shared(mapped)
     net.load_state_dict(mapped, strict=True)
@@ -229,22 +167,24 @@ def test_every_published_name_is_in_the_table_and_strangers_stay():
     assert len(set(NAMES.values())) == len(NAMES) == 11
 
 
-@pytest.mark.parametrize("name", list(config.SIZES))
+@pytest.mark.parametrize("name", list(SIZES))
 def test_sizes_are_read_off_shapes(name):
-    layers, heads, width = config.SIZES[name]
+    layers, heads, width = SIZES[name]
     dim = heads * width
     shapes = {f"blocks.{i}.attn.proj.weight": (dim, dim) for i in range(layers)}
     shapes |= {"x_embedder.proj.weight": (dim, 4, 8, 8), "pos_embed": (1, 16, dim)}
     shapes |= {"final_layer.linear.weight": (256, dim), "y_embedder.embedding_table.weight": (1001, dim)}
-    found = config_of(shapes)
-    assert found["config"] == config.DiT(name, 8)
-    assert (found["channels"], found["side"], found["classes"], found["learned_sigma"]) == (4, 32, 1000, False)
+    found = dit.configs(shapes)["transformer"]
+    assert settings_of(found) == DiTSettings(name, 8)
+    told = ("in_channels", "out_channels", "sample_size", "num_embeds_ada_norm", "norm_eps", "freq_shift")
+    assert [found[key] for key in told] == [4, 4, 32, 1000, 1e-6, 0]
 
 
 def test_other_widths_have_heads_of_64():
     shapes = {k: tuple(v.shape) for k, v in published_weights(3, 192, 4).items()}
-    assert config_of(shapes)["config"] == config.DiT("custom", 4, 3, 3, 64)
-    assert config_of(shapes)["learned_sigma"] is True
+    found = dit.configs(shapes)["transformer"]
+    assert settings_of(found) == DiTSettings("custom", 4, 3, 3, 64)
+    assert (found["in_channels"], found["out_channels"]) == (4, 8)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +201,7 @@ def test_other_widths_have_heads_of_64():
 def test_shapes_of_no_dit_are_named(change, message):
     shapes = {k: tuple(v.shape) for k, v in published_weights(1, 64).items()}
     with pytest.raises(ModelError, match=message) as caught:
-        config_of(shapes | change)
+        dit.configs(shapes | change)
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -290,7 +230,7 @@ def test_it_starts_as_nothing_and_every_block_as_the_identity(context_dim):
 @torch.no_grad()
 def test_initial_weights_are_those_of_the_paper():
     torch.manual_seed(0)
-    net = DiT(config.DiT("custom", 2, 1, 4, 64), 4, 8, 1000)
+    net = DiT(DiTSettings("custom", 2, 1, 4, 64), 4, 8, 1000)
     block, emb = net.transformer_blocks[0], net.transformer_blocks[0].norm1.emb
     small = emb.timestep_embedder.linear_1, emb.timestep_embedder.linear_2, emb.class_embedder.embedding_table
     assert [p.weight.std().item() for p in small] == pytest.approx([0.02] * 3, rel=0.02)
@@ -341,7 +281,7 @@ def test_places_span_the_square_it_was_trained_on(h, w, base):
 @pytest.mark.parametrize("name,millions", {"S": 33, "B": 130, "L": 458, "XL": 675}.items())
 def test_parameters_are_as_many_as_in_the_paper(name, millions):
     with torch.device("meta"):
-        net = DiT(config.DiT(name, 2), 4, 32, 1000, learned_sigma=True)
+        net = DiT(DiTSettings(name, 2), 4, 32, 1000, learned_sigma=True)
     assert round(sum(p.numel() for p in net.parameters()) / 1e6) == millions
 
 
@@ -374,22 +314,26 @@ def test_one_block_that_differs_is_not_shared():
 
 def test_configuration_is_checked_like_the_others():
     problems: list[str] = []
-    built = config.build(config.DiT, {"size": "XXL", "patch_size": 16, "num_layer": 3}, "dit.", problems)
-    assert built == config.DiT() and len(problems) == 3
+    built = build(DiTSettings, {"size": "XXL", "patch_size": 16, "num_layer": 3}, "dit.", problems)
+    assert built == DiTSettings() and len(problems) == 3
     assert "dit.size: unknown name 'XXL'" in problems[0] and "(did you mean 'num_layers'?)" in problems[2]
 
 
 def test_what_does_not_fit_together_is_named():
-    assert list(config.DiT("XL", 4).conflicts(32)) == []
-    assert config.DiT("XL").shape == (28, 16, 72) and TINY.shape == (3, 2, 12)
-    assert [p.split(":")[0] for p in config.DiT("S", 3).conflicts(32)] == ["patch_size"]
-    assert list(config.DiT("S", 8).conflicts(12)) == ["patch_size: 8 does not divide the latents' side 12"]
-    assert [p.split(":")[0] for p in config.DiT("custom", 2, 1, 1, 6).conflicts(8)] == ["attention_head_dim"]
+    assert conflicts(DiTSettings("XL", 4), 32) == []
+    assert DiTSettings("XL").shape == (28, 16, 72) and TINY.shape == (3, 2, 12)
+    assert [p.split(":")[0] for p in conflicts(DiTSettings("S", 3), 32)] == ["patch_size"]
+    assert conflicts(DiTSettings("S", 8), 12) == ["patch_size: 8 does not divide the latents' side 12"]
+    assert [p.split(":")[0] for p in conflicts(DiTSettings("custom", 2, 1, 1, 6), 8)] == ["attention_head_dim"]
 
 
 def test_named_sizes_are_found_by_name():
-    assert named(28, 16, 1152, 2) == config.DiT("XL", 2)
-    assert named(28, 18, 1152, 2).shape == (28, 18, 64)
+    def sizes(layers: int, heads: int, width: int) -> dict:
+        table = {"num_layers": layers, "num_attention_heads": heads, "attention_head_dim": width // heads}
+        return table | {"patch_size": 2}
+
+    assert settings_of(sizes(28, 16, 1152)) == DiTSettings("XL", 2)
+    assert settings_of(sizes(28, 18, 1152)).shape == (28, 18, 64)
 
 
 # ---- ONNX --------------------------------------------------------------------------------------------------------------
@@ -422,3 +366,10 @@ def test_it_exports_with_free_height_and_width(options, tmp_path):
         inputs = noise(*size, seed=3), torch.tensor(41.0), context
         feed = dict(zip(("sample", "timestep", "encoder_hidden_states"), (i.numpy() for i in inputs), strict=True))
         same(torch.from_numpy(session.run(None, feed)[0]), net(*inputs), 2e-5)
+
+
+def conflicts(cfg: DiTSettings, side: int) -> list[str]:
+    """What a configuration says of a DiT on latents of `side` a side."""
+    whole = config.make(denoiser={"kind": "dit"}, dit=cfg, data={"resolution": 4 * side})
+    assert whole.latents["sample_size"] == side
+    return list(DENOISERS["dit"].conflicts(whole))

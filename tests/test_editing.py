@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_backend import REQUEST, Fake
 from PIL import Image
 
-from tests.test_pipeline import REQUEST, Fake
 from tinydiff import images
 from tinydiff.backends import open_backend
+from tinydiff.checkpoints.source import Source
 from tinydiff.diffusion import noise
 from tinydiff.diffusion.samplers import SAMPLERS
 from tinydiff.editing import Edit, cells, extended, read
@@ -19,14 +20,15 @@ from tinydiff.errors import UsageError
 from tinydiff.pipeline import Request, generate
 
 SIDE = 16
+
+
 IMAGE = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+
+
 LEFT = np.zeros((SIDE, SIDE), np.float32)
+
+
 LEFT[:, : SIDE // 2] = 1
-
-
-@pytest.fixture(scope="module")
-def backend(tiny_model):
-    return open_backend(tiny_model, "torch", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +108,7 @@ def test_an_inpainting_model_reads_mask_and_masked_image():
         [pixels[..., ::2, ::2], np.zeros((1, 3, 4, 4), np.float32)], axis=1
     )
 
-    def denoise(x, t, context):
+    def denoise(x, t, condition):
         seen.append(x)
         return np.zeros_like(x[:, :3])
 
@@ -178,7 +180,7 @@ def test_diffusers_paints_the_same_with_an_inpainting_model(make_model, tiny_con
     monkeypatch.setattr(
         pipe, "_encode_vae_image", lambda image, generator: pipe.vae.encode(image).latent_dist.mean * scaling
     )
-    backend, mask = open_backend(path, "torch", "cpu"), Image.fromarray((LEFT * 255).astype(np.uint8))
+    backend, mask = open_backend(Source(path), "torch", "cpu"), Image.fromarray((LEFT * 255).astype(np.uint8))
     latents = noise.normal([3], (4, 8, 8)) * np.float32(backend.description.schedule[-1].sigma)
     theirs = pipe(
         "a red square",

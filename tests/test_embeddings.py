@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tinydiff.backends.pytorch import TorchBackend
+from tinydiff.checkpoints import folder
+from tinydiff.checkpoints.source import Source
 from tinydiff.data import cache, embeddings
 from tinydiff.errors import DataError
 
@@ -25,7 +28,7 @@ class Encoder:
 
     def __call__(self, captions):
         self.count += len(captions)
-        return torch.stack([self.alone(caption) for caption in captions])
+        return {"vectors": torch.stack([self.alone(caption) for caption in captions]).numpy()}
 
     @staticmethod
     def alone(caption):
@@ -46,7 +49,7 @@ def test_rows_are_each_caption_s_own(tmp_path):
     fill(tmp_path, encoder)
     found = embeddings.open_cache(tmp_path, CAPTIONS, "a")
     asked = ["zebra", "", "caption 7", "zebra", *CAPTIONS[::-1]]
-    rows = found.rows(asked)
+    (rows,) = found.rows(asked).values()
     assert rows.shape == (len(asked), 5, 3) and rows.dtype == torch.float32
     assert torch.equal(rows, torch.stack([encoder.alone(caption) for caption in asked]))
     assert len(found.paths) == 3 and all(path.is_file() for path in found.paths)
@@ -55,10 +58,17 @@ def test_rows_are_each_caption_s_own(tmp_path):
             found.rows(["zebra", unknown])
 
 
-def test_half_precision_is_widened(tmp_path):
-    fill(tmp_path, lambda captions: Encoder()(captions).bfloat16())
-    rows = embeddings.open_cache(tmp_path, CAPTIONS, "a").rows(["zebra"])
-    assert torch.equal(rows[0], Encoder.alone("zebra").bfloat16().float())
+def test_half_precision_is_widened(tiny_model, tmp_path):
+    """By the backend, whose condition is what is cached."""
+    backend = TorchBackend(folder.load(Source(tiny_model)))
+    encoder, tokenizer = backend.model.networks["text_encoder"].bfloat16(), backend.tokenizers["text_encoder"]
+    fill(tmp_path, lambda captions: backend.encode_text({"text_encoder": tokenizer.encode(captions)}))
+    (rows,) = embeddings.open_cache(tmp_path, CAPTIONS, "a").rows(["zebra"]).values()
+    with torch.inference_mode():
+        wanted = encoder(torch.from_numpy(tokenizer.encode(["zebra"])))[0]
+    assert wanted.dtype == torch.bfloat16 and rows.dtype == torch.float32
+    torch.testing.assert_close(rows, wanted.float(), rtol=0.02, atol=0.02)
+    assert torch.equal(rows, rows.bfloat16().float())
 
 
 def test_every_input_has_its_own_files(tmp_path):
@@ -90,3 +100,14 @@ def test_processes_share_the_work(tmp_path):
     assert [encoder.count for encoder in encoders] == [16, 16, 11, 43]
     one, three = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("one", "three"))
     assert one == three
+
+
+def test_every_array_has_its_own_rows(tmp_path):
+    def encode(captions):
+        (vectors,) = Encoder()(captions).values()
+        return {"one": vectors, "other": 2 * vectors[:, 0]}
+
+    fill(tmp_path, encode)
+    rows = embeddings.open_cache(tmp_path, CAPTIONS, "a").rows(["zebra", ""])
+    assert torch.equal(rows["one"][0], Encoder.alone("zebra")) and rows["other"].shape == (2, 3)
+    assert torch.equal(rows["other"][1], 2 * Encoder.alone("")[0])

@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+from interpreters import ROOT
 from PIL import Image
 
 from tinydiff.data.folder import FolderSource
@@ -18,7 +19,7 @@ from tinydiff.errors import DataError
 
 
 def load(name: str) -> ModuleType:
-    path = Path(__file__).parents[1] / "scripts" / f"{name}.py"
+    path = ROOT / "scripts" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -28,9 +29,17 @@ def load(name: str) -> ModuleType:
 
 
 emoji = load("emoji")
+
+
 digits = load("digits")
+
+
 LIGHT, MEDIUM, DARK = emoji.TONES[0], emoji.TONES[2], emoji.TONES[4]
+
+
 MAN, WOMAN, PERSON = "👨", "👩", "🧑"
+
+
 JOINER = emoji.JOINER
 
 

@@ -17,21 +17,23 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+from interpreters import ROOT, without
 from safetensors.numpy import load_file
 
 from tinydiff import config, export
-from tinydiff.backends.onnx import IO
 from tinydiff.checkpoints import folder
+from tinydiff.checkpoints.source import Source
 from tinydiff.errors import ModelError, UsageError
 from tinydiff.files import verify
+from tinydiff.networks import graphs, network_of
 from tinydiff.text.tokenizer import Tokenizer
 
 TINY = [
     "data.resolution=16",
-    "denoiser.block_out_channels=[8,16]",
-    'denoiser.down_block_types=["DownBlock2D","CrossAttnDownBlock2D"]',
-    "denoiser.norm_num_groups=4",
-    "denoiser.attention_head_dim=2",
+    "unet.block_out_channels=[8,16]",
+    'unet.down_block_types=["DownBlock2D","CrossAttnDownBlock2D"]',
+    "unet.norm_num_groups=4",
+    "unet.attention_head_dim=2",
     "autoencoder.block_out_channels=[8,16]",
     "autoencoder.norm_num_groups=4",
     "autoencoder.latent_channels=3",
@@ -42,15 +44,9 @@ TINY = [
     "text_encoder.num_hidden_layers=1",
     "text_encoder.max_position_embeddings=9",
 ]
+
+
 SCRATCH = tempfile.TemporaryDirectory()
-BLOCK_TORCH = """
-import sys
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "torch":
-            raise ImportError("torch is blocked")
-sys.meta_path.insert(0, Block())
-"""
 
 
 @functools.cache
@@ -59,7 +55,7 @@ def model_dir() -> Path:
     cfg = config.load(None, TINY)
     tokenizer = Tokenizer.train(["red heart", "blue circle"], 514, cfg.text_encoder.max_position_embeddings)
     model, generator = folder.build(cfg, tokenizer), torch.Generator().manual_seed(1)
-    for part in model.parts().values():
+    for part in model.networks.values():
         for p in part.parameters():
             p.data += torch.randn(p.shape, generator=generator) / (p[0].numel() if p.ndim > 1 else 25) ** 0.5
     path = Path(SCRATCH.name) / "model"
@@ -79,8 +75,7 @@ def translated(name: str, model: folder.Model, opset: int, translate: Callable =
     return result
 
 
-UNET = export.Network("unet", "forward", (export.PIXELS, (), (*export.TOKENS, "")), (export.PIXELS,))
-NETWORKS = export.TEXT | {"unet": UNET} | export.AUTOENCODER
+NETWORKS = {"text_encoder": "text_encoder", "unet": "unet", "vae_encoder": "vae", "vae_decoder": "vae"}
 
 
 @functools.cache
@@ -88,7 +83,7 @@ def bundle(precision: str) -> Path:
     path = Path(SCRATCH.name) / precision
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "translate", translated)
-        rows = export.export(model_dir(), path, precision)
+        rows = export.export(Source(model_dir()), path, precision)
     assert [row["graph"] for row in rows] == [*NETWORKS, "image"] and rows[-1]["same"] >= export.SAME
     *rows, _ = rows
     assert all(0 < row["max_abs_diff"] < 1e-5 for row in rows)
@@ -111,15 +106,21 @@ def axes(values: list[onnx.ValueInfoProto]) -> dict[str, list[str | int]]:
 def test_layout_is_optimums_and_diffusers() -> None:
     path = bundle("fp32")
     verify(path)
-    for name, network in NETWORKS.items():
+    for name, part in NETWORKS.items():
         onnx.checker.check_model(path / name / "model.onnx", full_check=True)
-        assert (path / name / "config.json").read_bytes() == (model_dir() / network.part / "config.json").read_bytes()
+        assert (path / name / "config.json").read_bytes() == (model_dir() / part / "config.json").read_bytes()
     for name in ("model_index.json", "tinydiff.toml", "scheduler/scheduler_config.json", "tokenizer/vocab.json"):
         assert (path / name).read_bytes() == (model_dir() / name).read_bytes()
     assert all(p.stat().st_mode & 0o444 == 0o444 for p in path.rglob("*.safetensors"))
 
 
 def test_names_and_axes() -> None:
+    described = graphs(Source(bundle("fp32")).configs)
+    assert list(described) == list(NETWORKS)
+    for name, expected in described.items():
+        found = graph("fp32", name).graph
+        assert axes(found.input) == {key: list(array.axes) for key, array in expected.inputs.items()}
+        assert axes(found.output) == {key: list(array.axes) for key, array in expected.outputs.items()}
     text, unet = graph("fp32", "text_encoder").graph, graph("fp32", "unet").graph
     assert axes(text.input) == {"input_ids": ["batch", "sequence"]}
     assert axes(text.output) == {"last_hidden_state": ["batch", "sequence", 12], "pooler_output": ["batch", 12]}
@@ -135,7 +136,8 @@ def test_names_and_axes() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_weights_are_the_safetensors_files_own_bytes(precision: str, name: str) -> None:
-    file = folder.FILES.get(name, folder.WEIGHTS)
+    file = {"text_encoder": "model.safetensors"}.get(name, "diffusion_pytorch_model.safetensors")
+    assert network_of(NETWORKS[name], Source(model_dir()).configs[NETWORKS[name]]).file == file
     weights, path = load_file(bundle(precision) / name / file), bundle(precision) / name
     found = {}
     for tensor in graph(precision, name).graph.initializer:
@@ -157,11 +159,11 @@ def test_graphs_carry_no_trace_of_the_exporter() -> None:
 
 
 def test_bundle_is_a_model_folder_too() -> None:
-    want, exact, half = (folder.load(p) for p in (model_dir(), bundle("fp32"), bundle("fp16")))
-    for name, part in want.parts().items():
+    want, exact, half = (folder.load(Source(p)) for p in (model_dir(), bundle("fp32"), bundle("fp16")))
+    for name, part in want.networks.items():
         for key, value in part.state_dict().items():
-            assert torch.equal(exact.parts()[name].state_dict()[key], value)
-            assert torch.equal(half.parts()[name].state_dict()[key], value.half().float())
+            assert torch.equal(exact.networks[name].state_dict()[key], value)
+            assert torch.equal(half.networks[name].state_dict()[key], value.half().float())
 
 
 # ---- agreement -----------------------------------------------------------------------------------------------------
@@ -179,40 +181,41 @@ def test_any_batch_and_size(precision: str, batch: int, height: int, width: int,
     pixels = rng.standard_normal((batch, 3, 2 * height, 2 * width), dtype=np.float32)
     context = rng.standard_normal((batch, tokens, 12), dtype=np.float32)
     ids, t = rng.integers(0, 514, (batch, tokens)), np.array(37.0, np.float32)
-    model = folder.load(bundle(precision))
+    model = folder.load(Source(bundle(precision)))
     tensors = [torch.from_numpy(a) for a in (x, t, context)]
     with torch.inference_mode():
         want = {
-            "text_encoder": model.text_encoder(torch.from_numpy(ids)),
+            "text_encoder": model.networks["text_encoder"](torch.from_numpy(ids)),
             "unet": (model.denoiser(*tensors),),
             "vae_encoder": (model.vae.encode(torch.from_numpy(pixels)),),
             "vae_decoder": (model.vae.decode(tensors[0]),),
         }
     feeds = {"text_encoder": [ids], "unet": [x, t, context], "vae_encoder": [pixels], "vae_decoder": [x]}
     for name, arrays in feeds.items():
-        got = outputs(bundle(precision), name, dict(zip(IO[name][0], arrays, strict=True)))
+        got = outputs(bundle(precision), name, dict(zip(INPUTS[name], arrays, strict=True)))
         for w, g in zip(want[name], got, strict=True):
             np.testing.assert_allclose(g, w.numpy(), rtol=0, atol=1e-5 * float(w.std()))
 
 
 def test_runs_without_torch() -> None:
     """The four calls of the backend, in a process in which importing torch raises, give what torch gives here."""
-    code = BLOCK_TORCH + (
+    code = (
         "from pathlib import Path; import numpy as np; from tinydiff.backends.onnx import OnnxBackend\n"
-        "b = OnnxBackend(Path(sys.argv[1]), 'cpu'); ids = b.tokenizer.encode(['red heart', 'blue'])\n"
+        "from tinydiff.checkpoints.source import Source; b = OnnxBackend(Source(Path(sys.argv[1])), 'cpu')\n"
+        "ids = {name: each.encode(['red heart', 'blue']) for name, each in b.tokenizers.items()}\n"
         "context = b.encode_text(ids); x = np.ones((2, 3, 8, 8), np.float32); y = b.denoise(x, 5.0, context)\n"
-        "print([float(a.sum()) for a in (context, y, b.decode(y), b.encode_image(x))])"
+        "print([float(a.sum()) for a in (*context.values(), y, b.decode(y), b.encode_image(x))])"
     )
-    root = Path(__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-c", code, bundle("fp16")], capture_output=True, text=True, cwd=root, check=True
-    )
+    command = [sys.executable, "-c", without(code, "torch"), bundle("fp16")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     from tinydiff.backends.pytorch import TorchBackend
 
-    b = TorchBackend.open(bundle("fp16"), "cpu")
-    context, x = b.encode_text(b.tokenizer.encode(["red heart", "blue"])), np.ones((2, 3, 8, 8), np.float32)
+    b = TorchBackend.open(Source(bundle("fp16")), "cpu")
+    ids, x = b.tokenizers["text_encoder"].encode(["red heart", "blue"]), np.ones((2, 3, 8, 8), np.float32)
+    context = b.encode_text({"text_encoder": ids})
     y = b.denoise(x, 5.0, context)
-    want = [float(a.sum()) for a in (context, y, b.decode(y), b.encode_image(x))]
+    want = [float(a.sum()) for a in (*context.values(), y, b.decode(y), b.encode_image(x))]
+    assert len(want) == 4
     assert done.stderr == "" and json.loads(done.stdout) == pytest.approx(want, abs=1e-2)
 
 
@@ -229,14 +232,14 @@ def test_no_weight_is_transposed_and_shapes_are_known() -> None:
 
 
 def test_a_wrong_graph_is_named() -> None:
-    other = folder.load(bundle("fp32"))
+    other = folder.load(Source(bundle("fp32")))
     other.vae.decoder.conv_out.bias.data[0] += 0.01
     with pytest.raises(ModelError, match=r"^vae_decoder: differs from torch by \d.*e-\d\d .* --atol 1.0e-04$"):
         export.verify_graphs(bundle("fp32"), other, 1e-4)
 
 
 def test_not_a_number_is_no_agreement() -> None:
-    other = folder.load(bundle("fp32"))
+    other = folder.load(Source(bundle("fp32")))
     other.denoiser.conv_out.bias.data[0] = float("nan")
     with pytest.raises(ModelError, match="^unet: differs from torch by nan"):
         export.verify_graphs(bundle("fp32"), other, 1e-4)
@@ -248,18 +251,18 @@ def test_failed_verification_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(export, "write_graph", copy)
     with pytest.raises(ModelError, match=r"text_encoder: differs .* --atol 0.0e\+00"):
-        export.export(model_dir(), tmp_path / "out", atol=0.0)
+        export.export(Source(model_dir()), tmp_path / "out", atol=0.0)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_existing_output_is_kept(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(UsageError, match="exists"):
-        export.export(model_dir(), tmp_path / "out")
+        export.export(Source(model_dir()), tmp_path / "out")
 
 
 def test_weights_too_large_for_fp16(tmp_path: Path) -> None:
-    model = folder.load(model_dir())
+    model = folder.load(Source(model_dir()))
     model.denoiser.conv_in.weight.data[0, 0, 0, 0] = 1e5
     with pytest.raises(
         ModelError, match=r"unet conv_in.weight is too large for .*float16; export with --precision fp32"
@@ -269,7 +272,7 @@ def test_weights_too_large_for_fp16(tmp_path: Path) -> None:
 
 def test_unknown_opset(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--opset 999: choose one of 18 to 23"):
-        export.export(model_dir(), tmp_path / "out", opset=999)
+        export.export(Source(model_dir()), tmp_path / "out", opset=999)
 
 
 def test_what_torch_cannot_export_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,14 +281,14 @@ def test_what_torch_cannot_export_is_one_line(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(torch.onnx, "export", refuse)
     with pytest.raises(ModelError, match="^unet: torch cannot export it to ONNX opset 20: no way$"):
-        export.translate("unet", folder.load(model_dir()), 20)
+        export.translate("unet", folder.load(Source(model_dir())), 20)
 
 
 # ---- determinism and manners ---------------------------------------------------------------------------------------
 
 
 def test_exporting_again_gives_the_same_bytes_silently(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    first, model = bundle("fp32"), folder.load(model_dir())
+    first, model = bundle("fp32"), folder.load(Source(model_dir()))
     (tmp_path / "vae_encoder").mkdir()
     capfd.readouterr()
     export.write_graph("vae_encoder", model, tmp_path, torch.float32, export.OPSET)
@@ -297,7 +300,7 @@ def test_exporting_again_gives_the_same_bytes_silently(tmp_path: Path, capfd: py
 @pytest.mark.slow
 def test_exporting_all_again_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("once", "again"):
-        export.export(model_dir(), tmp_path / name, "fp16")
+        export.export(Source(model_dir()), tmp_path / name, "fp16")
     once, again = ((tmp_path / name / "manifest.json").read_bytes() for name in ("once", "again"))
     assert once == again
 
@@ -309,3 +312,11 @@ def test_relative_difference() -> None:
     assert export.relative(x, x + 0.5) == 0.5
     assert export.relative(x, np.zeros(3, np.float32)) == float("inf")
     assert np.isnan(export.relative(x, x * np.float32("nan")))
+
+
+INPUTS = {
+    "text_encoder": ["input_ids"],
+    "unet": ["sample", "timestep", "encoder_hidden_states"],
+    "vae_encoder": ["sample"],
+    "vae_decoder": ["latent_sample"],
+}

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from interpreters import ENV
 
 from tinydiff import cli, processes
 from tinydiff.drawing import Job, Reel, Sink, job_of, shares
 from tinydiff.errors import UsageError
 
-ROOT = Path(__file__).resolve().parents[1]
-ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+
 FAST = ("--steps", "2", "--batch-size", "2", "--json")
 
 

@@ -23,7 +23,11 @@ from tinydiff.errors import DataError, UsageError
 from tinydiff.images import CROPS, encode_png, fit, grid, open_image, read_settings, to_pixels, to_uint8
 
 RNG = np.random.default_rng(0)
+
+
 PHOTO = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
+
+
 IMAGES = arrays.arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9), st.just(3)))
 
 

@@ -16,9 +16,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinydiff import __version__, config, cost, images, inspect
-from tinydiff.checkpoints import description
+from tinydiff import __version__, config, images, inspect
+from tinydiff.checkpoints.counts import onnx_counts, safetensors_counts
+from tinydiff.checkpoints.source import Source
+from tinydiff.cost import costs
 from tinydiff.errors import DataError, ModelError, UsageError
+from tinydiff.networks import networks
+from tinydiff.schema import to_toml
+from tinydiff.summary import lines, origin_line, short
+
+WHY = "it needs torch: pip install torch"
 
 TINY = config.load(
     None,
@@ -32,9 +39,9 @@ TINY = config.load(
         "text_encoder.num_hidden_layers=1",
         "text_encoder.num_attention_heads=1",
         "text_encoder.max_position_embeddings=9",
-        "denoiser.block_out_channels=[8,8]",
-        "denoiser.norm_num_groups=4",
-        "denoiser.attention_head_dim=2",
+        "unet.block_out_channels=[8,8]",
+        "unet.norm_num_groups=4",
+        "unet.attention_head_dim=2",
         "generate.cfg_scale=4.5",
     ],
 )
@@ -49,11 +56,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]
     from tinydiff.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.train(["a red heart", "a blue star"], 600, 9)
-    model = folder.build(TINY, tokenizer)
-    model.scaling_factor = 0.75
+    model = folder.build(TINY, tokenizer).scaled(0.75)
     path = tmp_path_factory.mktemp("models") / "tiny"
     folder.save(path, model, TINY, torch.float16)
-    counts = {name: sum(p.numel() for p in part.state_dict().values()) for name, part in model.parts().items()}
+    counts = {name: sum(p.numel() for p in part.state_dict().values()) for name, part in model.networks.items()}
     return path, counts, tokenizer.vocab_size
 
 
@@ -107,11 +113,16 @@ def test_lines_of_a_model_name_its_figures(made: tuple[Path, dict[str, int], int
         "3x8x8, times 0.75",
         "predicts v",
         "9 CLIP tokens",
-        "a call at 16x16 (x2 with guidance), decode ",
+        "one call at 16x16 of each network (the denoiser: twice a step with guidance)\n  of text_encoder ",
+        "\n  of unet ",
+        "\n  of vae_encoder ",
+        "FLOP, ",
+        "B of activations\n",
+        "B of activations, receptive field all\n",
         "cfg_scale 4.5",
     ):
         assert part in text
-    assert len(text.splitlines()) == 13 and not re.search(r" \n| $", text)
+    assert len(text.splitlines()) == 17 and not re.search(r" \n| $", text)
 
 
 def bundle(tmp_path: Path, made: tuple[Path, dict[str, int], int], external: bool) -> Path:
@@ -144,7 +155,7 @@ def test_a_bundle_of_graphs(tmp_path: Path, made: tuple[Path, dict[str, int], in
         assert (part["file"], part["dtype"], part["parameters"]) == (f"{name}/model.onnx", "fp16", 208)
         assert part["bytes"] == sum(p.stat().st_size for p in (path / name).glob("model.onnx*"))
     assert len(list((path / "unet").glob("model.onnx*"))) == 1 + external
-    assert "ONNX bundle" in inspect.lines(found)[1]
+    assert "ONNX bundle" in lines(found)[1]
 
 
 def test_a_folder_with_both_is_a_diffusers_folder_with_graphs(
@@ -157,7 +168,7 @@ def test_a_folder_with_both_is_a_diffusers_folder_with_graphs(
     found = inspect.model(path)
     assert (found["format"], found["onnx"]) == ("diffusers", True)
     assert found["components"]["unet"]["parameters"] == made[1]["unet"]
-    assert "with ONNX graphs" in inspect.lines(found)[1]
+    assert "with ONNX graphs" in lines(found)[1]
 
 
 def test_missing_weights_are_said_and_missing_descriptions_refused(
@@ -181,7 +192,7 @@ def test_missing_weights_are_said_and_missing_descriptions_refused(
 def single(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Any]]:
     """A function (kind, channels) -> a tiny single file, and the networks and configurations in it."""
     import torch
-    from test_single_file import tiny
+    from tiny_stable_diffusion import tiny
 
     from tinydiff.checkpoints import single_file
 
@@ -211,12 +222,15 @@ def test_a_single_file(single: Callable[..., tuple[Path, Any]], kind: str, predi
     assert (found["size"], found["factor"], found["multiple"], found["mask"]) == (32, 2, multiple, False)
     assert found["tokenizer"] == {"kind": "clip", "length": 77, "vocabulary": 49408}
     assert found["made_by"]["title"] == "some" and found["made_by"]["implementation"].startswith("https://")
-    assert found["flops"] == {**cost.flops(description.configs(path), 16, 16, 77), "width": 32, "height": 32}
-    text = "\n".join(inspect.lines(found))
+    counted = costs(networks(Source(path).configs), 16, 16, 77, 2)
+    assert found["cost"] == {"width": 32, "height": 32, "networks": counted}
+    assert list(counted) == ["text_encoder", "unet", "vae_encoder", "vae_decoder"]
+    assert found["flops"] == flops(counted) | {"width": 32, "height": 32}
+    text = "\n".join(lines(found))
     for part in (
-        "format          single file, ",
-        "made by         some, https",
-        "diffusers       StableDiffusionPipeline",
+        "format             single file, ",
+        "made by            some, https",
+        "diffusers          StableDiffusionPipeline",
     ):
         assert part in text
 
@@ -224,7 +238,7 @@ def test_a_single_file(single: Callable[..., tuple[Path, Any]], kind: str, predi
 def test_an_inpainting_model_reads_a_mask(single: Callable[..., tuple[Path, Any]]) -> None:
     found = inspect.model(single("clip", 9)[0])
     assert found["mask"] and found["class"] == "StableDiffusionInpaintPipeline" and found["latent_channels"] == 4
-    assert any("4x16x16" in line and "reads a mask" in line for line in inspect.lines(found))
+    assert any("4x16x16" in line and "reads a mask" in line for line in lines(found))
 
 
 def test_averaged_weights_are_said_but_not_counted_twice(single: Callable[..., tuple[Path, Any]]) -> None:
@@ -238,13 +252,13 @@ def test_averaged_weights_are_said_but_not_counted_twice(single: Callable[..., t
     found = inspect.model(path)
     assert found["ema"] and found["components"] == plain["components"] and found["made_by"] == {}
     assert found["bytes"] == path.stat().st_size > plain["bytes"]
-    text = "\n".join(inspect.lines(found))
+    text = "\n".join(lines(found))
     assert "with averaged (EMA) weights" in text and "made by" not in text
 
 
 def test_a_published_dit_says_what_can_be_said(tmp_path: Path) -> None:
+    from published_dit import published_weights
     from safetensors.torch import save_file
-    from test_dit import published_weights
 
     tensors, path = published_weights(3, 128), tmp_path / "dit.safetensors"
     save_file(tensors, path)
@@ -258,13 +272,16 @@ def test_a_published_dit_says_what_can_be_said(tmp_path: Path) -> None:
     assert (found["size"], found["scaling_factor"], found["generate"]) == (None, None, None)
     assert found["tokenizer"] == {"kind": "class", "length": 1, "classes": 5, "named": 0}
     assert found["flops"]["denoiser"] and found["flops"]["decoder"] is found["flops"]["width"] is None
-    text = "\n".join(inspect.lines(found))
+    assert list(found["cost"]["networks"]) == ["transformer"] and found["cost"]["width"] is None
+    text = "\n".join(lines(found))
     for part in (
         "no autoencoder: give one with --vae",
         "4x8x8",
         "5 classes, none named",
         "no pipeline: ",
-        "FLOP a call (x2",
+        "one call of each network (the denoiser: twice a step with guidance)",
+        "of transformer ",
+        "FLOP, ",
     ):
         assert part in text
     with pytest.raises(UsageError, match="without an autoencoder"):
@@ -320,16 +337,18 @@ def test_a_class_conditional_folder(tmp_path: Path, made: tuple[Path, dict[str, 
     assert set(found["components"]) == {"transformer", "vae"}
     assert found["tokenizer"] == {"kind": "class", "length": 1, "classes": 1000, "named": 3}
     assert found["flops"]["text"] is None and found["flops"]["decoder"]
-    text = "\n".join(inspect.lines(found))
-    assert "1000 classes, 3 named" in text and "DiTPipeline" in text and "no weights" in text and ", text" not in text
+    text = "\n".join(lines(found))
+    assert "1000 classes, 3 named" in text and "DiTPipeline" in text and "no weights" in text and "of text" not in text
 
 
 def test_a_folder_that_reads_text_by_t5(tmp_path: Path, made: tuple[Path, dict[str, int], int]) -> None:
     path = other_kind(tmp_path / "t5", made, None)
     found = inspect.model(path)
     assert found["tokenizer"] == {"kind": "t5", "length": None, "vocabulary": 99}
-    assert found["flops"] == {**cost.flops(description.configs(path), 8, 8, 512), "width": 16, "height": 16}
-    text = "\n".join(inspect.lines(found))
+    counted = costs(networks(Source(path).configs), 8, 8, 512, 2)
+    assert found["cost"] == {"width": 16, "height": 16, "networks": counted}
+    assert found["flops"] == flops(counted) | {"width": 16, "height": 16}
+    text = "\n".join(lines(found))
     assert "no pipeline: text is read by T5" in text and "? T5 tokens of 99" in text
 
 
@@ -346,7 +365,7 @@ def test_what_made_a_model_is_said_but_not_whose_disk_it_was_on(local: str) -> N
     assert inspect.made_by(None, index) == {"diffusers": "0.6.0"}
     index["_name_or_path"] = "runwayml/stable-diffusion-v1-5"
     said = inspect.made_by(None, index)
-    assert inspect.origin_line(said) == "diffusers 0.6.0, runwayml/stable-diffusion-v1-5"
+    assert origin_line(said) == "diffusers 0.6.0, runwayml/stable-diffusion-v1-5"
 
 
 # ---- operations ------------------------------------------------------------------------------------------------------
@@ -363,16 +382,18 @@ def test_operations_are_those_torch_counts_at_the_size_asked_for(made: tuple[Pat
             network(*(x.to("meta") for x in inputs))
         return counter.get_total_flops()
 
-    model, latents, context = folder.load(made[0]), torch.zeros(1, 3, 4, 12), torch.zeros(1, 9, 8)
-    for part in model.parts().values():
+    model, latents, context = folder.load(Source(made[0])), torch.zeros(1, 3, 4, 12), torch.zeros(1, 9, 8)
+    for part in model.networks.values():
         part.to("meta")  # where attention is made of products that torch counts
-    assert inspect.inspect(str(made[0]), 24, 8)["flops"] == {
+    found = inspect.inspect(str(made[0]), 24, 8)
+    assert found["flops"] == {
         "denoiser": counted(model.denoiser, latents, torch.zeros(1), context),
         "decoder": counted(model.vae.decode, latents),
-        "text": counted(model.text_encoder, torch.zeros(1, 9, dtype=torch.int64)),
+        "text": counted(model.networks["text_encoder"], torch.zeros(1, 9, dtype=torch.int64)),
         "width": 24,
         "height": 8,
     }
+    assert found["cost"]["networks"]["vae_encoder"]["flops"] == counted(model.vae.encode, torch.zeros(1, 3, 8, 24))
     own = inspect.model(made[0])["flops"]
     assert (own["width"], own["height"]) == (16, 16)
     assert inspect.model(made[0], height=8)["flops"]["width"] == 16
@@ -383,15 +404,18 @@ def test_a_size_that_cannot_be_drawn_or_of_no_model_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match="width 18 is no multiple of 4"):
         inspect.show(str(made[0]), width=18)
-    for what in (None, str(tmp_path / "x.toml"), str(tmp_path / "x.png")):
-        with pytest.raises(UsageError, match="only a model has a cost"):
-            inspect.show(what, height=64)
+    with pytest.raises(UsageError, match="height 30 is no multiple of 8"):
+        inspect.show(None, height=30)
+    with pytest.raises(UsageError, match="no such configuration"):
+        inspect.show(str(tmp_path / "x.toml"), height=64)
+    with pytest.raises(UsageError, match="only a model and a configuration have a cost"):
+        inspect.show(str(tmp_path / "x.png"), height=64)
 
 
 def test_a_configuration_that_lacks_a_size_is_named(tmp_path: Path, made: tuple[Path, dict[str, int], int]) -> None:
     path = other_kind(tmp_path / "t5", made, None)
     (path / "text_encoder" / "config.json").write_text('{"model_type": "clip_text_model"}')
-    with pytest.raises(ModelError, match="lack or misstate 'num_hidden_layers'"):
+    with pytest.raises(ModelError, match="lack or misstate 'vocab_size'"):
         inspect.model(path)
 
 
@@ -410,16 +434,9 @@ def test_safetensors_headers_count_what_was_saved(tensors: list) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.safetensors"
         save_file(arrays, path, {"format": "pt"})
-        counts = inspect.safetensors_counts(path)
+        counts = safetensors_counts(path)
     for name, dtype in (("fp32", np.float32), ("fp16", np.float16)):
         assert counts[name] == sum(a.size for a in arrays.values() if a.dtype == dtype)
-
-
-@given(st.integers(0, 2**63 - 1))
-def test_varints_against_the_definition(value: int) -> None:
-    groups = [value >> shift & 127 for shift in range(0, max(1, value.bit_length()), 7)]
-    data = bytes([g | 128 for g in groups[:-1]] + groups[-1:])
-    assert inspect.varint(data + b"\x99", 0) == (value, len(data))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -436,7 +453,7 @@ def test_damaged_safetensors_are_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     with pytest.raises(ModelError, match=r"model\.safetensors: (damaged|a Git LFS pointer)"):
-        inspect.safetensors_counts(path)
+        safetensors_counts(path)
 
 
 def test_cut_files_are_named(tmp_path: Path, made: tuple[Path, dict[str, int], int]) -> None:
@@ -444,13 +461,13 @@ def test_cut_files_are_named(tmp_path: Path, made: tuple[Path, dict[str, int], i
     for content in (whole[:-1], whole + b"x"):
         (tmp_path / "cut.safetensors").write_bytes(content)
         with pytest.raises(ModelError, match=r"cut\.safetensors: damaged"):
-            inspect.safetensors_counts(tmp_path / "cut.safetensors")
+            safetensors_counts(tmp_path / "cut.safetensors")
     onnx_file(tmp_path / "model.onnx", [np.zeros((30, 30), np.float32)])
     whole = (tmp_path / "model.onnx").read_bytes()
     for content in (whole[:-9], b"\xff" * 99, b""):
         (tmp_path / "model.onnx").write_bytes(content)
         with pytest.raises(ModelError, match=r"model\.onnx: damaged"):
-            inspect.onnx_counts(tmp_path / "model.onnx")
+            onnx_counts(tmp_path / "model.onnx")
 
 
 def test_all_shards_or_the_plain_variant_or_fp16_are_counted(
@@ -485,7 +502,7 @@ def test_all_shards_or_the_plain_variant_or_fp16_are_counted(
 
 def test_an_index_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
     index = {name: ["a", "B"] for name in ("..", "../x", "/etc", "", "a\0b", "unet", "scheduler")}
-    assert inspect.networks(tmp_path, index) == ["unet"]
+    assert inspect.folders(tmp_path, index) == ["unet"]
 
 
 # ---- configurations and images -------------------------------------------------------------------------------------
@@ -496,9 +513,12 @@ def test_a_configuration_is_printed_resolved(tmp_path: Path) -> None:
     path.write_text("[data]\nresolution = 48\n[generate]\nsteps = 7\n")
     (tmp_path / "printed.toml").write_text("\n".join(inspect.show(str(path))) + "\n")
     assert config.load(tmp_path / "printed.toml") == config.load(path)
-    assert (tmp_path / "printed.toml").read_text() == config.to_toml(config.load(path))
+    printed, costs = (tmp_path / "printed.toml").read_text().split("\n\n# one call at 48x48 of each network (")
+    assert printed + "\n" == to_toml(config.load(path))
+    names = ["text_encoder", "unet", "vae_encoder", "vae_decoder"]
+    assert [line.partition(":")[0] for line in costs.splitlines()[1:]] == [f"# {name}" for name in names]
     assert json.loads(inspect.show(str(path), as_json=True)[0])["config"]["data"]["resolution"] == 48
-    assert "\n".join(inspect.show(None)) + "\n" == config.to_toml(config.load())
+    assert "\n".join(inspect.show(None)) + "\n" == to_toml(config.load())
     with pytest.raises(UsageError, match="no such configuration"):
         inspect.show(str(tmp_path / "none.toml"))
 
@@ -506,7 +526,7 @@ def test_a_configuration_is_printed_resolved(tmp_path: Path) -> None:
 def test_an_image_shows_its_settings_and_no_control_characters(tmp_path: Path) -> None:
     path, settings = tmp_path / "x.png", {"prompt": "red \x1b[31m heart\n\u202e", "seed": 7, "nested": {"a": [1, None]}}
     path.write_bytes(images.encode_png(np.zeros((4, 4, 3), np.uint8), settings))
-    assert inspect.image(path) == settings
+    assert images.read_settings(path) == settings
     assert json.loads(inspect.show(str(path), as_json=True)[0])["settings"] == settings
     lines = inspect.show(str(path))
     assert all(line.isprintable() for line in lines) and len(lines) == 4
@@ -535,13 +555,72 @@ def test_what_is_not_there_or_nothing_known_is_refused(tmp_path: Path) -> None:
     [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (12_345_678, "12.3 MB"), (999_600, "1 MB"), (2.5e9, "2.5 GB")],
 )
 def test_sizes_are_short(number: float, text: str) -> None:
-    assert inspect.short(number, "B") == text
+    assert short(number, "B") == text
 
 
 def test_it_runs_where_torch_and_onnxruntime_cannot_be_imported(
     made: tuple[Path, dict[str, int], int], single: Callable[..., tuple[Path, Any]]
 ) -> None:
     block = "import sys; sys.modules.update(torch=None, onnxruntime=None, onnx=None)"
-    shows = " and ".join(f"inspect.show({str(path)!r})" for path in (made[0], single()[0]))
-    code = f"{block}; from tinydiff import inspect, report; assert {shows}"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    code = f"{block}; from tinydiff import inspect, report; print(*inspect.show(sys.argv[1]), sep=chr(10))"
+    config_path = made[0] / "tinydiff.toml"
+    for path in (made[0], single()[0], config_path):
+        done = subprocess.run([sys.executable, "-c", code, str(path)], check=True, capture_output=True, text=True)
+        assert f"not counted: {WHY}" in done.stdout
+    for path in (made[0], config_path):
+        look = f"{block}; from tinydiff import inspect; print(inspect.show(sys.argv[1], as_json=True)[0])"
+        done = subprocess.run([sys.executable, "-c", look, str(path)], check=True, capture_output=True, text=True)
+        assert json.loads(done.stdout)["cost"] == {"width": 16, "height": 16, "networks": None, "why": WHY}
+
+
+def flops(counted: dict[str, Any]) -> dict[str, int]:
+    """The operations among costs, under the names of `inspect`'s JSON."""
+    denoiser = next(name for name in ("unet", "transformer") if name in counted)
+    graphs = {"denoiser": denoiser, "decoder": "vae_decoder", "text": "text_encoder"}
+    return {name: counted[graph]["flops"] for name, graph in graphs.items()}
+
+
+def test_a_configuration_costs_what_the_model_made_of_it_does(
+    tmp_path: Path, made: tuple[Path, dict[str, int], int]
+) -> None:
+    path = tmp_path / "tiny.toml"
+    path.write_text(to_toml(TINY))
+    for size in ((None, None), (24, 8)):
+        found, model = inspect.inspect(str(path), *size)["cost"], inspect.model(made[0], *size)["cost"]
+        text, given = found["networks"].pop("text_encoder"), model["networks"].pop("text_encoder")
+        assert found == model and text["flops"] == given["flops"]  # its vocabulary is that of a tokenizer to be trained
+        assert text["parameters"] - given["parameters"] == (TINY.text_encoder.vocab_size - made[2]) * 8
+    assert "cost" not in inspect.inspect(None)
+    at = inspect.inspect(None, 64)["cost"]
+    assert (at["width"], at["height"]) == (64, config.load().data.resolution)
+    printed = inspect.show(None, width=64)
+    assert "# one call at 64x32 of each network (the denoiser: twice a step with guidance)" in printed
+
+
+@pytest.mark.parametrize("name", ["class", "clip", "t5"])
+def test_a_configuration_of_a_dit_has_a_cost(tmp_path: Path, name: str) -> None:
+    sizes = ["data.resolution=16", "dit.size=custom", "dit.num_layers=1", "dit.attention_head_dim=8"]
+    own = {"t5": [f"text_encoder.path={tmp_path}"]}.get(name, [])
+    cfg = config.load(None, ["denoiser.kind=dit", f"text_encoder.kind={name}", *sizes, *own])
+    path = tmp_path / "dit.toml"
+    path.write_text(to_toml(cfg))
+    if name == "t5":
+        assert "cost" not in inspect.inspect(str(path))  # its encoder is on another machine
+        with pytest.raises(ModelError, match=r"text_encoder/config\.json: No such file"):
+            inspect.inspect(str(path), 16)
+        (tmp_path / "text_encoder").mkdir()
+        t5 = {"vocab_size": 99, "d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+        (tmp_path / "text_encoder" / "config.json").write_text(json.dumps(t5))
+    text = [] if name == "class" else ["text_encoder"]
+    found = inspect.inspect(str(path))["cost"]["networks"]
+    assert list(found) == [*text, "transformer", "vae_encoder", "vae_decoder"]
+    assert all(each["flops"] and each["parameters"] for each in found.values())
+
+
+def test_a_model_of_another_network_is_told_about_without_its_cost(made: tuple, tmp_path: Path) -> None:
+    path = shutil.copytree(made[0], tmp_path / "model")
+    table = path / "unet" / "config.json"
+    table.write_text(json.dumps(json.loads(table.read_text()) | {"class_embed_type": "timestep"}))
+    told = inspect.inspect(str(path))
+    assert told["cost"]["networks"] is None and told["components"]["unet"]["parameters"]
+    assert "unet: class_embed_type is 'timestep', and only None is supported" in "\n".join(lines(told))

@@ -6,7 +6,6 @@ Each is trained, interrupted, drawn from, exported and, where diffusers has a pi
 from __future__ import annotations
 
 import functools
-import hashlib
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,10 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS, SHAPES, randomise
+from drawings import COLOURS, SHAPES
+from interpreters import run_without
+from published_dit import published_weights, reference
+from runs import sha256
 from safetensors.torch import load_file, save_file
-from test_dit import published_weights
-from test_imports import run
+from tensors import randomise
 from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers import models, normalizers, pre_tokenizers
 from typer.testing import CliRunner
@@ -26,26 +27,41 @@ from typer.testing import CliRunner
 from tinydiff import cli, config, export, pipeline
 from tinydiff.backends import open_backend
 from tinydiff.backends.pytorch import TorchBackend
-from tinydiff.checkpoints import convert, folder, weights
-from tinydiff.checkpoints.description import tokenizer_of
+from tinydiff.checkpoints import convert, folder, new, weights
+from tinydiff.checkpoints.source import Source
 from tinydiff.diffusion.noise import normal
 from tinydiff.errors import ModelError, UsageError
 from tinydiff.files import read_json, verify
 from tinydiff.models.autoencoder import Autoencoder
 from tinydiff.models.dit import DiT
-from tinydiff.models.t5 import T5Config, T5Encoder
-from tinydiff.models.text_encoder import OneHot
+from tinydiff.models.t5 import T5Encoder
+from tinydiff.networks import TEXT_ENCODERS, network_of
+from tinydiff.networks.dit import DiT as DiTSettings
+from tinydiff.networks.network import WEIGHTS
+from tinydiff.networks.text import T5Config
 from tinydiff.text.labels import Labels
 from tinydiff.text.prompts import parse
 from tinydiff.text.sentencepiece import SPACE, T5Tokenizer
 from tinydiff.training import loop, state
 
 KINDS = {"unet+t5": ("unet", "t5"), "dit+clip": ("dit", "clip"), "dit+class": ("dit", "class"), "dit+t5": ("dit", "t5")}
+
+
 DITS = [name for name, (denoiser, _) in KINDS.items() if denoiser == "dit"]
+
+
 T5S = [name for name, (_, text) in KINDS.items() if text == "t5"]
-TINY = config.DiT("custom", 2, num_layers=2, num_attention_heads=2, attention_head_dim=12)
+
+
+TINY = DiTSettings("custom", 2, num_layers=2, num_attention_heads=2, attention_head_dim=12)
+
+
 T5 = T5Config(40, 16, 8, 32, 2, 2, 8, 20, feed_forward_proj="gated-gelu")
+
+
 LABELS = sorted(f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES)
+
+
 every_kind = pytest.mark.parametrize("name", KINDS)
 
 
@@ -86,12 +102,8 @@ def config_of(tiny_config: config.Config, t5_folder: Path) -> Callable[[str], co
         encoder = replace(tiny_config.train.autoencoder, sample_every=100)
         cfg = replace(
             tiny_config,
-            denoiser=replace(
-                tiny_config.denoiser,
-                kind=denoiser,
-                block_out_channels=(16,),
-                down_block_types=("CrossAttnDownBlock2D",),
-            ),
+            denoiser=config.Denoiser(denoiser),
+            unet=replace(tiny_config.unet, block_out_channels=(16,), down_block_types=("CrossAttnDownBlock2D",)),
             dit=TINY,
             text_encoder=replace(tiny_config.text_encoder, kind=text, **t5 if text == "t5" else {}),
             generate=config.Generate(20, 4.0, "ddim", "trailing") if text == "class" else tiny_config.generate,
@@ -122,8 +134,8 @@ def random(trained, config_of, tmp_path_factory) -> Callable[[str], Path]:
 
     @functools.cache
     def make(name: str) -> Path:
-        model = replace(folder.load(trained(name) / "model"), scaling_factor=0.8)
-        for part in model.parts().values():
+        model = folder.load(Source(trained(name) / "model")).scaled(0.8)
+        for part in model.networks.values():
             randomise(part)
         path = tmp_path_factory.mktemp("model") / "model"
         folder.save(path, model, config_of(name))
@@ -135,7 +147,7 @@ def random(trained, config_of, tmp_path_factory) -> Callable[[str], Path]:
 @functools.cache
 def draw(model: Path, prompt: str, backend: str = "torch", seed: int = 0) -> np.ndarray:
     """uint8 (H, W, 3), as `tinydiff generate` has it by default."""
-    opened = open_backend(model, backend, "cpu")
+    opened = open_backend(Source(model), backend, "cpu")
     g, size = opened.description.generate, opened.description.size
     request = pipeline.Request(g.steps, g.cfg_scale, g.sampler, g.schedule, size, size)
     return pipeline.generate(opened, [parse(prompt)], [seed], request)[0]
@@ -147,7 +159,7 @@ def draw(model: Path, prompt: str, backend: str = "torch", seed: int = 0) -> np.
 def digests(run_dir: Path) -> dict[str, str]:
     """SHA-256 of everything that the last step of both stages left behind."""
     paths = [*run_dir.glob("model/*/*"), *run_dir.glob("checkpoints/*-00000012/*.safetensors")]
-    return {str(p.relative_to(run_dir)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(paths)}
+    return sha256(run_dir, paths)
 
 
 @every_kind
@@ -174,11 +186,12 @@ def test_an_interrupted_run_ends_in_the_same_bits(name, trained, config_of, tmp_
 
 @every_kind
 def test_the_model_folder_is_the_run_s_average(name, trained):
-    model, last = folder.load(trained(name) / "model"), trained(name) / "checkpoints" / "denoiser-00000012"
+    model, last = folder.load(Source(trained(name) / "model")), trained(name) / "checkpoints" / "denoiser-00000012"
     average = load_file(last / "average.safetensors")
-    own = {f"denoiser.{k}": p for k, p in model.denoiser.named_parameters()}
+    own = {f"denoiser.denoiser.{k}": p for k, p in model.denoiser.named_parameters()}
     if KINDS[name][1] == "clip":
-        own |= {f"text_encoder.{k}": p for k, p in model.text_encoder.named_parameters()}
+        text_encoder = model.networks["text_encoder"]
+        own |= {f"denoiser.text_encoder.{k}": p for k, p in text_encoder.named_parameters()}
     assert own.keys() == average.keys() and all(torch.equal(p, average[k]) for k, p in own.items())
     first = load_file(trained(name) / "checkpoints" / "denoiser-00000009" / "average.safetensors")
     moved = [k for k, v in average.items() if not torch.equal(v, first[k])]
@@ -191,7 +204,7 @@ def test_t5_stays_as_it_was_and_out_of_the_checkpoints(name, trained, t5_folder)
     found = load_file(trained(name) / "model" / "text_encoder" / "model.safetensors")
     assert found.keys() == wanted.keys() and all(torch.equal(v, wanted[k]) for k, v in found.items())
     for path in trained(name).glob("checkpoints/denoiser-*/*.safetensors"):
-        assert all(key.startswith("denoiser.") for key in load_file(path))
+        assert all(key.startswith("denoiser.denoiser.") for key in load_file(path))
     texts = ["a red square", "", "a yellow corner"]
     limited = T5Tokenizer.load(t5_folder / "tokenizer", 16).encode(texts)
     assert np.array_equal(T5Tokenizer.load(trained(name) / "model" / "tokenizer").encode(texts), limited)
@@ -199,18 +212,18 @@ def test_t5_stays_as_it_was_and_out_of_the_checkpoints(name, trained, t5_folder)
 
 @pytest.mark.parametrize("name", DITS)
 def test_shared_embedders_are_saved_under_each_block_and_load_shared(name, trained):
-    stored = weights.tensors([trained(name) / "model" / "transformer" / folder.WEIGHTS])
+    stored = weights.tensors([trained(name) / "model" / "transformer" / WEIGHTS])
     part = "timestep_embedder.linear_1.weight"
     one, other = (stored[f"transformer_blocks.{i}.norm1.emb.{part}"] for i in range(2))
     assert torch.equal(one, other) and one.std() > 0
-    net = folder.load(trained(name) / "model").denoiser
+    net = folder.load(Source(trained(name) / "model")).denoiser
     assert isinstance(net, DiT) and net.shared
     first, second = (block.norm1.emb for block in net.transformer_blocks)
     assert first is second and len(list(net.parameters())) < len(stored)
 
 
 def test_each_image_s_first_caption_is_its_class(trained):
-    found = folder.load(trained("dit+class") / "model").tokenizer
+    found = folder.load(Source(trained("dit+class") / "model")).tokenizers["labels"]
     assert isinstance(found, Labels) and found.names == LABELS
     assert (found.vocab_size, found.pad, found.max_length) == (1001, 1000, 1)
     assert read_json(trained("dit+class") / "model" / "model_index.json")["id2label"] == {
@@ -235,8 +248,8 @@ def bundle(random, tmp_path_factory) -> Callable[..., Path]:
     import onnx_ir as ir
 
     def translate(name: str, model: folder.Model, opset: int) -> ir.Model:
-        encoder = type(model.text_encoder)
-        key = name, {"text_encoder": encoder, "transformer": encoder is OneHot}.get(name)
+        encoder = type(model.networks.get("text_encoder"))
+        key = name, {"text_encoder": encoder, "transformer": "labels" in model.tokenizers}.get(name)
         if key not in translated:
             translated[key] = ir.to_proto(own(name, model, opset))
         return ir.from_proto(translated[key])
@@ -248,7 +261,7 @@ def bundle(random, tmp_path_factory) -> Callable[..., Path]:
         path = tmp_path_factory.mktemp("bundle") / "bundle"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(export, "translate", translate)
-            *rows, image = export.export(random(name), path, precision)
+            *rows, image = export.export(Source(random(name)), path, precision)
         assert image["same"] >= 0.999 and max(row["max_abs_diff"] for row in rows) < 2e-5
         graphs = [row["graph"] for row in rows]
         text = [] if KINDS[name][1] == "class" else ["text_encoder"]
@@ -280,17 +293,18 @@ from pathlib import Path
 import numpy as np
 from tinydiff import pipeline
 from tinydiff.backends import open_backend
+from tinydiff.checkpoints.source import Source
 from tinydiff.text.prompts import parse
 drawn = []
 for path in {paths!r}:
-    opened = open_backend(Path(path), "auto", "cpu")
+    opened = open_backend(Source(Path(path)), "auto", "cpu")
     assert opened.name == "onnx"
     g, size = opened.description.generate, opened.description.size
     request = pipeline.Request(g.steps, g.cfg_scale, g.sampler, g.schedule, size, size)
     drawn.append(pipeline.generate(opened, [parse("a red square")], [0], request)[0])
 np.save({str(tmp_path / "drawn.npy")!r}, drawn)
 """
-    run(code, "torch", "transformers", "diffusers")
+    run_without(code, "torch", "transformers", "diffusers")
     for name, image in zip(KINDS, np.load(tmp_path / "drawn.npy"), strict=True):
         assert np.array_equal(image, draw(bundle(name), "a red square", "onnx"))
 
@@ -301,14 +315,16 @@ np.save({str(tmp_path / "drawn.npy")!r}, drawn)
 @pytest.fixture(scope="module")
 def named(random, config_of, tmp_path_factory) -> Path:
     """The model by class, its first classes named as ImageNet's are."""
-    model, path = folder.load(random("dit+class")), tmp_path_factory.mktemp("named") / "model"
+    model, path = folder.load(Source(random("dit+class"))), tmp_path_factory.mktemp("named") / "model"
     names = ["tench, Tinca tinca", "goldfish, Carassius auratus", "7", "carp, tench", "goldfish"]
-    folder.save(path, replace(model, tokenizer=Labels(names, 1000)), config_of("dit+class"))
+    labels = Labels(names, 1000)
+    configs = model.configs | {"model_index": new.configs(config_of("dit+class"), labels)["model_index"]}
+    folder.save(path, replace(model, configs=configs, tokenizers={"labels": labels}), config_of("dit+class"))
     return path
 
 
 def test_a_label_is_a_name_one_of_its_names_or_a_number(named):
-    tokenizer = open_backend(named, "torch", "cpu").tokenizer
+    tokenizer = open_backend(Source(named), "torch", "cpu").tokenizers["labels"]
     labels = ["tench, Tinca tinca", " TINCA TINCA", "0", "carassius auratus", "goldfish", "7", "8", "999", "", "  "]
     assert tokenizer.encode(labels).tolist() == [[0], [0], [0], [1], [4], [2], [8], [999], [1000], [1000]]
 
@@ -317,7 +333,7 @@ def test_equal_labels_draw_equal_images(named):
     drawn = [draw(named, label) for label in ("tench, Tinca tinca", "tinca tinca", "0")]
     assert np.array_equal(drawn[0], drawn[1]) and np.array_equal(drawn[0], drawn[2])
     assert not np.array_equal(drawn[0], draw(named, "1"))
-    plain = open_backend(named, "torch", "cpu")
+    plain = open_backend(Source(named), "torch", "cpu")
     request = pipeline.Request(3, 4.0, "ddim", "trailing", 16, 16)
     null, half = (pipeline.generate(plain, [p], [0], request)[0] for p in ("", parse("0 :0.5 AND 1 :0.5")))
     assert null.std() > 0 and not np.array_equal(null, half)
@@ -359,7 +375,7 @@ def same_as_diffusers(model: Path, label: int, prompt: str, monkeypatch: pytest.
     start = torch.from_numpy(normal([5], (4, 8, 8)))
     monkeypatch.setattr(pipeline_dit, "randn_tensor", lambda shape, **_: start.reshape(shape))
     wanted = theirs([label], guidance_scale=4.0, num_inference_steps=20, output_type="np").images[0] * 255
-    opened = open_backend(model, "torch", "cpu")
+    opened = open_backend(Source(model), "torch", "cpu")
     request = pipeline.Request(20, 4.0, "ddim", opened.description.scheduler.spacing, 16, 16)
     found = pipeline.generate(opened, [prompt], [5], request)[0]
     assert found.shape == wanted.shape and found.std() > 10
@@ -379,7 +395,8 @@ def test_labels_are_those_of_diffusers(random):
     from diffusers import DiTPipeline
 
     theirs = DiTPipeline.from_pretrained(random("dit+class"))
-    assert theirs.get_label_ids(LABELS) == folder.load(random("dit+class")).tokenizer.encode(LABELS)[:, 0].tolist()
+    ours = folder.load(Source(random("dit+class"))).tokenizers["labels"]
+    assert theirs.get_label_ids(LABELS) == ours.encode(LABELS)[:, 0].tolist()
 
 
 @every_kind
@@ -392,37 +409,43 @@ def test_a_folder_without_a_pipeline_of_diffusers_says_so(name, trained):
 
 @pytest.mark.peers
 @pytest.mark.filterwarnings("ignore")
-@torch.no_grad()
 def test_a_dit_by_text_opens_in_diffusers_with_a_class_of_zeros(random):
     from diffusers import Transformer2DModel
 
     path = random("dit+clip") / "transformer"
     sizes = {key: value for key, value in read_json(path / "config.json").items() if not key.startswith("_")}
     theirs = Transformer2DModel(**sizes).eval()
-    tensors = weights.tensors([path / folder.WEIGHTS])
+    tensors = weights.tensors([path / WEIGHTS])
     table = "transformer_blocks.{}.norm1.emb.class_embedder.embedding_table.weight"
     theirs.load_state_dict(tensors | {table.format(i): torch.zeros(2, 24) for i in range(2)}, strict=True)
-    ours, generator = folder.load(path.parent).denoiser, torch.Generator().manual_seed(0)
+    ours, generator = folder.load(Source(path.parent)).denoiser, torch.Generator().manual_seed(0)
     x, context = (torch.randn(*shape, generator=generator) for shape in ((2, 4, 8, 8), (2, 7, 16)))
     t = torch.tensor([3.0, 700.0])
-    wanted = theirs(x, context, t, class_labels=torch.zeros(2, dtype=torch.long)).sample
-    assert (ours(x, t, context) - wanted).abs().max() <= 5e-6 * wanted.std()
+    with torch.no_grad():
+        wanted, found = theirs(x, context, t, class_labels=torch.zeros(2, dtype=torch.long)).sample, ours(x, t, context)
+    assert (found - wanted).abs().max() <= 5e-6 * wanted.std()
 
 
 # ---- published DiT -----------------------------------------------------------------------------------------------------
 
 DEPTH, WIDTH = 2, 64
+
+
 BLOCK = {  # published: diffusers, in a block
     "adaLN_modulation.1": "norm1.linear",
     "attn.proj": "attn1.to_out.0",
     "mlp.fc1": "ff.net.0.proj",
     "mlp.fc2": "ff.net.2",
 }
+
+
 OUTSIDE = {
     "x_embedder.proj": "pos_embed.proj",
     "final_layer.adaLN_modulation.1": "proj_out_1",
     "final_layer.linear": "proj_out_2",
 }
+
+
 EVERY = {"t_embedder.mlp.0": "timestep_embedder.linear_1", "t_embedder.mlp.2": "timestep_embedder.linear_2"}
 
 
@@ -455,14 +478,13 @@ def published(tmp_path_factory) -> tuple[Path, Path]:
 def asked(opened: pipeline.Backend) -> np.ndarray:
     """What the denoiser says of noise under two labels and none: (3, 4, 8, 8)."""
     x = np.random.default_rng(0).standard_normal((3, 4, 8, 8), np.float32)
-    return opened.denoise(x, 601.0, opened.encode_text(opened.tokenizer.encode(["3", "999", ""])))
+    ids = opened.tokenizers["labels"].encode(["3", "999", ""])
+    return opened.denoise(x, 601.0, opened.encode_text({"labels": ids}))
 
 
 def test_a_published_file_draws_as_the_paper_s_network(published):
-    from test_dit import reference
-
     dit, vae = published
-    opened = open_backend(dit, "torch", "cpu", vae=vae)
+    opened = open_backend(Source(dit, vae=vae), "torch", "cpu")
     assert isinstance(opened, TorchBackend) and opened.model.scaling_factor == 0.18215
     d = opened.description
     assert (d.size, d.multiple, d.prediction, d.scheduler.sampler, len(d.schedule)) == (16, 4, "epsilon", "ddim", 1000)
@@ -479,25 +501,25 @@ def test_a_published_file_needs_an_autoencoder(published):
     with pytest.raises(
         ModelError, match="a DiT alone, without an autoencoder; give the file of one with --vae"
     ) as caught:
-        open_backend(published[0], "torch", "cpu")
+        open_backend(Source(published[0]), "torch", "cpu")
     assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("precision", [None, "fp16"])
 def test_a_published_file_becomes_a_folder_of_the_same_network(published, tmp_path, precision):
     dit, vae = published
-    convert.to_folder(dit, tmp_path / "folder", vae, precision=precision)
+    convert.to_folder(Source(dit, vae=vae), tmp_path / "folder", precision)
     verify(tmp_path / "folder")
     found = read_json(tmp_path / "folder" / "transformer" / "config.json")
     assert (found["freq_shift"], found["norm_eps"], found["out_channels"]) == (0, 1e-6, 8)
     assert "freq_shift" in read_json(tmp_path / "folder" / "model_index.json")["_no_diffusers_pipeline"]
     ours, theirs = (
-        asked(open_backend(tmp_path / "folder", "torch", "cpu")),
-        asked(open_backend(dit, "torch", "cpu", vae=vae)),
+        asked(open_backend(Source(tmp_path / "folder"), "torch", "cpu")),
+        asked(open_backend(Source(dit, vae=vae), "torch", "cpu")),
     )
     assert np.array_equal(ours, theirs) if precision is None else 0 < np.abs(ours - theirs).max() < 0.02 * theirs.std()
     with pytest.raises(ModelError, match=r"only a Stable Diffusion U-Net .* has a single-file layout"):
-        convert.to_single_file(tmp_path / "folder", tmp_path / "one.safetensors")
+        convert.to_single_file(Source(tmp_path / "folder"), tmp_path / "one.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -525,12 +547,12 @@ def test_a_folder_of_diffusers_is_the_same_network_here(their_folder, published)
     from diffusers import DiTTransformer2DModel
 
     theirs = DiTTransformer2DModel.from_pretrained(their_folder / "transformer").eval()
-    opened = open_backend(their_folder, "torch", "cpu")
+    opened = open_backend(Source(their_folder), "torch", "cpu")
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((3, 4, 8, 8), np.float32))
     wanted = theirs(x, torch.full((3,), 601.0), torch.tensor([3, 999, 1000])).sample[:, :4].numpy()
     assert np.abs(asked(opened) - wanted).max() <= 1e-5 * wanted.std()
-    assert opened.tokenizer.encode(["tinca tinca", "Goldfish", "2"]).tolist() == [[0], [1], [2]]
-    exact = asked(open_backend(published[0], "torch", "cpu", vae=published[1]))
+    assert opened.tokenizers["labels"].encode(["tinca tinca", "Goldfish", "2"]).tolist() == [[0], [1], [2]]
+    exact = asked(open_backend(Source(published[0], vae=published[1]), "torch", "cpu"))
     assert np.abs(wanted - exact).max() > 1e-2 * exact.std()  # diffusers spaces the times' frequencies otherwise
 
 
@@ -569,7 +591,7 @@ def test_the_paper_s_sizes_build_by_name(size, millions):
     words += ["autoencoder.block_out_channels=[8,8,8,8]"]
     with torch.device("meta"):
         model = folder.build(config.load(None, words), Labels([], 1000))
-    assert isinstance(model.denoiser, DiT) and model.denoiser.pos_embed.base == 16 and model.parts().keys() >= {"vae"}
+    assert isinstance(model.denoiser, DiT) and model.denoiser.pos_embed.base == 16 and model.networks.keys() >= {"vae"}
     assert sum(p.numel() for p in model.denoiser.parameters()) / 1e6 == pytest.approx(millions, abs=0.6)
 
 
@@ -602,6 +624,7 @@ def say(**changes: object) -> Callable[[Path], None]:
         (say(model_type="clip_text_model"), "model_type is 'clip_text_model', and only 't5' is supported"),
         (say(feed_forward_proj="gated-silu"), "gated-silu"),
         (say(relative_attention_num_buckets=3), "do not suit"),
+        (say(vocab_size="many"), "text_encoder: unsupported or incomplete config.json"),
         (say(d_ff=48), "its weights do not fit its config.json at"),
     ],
 )
@@ -631,16 +654,16 @@ def test_a_dit_by_text_without_its_text_encoder_is_no_class_model(random, tmp_pa
     path = Path(shutil.copytree(random("dit+clip"), tmp_path / "model"))
     (path / "manifest.json").unlink()
     shutil.rmtree(path / "text_encoder")
-    with pytest.raises(ModelError, match="text_encoder/config.json: missing; copy the whole model folder"):
-        open_backend(path, "torch", "cpu")
+    with pytest.raises(ModelError, match="model/text_encoder: missing; copy the whole model folder"):
+        open_backend(Source(path), "torch", "cpu")
 
 
 def test_a_bundle_by_text_without_its_text_encoder_is_refused(bundle, tmp_path):
     path = Path(shutil.copytree(bundle("dit+clip"), tmp_path / "bundle"))
     shutil.rmtree(path / "text_encoder")
-    for _ in range(2):  # as the manifest sees it, and where there is none
-        with pytest.raises(ModelError, match=r"text_encoder.*missing"):
-            open_backend(path, "onnx", "cpu")
+    for says in (r"text_encoder.*missing", r"bundle/text_encoder/model.onnx: No such file"):
+        with pytest.raises(ModelError, match=says):  # as the manifest sees it, and where there is none
+            open_backend(Source(path), "onnx", "cpu")
         (path / "manifest.json").unlink(missing_ok=True)
 
 
@@ -652,9 +675,10 @@ def test_a_bundle_by_text_without_its_text_encoder_is_refused(bundle, tmp_path):
         ({"id2label": {"3": "crane", "10000000000000": "hen"}}, 4, {"crane": 3, "": 4}),
     ],
 )
-def test_labels_of_other_folders(index, classes, labels):
+def test_labels_of_other_folders(index, classes, labels, tmp_path):
     found = {"model_index": index, "transformer": {"num_embeds_ada_norm": classes}}
-    assert tokenizer_of(Path("model"), found).encode(list(labels))[:, 0].tolist() == list(labels.values())
+    tokenizer = labelled(tmp_path / "model", found).tokenizers["labels"]
+    assert tokenizer.encode(list(labels))[:, 0].tolist() == list(labels.values())
 
 
 @pytest.mark.parametrize(
@@ -665,13 +689,29 @@ def test_labels_of_other_folders(index, classes, labels):
         {"model_index": {}, "transformer": {"num_embeds_ada_norm": "many"}},
     ],
 )
-def test_labels_that_make_no_sense_are_refused(found):
+def test_labels_that_make_no_sense_are_refused(found, tmp_path):
     with pytest.raises(ModelError, match="model: its classes make no sense"):
-        tokenizer_of(Path("model"), found)
+        labelled(tmp_path / "model", found).tokenizers  # noqa: B018  which reads them
 
 
 @pytest.mark.parametrize(("count", "said"), [(3, False), (1000, False), (1001, True)])
 def test_more_classes_than_diffusers_null_label_leaves_room_for_are_said(count, said):
-    cfg = config.Config(denoiser=config.Denoiser(kind="dit"), text_encoder=config.TextEncoder(kind="class"))
-    found = folder.index(cfg, Labels([f"class {i}" for i in range(count)], max(1000, count)))
+    cfg = config.make(denoiser={"kind": "dit"}, text_encoder={"kind": "class"})
+    found = new.configs(cfg, Labels([f"class {i}" for i in range(count)], max(1000, count)))["model_index"]
     assert ("_no_diffusers_pipeline" in found) is said
+
+
+def labelled(path: Path, found: dict[str, dict]) -> Source:
+    """A folder with these JSON files, and the least of the others that it needs to be looked at."""
+    places = {"model_index": "model_index.json", "transformer": "transformer/config.json"}
+    others = {"scheduler/scheduler_config.json": {}, "vae/config.json": {}}
+    for place, table in (others | {places[name]: table for name, table in found.items()}).items():
+        (path / place).parent.mkdir(parents=True, exist_ok=True)
+        folder.write_json(path / place, table)
+    return Source(path)
+
+
+def test_a_text_encoder_that_does_not_say_what_it_is_is_clip():
+    for table in ({}, {"hidden_size": 16}, {"model_type": "clip_text_model"}, {"model_type": "something else"}):
+        assert network_of("text_encoder", table) is TEXT_ENCODERS["clip"]
+    assert network_of("text_encoder", {"model_type": "t5"}) is TEXT_ENCODERS["t5"]

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import randomise
+from tensors import randomise
 
 from tinydiff.config import Autoencoder as Config
 from tinydiff.config import Data

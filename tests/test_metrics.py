@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 
 from tinydiff import images
 from tinydiff.errors import ResourceError, UsageError
+from tinydiff.metrics import parse
 from tinydiff.training import metrics
-from tinydiff.training.metrics import EVERY, TIMED, Metrics, parse
+from tinydiff.training.metrics import EVERY, TIMED, Metrics
 
 STAGES = ("autoencoder", "denoiser")
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import randomise
+from tensors import noise, randomise, same
 
 from tinydiff import config
 from tinydiff.models.attention import pixels, tokens
@@ -17,29 +17,28 @@ from tinydiff.models.text_encoder import TextEncoder
 from tinydiff.models.unet import UNet
 
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
+
+
 UNETS = {
-    "linear": config.Denoiser("unet", (32, 64), (CROSS, CROSS), 1, 1, 4, 8, True),
-    "convolution": config.Denoiser("unet", (32, 64, 64), (CROSS, CROSS, PLAIN), 2, 1, 8, 16, False),
-    "deep": config.Denoiser("unet", (16, 32), (PLAIN, CROSS), 1, 2, 2, 8, True),
+    "linear": config.UNet((32, 64), (CROSS, CROSS), 1, 1, 4, 8, True),
+    "convolution": config.UNet((32, 64, 64), (CROSS, CROSS, PLAIN), 2, 1, 8, 16, False),
+    "deep": config.UNet((16, 32), (PLAIN, CROSS), 1, 2, 2, 8, True),
 }
+
+
 AUTOENCODERS = {
     "plain": config.Autoencoder((16, 32, 32), 1, 4, 8, False),
     "attention": config.Autoencoder((16, 32), 2, 3, 16, True),
 }
+
+
 TEXTS = {
     "quick": config.TextEncoder("clip", "", 600, 32, 64, 2, 4, 16, "quick_gelu"),
     "gelu": config.TextEncoder("clip", "", 600, 24, 48, 3, 3, 77, "gelu"),
 }
+
+
 BOS, EOS = 598, 599
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    assert ours.shape == theirs.shape and theirs.std() > 1e-3
-    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
 def prompts(length: int) -> torch.Tensor:
@@ -49,7 +48,7 @@ def prompts(length: int) -> torch.Tensor:
     return ids
 
 
-def their_unet(cfg: config.Denoiser):
+def their_unet(cfg: config.UNet):
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(

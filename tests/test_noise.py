@@ -13,7 +13,11 @@ from hypothesis import strategies as st
 from tinydiff.diffusion.noise import keyed, normal, slerp
 
 NORMALS = [-1.8044724, -0.1972256, -0.4351492]
+
+
 INTEGERS = [4087722685, 2692386727, 257446835]
+
+
 seeds = st.integers(0, 2**64 - 1)
 
 

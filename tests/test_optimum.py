@@ -14,6 +14,8 @@ from tinydiff.backends import find_model
 from tinydiff.diffusion import noise
 
 PYTHON = os.environ.get("TINYDIFF_OPTIMUM_PYTHON", "")
+
+
 SCRIPT = """
 import sys
 import numpy as np, torch
@@ -27,6 +29,7 @@ size = {"height": int(size), "width": int(size)}
 image = pipe("red heart", num_inference_steps=8, guidance_scale=3.0, latents=x, output_type="np", **size)
 np.save(out, image.images[0])
 """
+
 
 EXPORT = """
 import sys
@@ -51,19 +54,19 @@ def test_what_optimum_exports_opens_here_and_draws_the_same_image(tmp_path: Path
     from scripts.parity import build
     from tinydiff.backends.onnx import OnnxBackend
     from tinydiff.checkpoints import convert
-    from tinydiff.checkpoints.description import describe
+    from tinydiff.checkpoints.source import Source
 
     narrow = {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 1, "attention_head_dim": 8}
     build("sd15", tmp_path / "sd15", narrow | {"cross_attention_dim": 32, "sample_size": 8})
-    convert.to_single_file(tmp_path / "sd15", tmp_path / "sd15.safetensors")
-    convert.to_folder(tmp_path / "sd15.safetensors", tmp_path / "folder")
-    start = describe(tmp_path / "folder").levels("ddim", 8, "leading")[0].sigma
+    convert.to_single_file(Source(tmp_path / "sd15"), tmp_path / "sd15.safetensors")
+    convert.to_folder(Source(tmp_path / "sd15.safetensors"), tmp_path / "folder")
+    start = Source(tmp_path / "folder").description.levels("ddim", 8, "leading")[0].sigma
     np.save(tmp_path / "x.npy", noise.normal([5], (4, 8, 8)) * np.float32(start))  # diffusers takes it as it comes
     paths = [str(tmp_path / name) for name in ("folder", "bundle", "x.npy", "y.npy")]
     done = subprocess.run([PYTHON, "-c", EXPORT, *paths], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     theirs = (np.load(tmp_path / "y.npy") * 255).round()
-    backend = OnnxBackend(tmp_path / "bundle", "cpu")
+    backend = OnnxBackend(Source(tmp_path / "bundle"), "cpu")
     request = pipeline.Request(8, 3.0, "ddim", "leading", 64, 64)
     ours = pipeline.generate(backend, ["red heart"], [5], request)[0]
     assert ours.std() > 10
@@ -75,8 +78,9 @@ def test_what_optimum_exports_opens_here_and_draws_the_same_image(tmp_path: Path
 def test_optimum_opens_the_shipped_bundle_and_draws_the_same_image(tmp_path: Path) -> None:
     """By DDIM: the weights of diffusers' DEIS, the model's own solver, cancel in float32, which eight steps show."""
     from tinydiff.backends.onnx import OnnxBackend
+    from tinydiff.checkpoints.source import Source
 
-    backend = OnnxBackend(find_model(None), "cpu")
+    backend = OnnxBackend(Source(find_model(None)), "cpu")
     d = backend.description
     side = d.size // d.factor
     np.save(tmp_path / "x.npy", noise.normal([5], (d.latent_channels, side, side)))

@@ -2,71 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_backend import REQUEST, Fake
 
 from tinydiff.backends import find_model, open_backend
-from tinydiff.checkpoints import scheduler
-from tinydiff.checkpoints.description import Description
-from tinydiff.config import Generate
+from tinydiff.checkpoints.source import Source
+from tinydiff.condition import encode
 from tinydiff.diffusion import noise
 from tinydiff.diffusion.samplers import SAMPLERS
 from tinydiff.diffusion.schedules import Level
 from tinydiff.errors import DivergedError, ModelError, UsageError
-from tinydiff.pipeline import Request, check_size, encode, generate, scale
+from tinydiff.networks.network import HIDDEN, Array
+from tinydiff.pipeline import Request, check_size, generate, scale
 from tinydiff.text.prompts import blend, parse
-
-REQUEST = Request(steps=4, cfg_scale=3.0, sampler="dpmpp_2m", schedule="trailing", width=8, height=8)
-
-
-class Words:
-    """A tokenizer whose ids are the lengths of the texts; with syntax, the lengths of the words."""
-
-    max_length, bos, eos, pad = 5, 0, 0, 0
-
-    def encode(self, texts):
-        return np.array([[len(text)] * 5 for text in texts], np.int64)
-
-    def cut(self, text):
-        return " ".join(text.split()[3:])
-
-    def spans(self, text):
-        words = list(re.finditer(r"\S+", text))
-        return [len(word[0]) for word in words], [word.start() for word in words]
-
-
-SCHEDULER = scheduler.read({"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"})
-
-
-class Fake:
-    """A backend that has learnt one flat image for each text: a hundredth of its length, and says what it was asked."""
-
-    name, tokenizer = "fake", Words()
-
-    def __init__(self, scaling_factor=0.5):
-        self.description = Description(Path("fake"), SCHEDULER, 3, 3, 2, 4, scaling_factor, 8, Generate())
-        self.texts, self.calls = [], []
-
-    def encode_text(self, ids):
-        self.texts.append(ids[:, 0].tolist())
-        return np.repeat(ids[:, :, None], 2, axis=2).astype(np.float32) / 100
-
-    def denoise(self, x, t, context):
-        assert len(x) == len(context) and x.dtype == np.float32 and type(t) is float
-        self.calls.append((len(x), t))
-        return np.broadcast_to(context[:, :1, :1, None], x.shape).astype(np.float32)
-
-    def decode(self, z):
-        return z.repeat(2, axis=2).repeat(2, axis=3)
-
-
-@pytest.fixture(scope="module")
-def backend(tiny_model):
-    return open_backend(tiny_model, "torch", "cpu")
 
 
 def near(a, b):
@@ -105,7 +56,8 @@ def test_equal_texts_are_encoded_once():
 
 def contexts(texts):
     """What `encode` makes of texts with the fake backend, whose vectors are a hundredth of the ids: (B, K T)."""
-    return np.round(100 * encode(Fake(), [parse(text)[0].pieces for text in texts])[..., 0], 3).tolist()
+    said = encode(Fake(), [parse(text)[0].pieces for text in texts])
+    return np.round(100 * said["encoder_hidden_states"][..., 0], 3).tolist()
 
 
 def test_weights_move_vectors_from_those_of_the_empty_prompt():
@@ -186,7 +138,7 @@ def test_a_size_that_fits_is_not():
 def test_non_finite_values_name_their_step(bad):
     fake = Fake()
     fine, heard = fake.denoise, []
-    fake.denoise = lambda x, t, context: fine(x, t, context) if len(fake.calls) < 2 else np.full_like(x, bad)
+    fake.denoise = lambda x, t, condition: fine(x, t, condition) if len(fake.calls) < 2 else np.full_like(x, bad)
     with pytest.raises(DivergedError, match="step 3 of 4"):
         generate(fake, ["a"], [0], REQUEST, on_step=heard.append)
     assert heard == [1, 2]
@@ -240,7 +192,7 @@ def test_a_model_is_found_by_folder_and_by_run(tiny_model):
     with pytest.raises(ModelError, match="no such model"):
         find_model("nowhere/at/all")
     with pytest.raises(ModelError, match="no ONNX graphs"):
-        open_backend(tiny_model, "onnx")
+        open_backend(Source(tiny_model), "onnx")
 
 
 @pytest.mark.peers
@@ -273,10 +225,10 @@ def test_diffusers_draws_the_same_image(make_model, tiny_config, monkeypatch, sa
         generate=replace(tiny_config.generate, sampler=sampler, schedule=spacing),
     )
     path = make_model(cfg)
-    backend, prompts, seeds = open_backend(path, "torch", "cpu"), ["a red square", "a blue corner"], [3, 4]
+    backend, prompts, seeds = open_backend(Source(path), "torch", "cpu"), ["a red square", "a blue corner"], [3, 4]
     if sampler in ("unipc", "deis"):
         own = backend.denoise
-        monkeypatch.setattr(backend, "denoise", lambda x, t, context: own(x, float(int(t - 1e-3)), context))
+        monkeypatch.setattr(backend, "denoise", lambda x, t, condition: own(x, float(int(t - 1e-3)), condition))
     request = Request(20, 3.0, sampler, cfg.generate.schedule, 16, 16)
     ours = generate(backend, prompts, seeds, request)
 
@@ -289,3 +241,6 @@ def test_diffusers_draws_the_same_image(make_model, tiny_config, monkeypatch, sa
     theirs = np.rint(pipe(prompts, latents=latents, output_type="np", **size).images * 255)
     assert ours.std() > 10
     assert (np.abs(ours - theirs) <= 1).mean() >= 0.999
+
+
+CONDITIONS = {"encoder_hidden_states": Array(("batch", "sequence", 2), of=HIDDEN)}

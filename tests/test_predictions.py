@@ -13,6 +13,8 @@ from tinydiff.diffusion.predictions import PREDICTIONS
 from tinydiff.diffusion.schedules import SCHEDULES
 
 LEVELS = {name: make(1000) for name, make in SCHEDULES.items()}
+
+
 numbers = st.lists(st.floats(-10, 10), min_size=3, max_size=3).map(np.array)
 
 

@@ -11,12 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from interpreters import ENV, ROOT
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+
+
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+
+
 CLDR = Path("/usr/share/unicode/cldr/common/annotations/en.xml")
+
+
 TINY = {
     "autoencoder.block_out_channels": "[8,8,8,16]",
     "autoencoder.norm_num_groups": "4",
@@ -26,10 +32,10 @@ TINY = {
     "text_encoder.num_hidden_layers": "1",
     "text_encoder.num_attention_heads": "2",
     "text_encoder.vocab_size": "600",
-    "denoiser.block_out_channels": "[16,16]",
-    "denoiser.down_block_types": '["CrossAttnDownBlock2D","CrossAttnDownBlock2D"]',
-    "denoiser.norm_num_groups": "4",
-    "denoiser.attention_head_dim": "2",
+    "unet.block_out_channels": "[16,16]",
+    "unet.down_block_types": '["CrossAttnDownBlock2D","CrossAttnDownBlock2D"]',
+    "unet.norm_num_groups": "4",
+    "unet.attention_head_dim": "2",
     "train.autoencoder.steps": "3",
     "train.autoencoder.batch_size": "2",
     "train.denoiser.steps": "3",
@@ -72,8 +78,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(home: Path, script: str) -> str:
     path = f"{home / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=home, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], cwd=home, env=ENV | {"PATH": path}, capture_output=True, text=True
+    )
     assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -117,11 +124,12 @@ def test_use_your_stable_diffusion_weights(home: Path) -> None:
     """On a narrow Stable Diffusion 1 with random weights, which diffusers and transformers build."""
     from scripts.parity import build
     from tinydiff.checkpoints import convert
+    from tinydiff.checkpoints.source import Source
 
     narrow = {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 1, "attention_head_dim": 8}
     build("sd15", home / "sd15", narrow | {"cross_attention_dim": 32, "sample_size": 8})
-    convert.to_single_file(home / "sd15", home / "sd15.safetensors")
-    convert.to_single_file(home / "sd15", home / "vae.safetensors")
+    convert.to_single_file(Source(home / "sd15"), home / "sd15.safetensors")
+    convert.to_single_file(Source(home / "sd15"), home / "vae.safetensors")
     *before, draw, _, _ = commands = block("stable-diffusion").strip().splitlines()
     assert len(commands) == 8
     said = run(home, "\n".join(before))

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from interpreters import ENV, ROOT
 from PIL import Image
 
 from tinydiff import cli, config, images
@@ -29,9 +30,9 @@ from tinydiff.data import folder
 from tinydiff.data.folder import FolderSource
 from tinydiff.errors import DataError
 
-ROOT = Path(__file__).resolve().parents[1]
-ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 TINYDIFF = [sys.executable, "-m", "tinydiff"]
+
+
 ONE = ("generate", "heart", "-s", "1", "--steps", "1")
 
 
@@ -68,6 +69,8 @@ def in_time() -> Iterator[None]:
 # ---- files that run code -------------------------------------------------------------------------------------------
 
 FORBIDDEN = {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve", "yaml", "cloudpickle"}
+
+
 RUNS = {"eval", "exec", "compile", "__import__"}
 
 

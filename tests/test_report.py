@@ -17,8 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinydiff import charts, config, images, report
+from tinydiff.schema import to_toml
 
 VOID = {"meta", "img", "path", "br"}
+
 
 STEPS = ("train.autoencoder.steps=2000", "train.denoiser.steps=4000")
 
@@ -74,7 +76,7 @@ def run(tmp_path: Path) -> Path:
     """A run that is half-way through its second stage."""
     path = tmp_path / "a <b> & run"
     (path / "samples").mkdir(parents=True)
-    (path / "tinydiff.toml").write_text(config.to_toml(config.load(None, ["data.path='<i>data'", *STEPS])))
+    (path / "tinydiff.toml").write_text(to_toml(config.load(None, ["data.path='<i>data'", *STEPS])))
     bands = {"loss_0": 0.1, "loss_1": 0.2, "loss_2": 0.4, "loss_3": 0.5}
     lines = [
         metric("autoencoder", n, loss=1 / n, lr=1e-3, grad_norm=0.5, l1=0.1, steps_per_second=2.0, memory=1.5)
@@ -200,7 +202,7 @@ def test_damaged_pictures_and_configuration_are_left_out(run: Path) -> None:
 
 def test_an_empty_run_has_a_report_and_a_folder_that_is_none_has_one(tmp_path: Path) -> None:
     assert "Nothing measured yet" in shown(tmp_path).text
-    (tmp_path / "tinydiff.toml").write_text(config.to_toml(config.load()))
+    (tmp_path / "tinydiff.toml").write_text(to_toml(config.load()))
     page = shown(tmp_path)
     assert page.text.count("not begun") == 2 and not page.tags["svg"]
 
@@ -306,10 +308,10 @@ def test_a_curve_that_is_missing_does_not_change_how_the_others_look() -> None:
 
 
 def test_curves_are_told_apart_by_dashes_and_in_both_colour_schemes_by_colour() -> None:
-    dashes = re.findall(r"\.k(\d) { stroke: var\(--line\1\); stroke-dasharray: ([^;]+);", report.HEAD)
+    dashes = re.findall(r"\.k(\d) { stroke: var\(--line\1\); stroke-dasharray: ([^;]+);", report.TEMPLATE.read_text())
     assert len({pattern for _, pattern in dashes}) == 3 == len(charts.NOISE) - 1  # and the first is whole
     for kind in ("line", "line1", "line2", "line3"):
-        light, dark = re.findall(rf"--{kind}: (#\w+);", report.HEAD)
+        light, dark = re.findall(rf"--{kind}: (#\w+);", report.TEMPLATE.read_text())
         assert contrast(light, "#ffffff") > 3 < contrast(dark, "#14181c")  # WCAG 2.1, 1.4.11
 
 

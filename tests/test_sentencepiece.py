@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import random
-import struct
 import subprocess
 import sys
 import unicodedata
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from protobuf import field, varint
 from tokenizers import Regex, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as BackendTokenizer
 
@@ -25,12 +25,20 @@ from tinydiff.text.prompts import Piece, chunks, parse
 from tinydiff.text.sentencepiece import T5Tokenizer, from_spiece
 
 LENGTH = 16
+
+
 CAPTION = (
     "a large red circle left of small blue square two green triangles above yellow star on white, it's the dog's "
     "ball; they've 24 Ein grüner Würfel über einem roten Kreis 赤い丸と青い四角 🟥🔵 👩‍👩‍👧 reddish circling rectangle"
 )
+
+
 WORDS = CAPTION.split()
+
+
 SPECIAL = ["</s>", "<pad>", "<unk>", "<extra_id_0>", "<extra_id_99>", "</S>"]
+
+
 EXAMPLES = [
     "",
     " \t\r\n\x0b\x0c\x1c\x85\u2028\u3000",
@@ -42,6 +50,8 @@ EXAMPLES = [
     "x" * 5000,
     "a red circle " * 500,
 ]
+
+
 SNIPPETS = [
     *" aAéß'sdtm0九 🟥\u0301\n\t▁",
     "  ",
@@ -55,7 +65,11 @@ SNIPPETS = [
     "\xa0",
     *SPECIAL,
 ]
+
+
 TEXTS = st.text(max_size=60) | st.lists(st.sampled_from(SNIPPETS), max_size=30).map("".join)
+
+
 MANY = settings(deadline=None, max_examples=200)
 
 
@@ -74,20 +88,6 @@ def texts(count: int) -> list[str]:
 # A model by hand
 
 
-def varint(value: int) -> bytes:
-    return bytes([value & 127 | 128]) + varint(value >> 7) if value > 127 else bytes([value])
-
-
-def field(number: int, value: int | float | bytes) -> bytes:
-    if isinstance(value, bytes):
-        return varint(number * 8 + 2) + varint(len(value)) + value
-    return (
-        varint(number * 8 + 5) + struct.pack("<f", value)
-        if isinstance(value, float)
-        else varint(number * 8) + varint(value)
-    )
-
-
 def spiece(pieces: list[tuple[str, float, int]], trainer: bytes, rules: bytes) -> bytes:
     """A ModelProto of (piece, score, kind), with a field of fixed size that SentencePiece does not have."""
     parts = [field(1, field(1, p.encode()) + field(2, score) + field(3, kind)) for p, score, kind in pieces]
@@ -95,8 +95,14 @@ def spiece(pieces: list[tuple[str, float, int]], trainer: bytes, rules: bytes) -
 
 
 PIECES = [("<pad>", 0.0, 3), ("</s>", 0.0, 3), ("<unk>", 0.0, 2), ("▁", -3.0, 1), ("▁a", -1.0, 1), ("▁red", -2.5, 1)]
+
+
 PIECES += [("ab", -2.25, 1), ("aba", -4.5, 1), ("ba", -2.0, 1), ("a", -3.25, 1), ("b", -3.5, 1), ("▁ab", -4.125, 1)]
+
+
 TRAINER, RULES = field(40, 2), field(1, b"identity")
+
+
 HAND = spiece(PIECES, TRAINER, RULES)
 
 
@@ -120,7 +126,7 @@ def test_a_model_by_hand(hand):
     assert hand.ids("<extra_id_1>") == [12]
     assert hand.encode(["a red", ""]).tolist() == [[4, 5, 1] + [0] * 13, [1] + [0] * 15]
     assert hand.encode(["red " * 20])[0].tolist() == [5] * 15 + [1]
-    assert (hand.length("a red"), hand.length("red " * 20)) == (3, 21)
+    assert (len(hand.ids("a red")), len(hand.ids("red " * 20))) == (2, 20)
     assert hand.cut("a  red  " * 8 + "\ta ") == "red  \ta "
     assert hand.encode([]).shape == (0, LENGTH)
 
@@ -377,7 +383,7 @@ def either(request) -> T5Tokenizer:
 def test_cut_is_the_tail_that_encode_drops(either, text):
     tail = either.cut(text)
     assert text.encode("utf-8", "replace").decode().endswith(tail)
-    assert bool(tail) == (either.length(text) > LENGTH)
+    assert bool(tail) == (len(either.ids(text)) + 1 > LENGTH)
     ids, starts = either.spans(text)
     assert ids == either.ids(text)
     assert starts == sorted(starts) and all(0 <= start < len(text) for start in starts)
@@ -401,7 +407,7 @@ def test_chunks_hold_the_tokens_of_the_whole_text(either, pairs):
     assert all((row[end:] == 1).all() for row, end in zip(weights, ends, strict=True))
     if len(ids) == 1:
         assert np.array_equal(ids, either.encode([text]))
-    assert (len(ids) == 1) == (either.length(text) <= LENGTH)
+    assert (len(ids) == 1) == (len(either.ids(text)) + 1 <= LENGTH)
 
 
 @MANY

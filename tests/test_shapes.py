@@ -15,6 +15,8 @@ from tinydiff.data.shapes import Item, Scene, ShapesSource
 from tinydiff.errors import DataError
 
 SCENES = st.integers(0, shapes.SCENES - 1).map(shapes.scene_at)
+
+
 SEEDS = st.integers(0, 2**32)
 
 

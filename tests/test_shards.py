@@ -32,6 +32,8 @@ from tinydiff.data.tar import MAX_NAME, File, members
 from tinydiff.errors import DataError, UserError
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+
+
 END = bytes(1024)
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import randomise
 from safetensors.torch import load_file
+from tensors import randomise, same
 
 from tinydiff import export
-from tinydiff.checkpoints.folder import known
+from tinydiff.checkpoints.folder import Model
 from tinydiff.files import read_json
-from tinydiff.models.t5 import T5Config, T5Encoder, encoder_weights, relative_buckets
+from tinydiff.models.t5 import T5Encoder, relative_buckets
+from tinydiff.networks import network_of
+from tinydiff.networks.text import TEXT_ENCODERS, T5Config
 
 CONFIGS = {
     "v1.0": T5Config(99, 24, 5, 40, 3, 4, 8, 20),
@@ -42,11 +43,6 @@ def random_encoder(name: str) -> T5Encoder:
     return model
 
 
-def same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    assert ours.shape == theirs.shape and theirs.std() > 1e-3
-    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
-
-
 @pytest.mark.peers
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("lengths", [(7, 7), (1, 30), (300, 299)], ids=["whole", "padded", "far"])
@@ -55,7 +51,7 @@ def same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 def test_encoder_is_that_of_transformers(name, lengths):
     cfg, theirs = CONFIGS[name], their(CONFIGS[name])
     ours = T5Encoder(cfg)
-    ours.load_state_dict(encoder_weights(theirs.state_dict()), strict=True)
+    ours.load_state_dict(TEXT_ENCODERS["t5"].renamed(theirs.state_dict()), strict=True)
     ids = prompts(cfg, lengths, max(lengths))
     mask = (ids != cfg.pad_token_id).long()
     states, pooled = ours(ids)
@@ -75,10 +71,11 @@ def test_folders_of_transformers_load(tmp_path, name, kind):
     shards = set(read_json(tmp_path / "model.safetensors.index.json")["weight_map"].values())
     assert len(shards) > 1
     tensors = {key: value for shard in shards for key, value in load_file(tmp_path / shard).items()}
-    cfg = known(T5Config, "t5", json.loads((tmp_path / "config.json").read_text()))
-    assert cfg == CONFIGS[name]
-    ours = T5Encoder(cfg)
-    ours.load_state_dict(encoder_weights(tensors), strict=True)
+    table = json.loads((tmp_path / "config.json").read_text())
+    network = network_of("text_encoder", table)
+    assert network is TEXT_ENCODERS["t5"] and network.pick(network.read(table)) == CONFIGS[name]
+    ours = network.build(table)
+    ours.load_state_dict(TEXT_ENCODERS["t5"].renamed(tensors), strict=True)
     for key, value in ours.state_dict().items():
         assert torch.equal(value, theirs.state_dict()[key])
 
@@ -88,7 +85,7 @@ def test_the_embedding_table_goes_by_either_name():
     norm = {"encoder.final_layer_norm.weight": other}
     for names in (["shared"], ["encoder.embed_tokens"], ["shared", "encoder.embed_tokens", "decoder.embed_tokens"]):
         file = {f"{name}.weight": table for name in names} | norm | {"lm_head.weight": other}
-        assert encoder_weights(file) == {"shared.weight": table} | norm
+        assert TEXT_ENCODERS["t5"].renamed(file) == {"shared.weight": table} | norm
 
 
 @pytest.mark.peers
@@ -154,9 +151,14 @@ def test_onnxruntime_agrees(monkeypatch, name):
     import onnxruntime
 
     cfg, model = CONFIGS[name], random_encoder(name)
-    monkeypatch.setattr(export, "examples", lambda *_: (prompts(cfg, (16, 9), 16),))
-    network = SimpleNamespace(parts=lambda: {"text_encoder": model}, name="unet", text_encoder=model)
-    graph = export.translate("text_encoder", network, export.OPSET)  # type: ignore[arg-type]
+    monkeypatch.setattr(export, "examples", lambda *_: {"input_ids": prompts(cfg, (16, 9), 16)})
+    vae = {"block_out_channels": [8], "latent_channels": 4}
+    configs = {
+        "text_encoder": {"model_type": "t5", **vars(cfg)},
+        "unet": {"cross_attention_dim": cfg.d_model},
+        "vae": vae,
+    }
+    graph = export.translate("text_encoder", Model(configs, {"text_encoder": model}, {}), export.OPSET)
     assert set(graph.graph.initializers) >= set(model.state_dict())
     session = onnxruntime.InferenceSession(ir.to_proto(graph).SerializeToString(), providers=["CPUExecutionProvider"])
     for lengths in [(1,), (5, 7, 2), (200, 30)]:

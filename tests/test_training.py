@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -12,31 +11,37 @@ import subprocess
 import sys
 import tarfile
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from forker import Forker, environment, wait_until
+from forker import wait_until
 from hypothesis import given
 from hypothesis import strategies as st
+from interpreters import ENV
 from PIL import Image
+from runs import metrics, sha256
 from torch import nn
 
 from tinydiff import config, files
 from tinydiff.checkpoints import folder, weights
+from tinydiff.checkpoints.source import Source
 from tinydiff.data import latents
 from tinydiff.data.dataset import Images, open_source
 from tinydiff.diffusion.predictions import PREDICTIONS
 from tinydiff.errors import BusyError, DataError, DivergedError, HungError, ModelError, ResourceError, UsageError
+from tinydiff.networks.dit import DiT as DiTSettings
+from tinydiff.stages import AutoencoderStage, Stage
 from tinydiff.text.tokenizer import Tokenizer
 from tinydiff.training import claim, loop, state
+from tinydiff.training.autoencoder import AutoencoderTask
+from tinydiff.training.denoiser import DenoiserTask
 from tinydiff.training.losses import autoencoder_loss, denoising_losses, pick_level, psnr, snr_weight
 from tinydiff.training.optim import Average, adamw, learning_rate
-from tinydiff.training.parallel import World, pieces
-from tinydiff.training.stages import AutoencoderTask, DenoiserTask
+from tinydiff.training.parallel import World
+from tinydiff.training.run import Run
 
 SEED = 20
 
@@ -45,7 +50,7 @@ SEED = 20
 
 
 def test_learning_rate_in_closed_form():
-    cfg = config.Stage(steps=101, warmup=10, lr=2.0, final_lr=0.1)
+    cfg = Stage(steps=101, warmup=10, lr=2.0, final_lr=0.1)
     rates = [learning_rate(n, cfg) for n in range(101)]
     assert rates[:10] == pytest.approx([0.2 * (n + 1) for n in range(10)])
     for n in range(10, 101):
@@ -56,7 +61,7 @@ def test_learning_rate_in_closed_form():
 
 @given(st.integers(1, 200), st.integers(0, 300), st.floats(0, 1))
 def test_learning_rate_never_leaves_its_range(steps, warmup, final):
-    cfg = config.Stage(steps=steps, warmup=warmup, lr=1.0, final_lr=final)
+    cfg = Stage(steps=steps, warmup=warmup, lr=1.0, final_lr=final)
     assert all(0 <= learning_rate(n, cfg) <= 1 for n in range(steps))
 
 
@@ -92,7 +97,7 @@ def test_averaged_weights_are_lent_and_given_back():
 def test_only_matrices_decay():
     module = nn.Sequential(nn.Conv2d(2, 2, 3), nn.GroupNorm(1, 2))
     before = {n: p.detach().clone() for n, p in module.named_parameters()}
-    optimizer = adamw(module.parameters(), config.Stage(lr=0.5, weight_decay=0.2))
+    optimizer = adamw(module.parameters(), Stage(lr=0.5, weight_decay=0.2))
     for p in module.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -103,7 +108,7 @@ def test_only_matrices_decay():
 def test_adamw_step_in_closed_form():
     """Whatever the gradient, the first step is the learning rate long; the second moment decays by beta2."""
     p = nn.Parameter(torch.zeros(1, 1))
-    optimizer = adamw([p], config.Stage(lr=0.1, weight_decay=0.0, beta2=0.75))
+    optimizer = adamw([p], Stage(lr=0.1, weight_decay=0.0, beta2=0.75))
     p.grad = torch.full_like(p, 4.0)
     optimizer.step()
     assert p.item() == pytest.approx(-0.1)
@@ -115,7 +120,7 @@ def test_kl_is_that_of_torch():
     mean, std = torch.randn(2, 3, 4, 4), torch.rand(2, 3, 4, 4) + 0.1
     normal, own = torch.distributions.Normal(0.0, 1.0), torch.distributions.Normal(mean, std)
     wanted = torch.distributions.kl_divergence(own, normal).mean()
-    cfg = config.AutoencoderStage(kl_weight=0.5)
+    cfg = AutoencoderStage(kl_weight=0.5)
     terms = autoencoder_loss(torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 8, 8), mean, std, cfg)
     torch.testing.assert_close(terms["kl"], 0.5 * wanted)
 
@@ -123,11 +128,11 @@ def test_kl_is_that_of_torch():
 def test_reconstruction_terms_by_hand():
     pixels, output = torch.zeros(1, 3, 2, 2), torch.tensor([[1.0, -3.0], [2.0, 0.0]]).expand(1, 3, 2, 2)
     mean, std = torch.zeros(1, 4, 1, 1), torch.ones(1, 4, 1, 1)
-    cfg = config.AutoencoderStage(l2_weight=2.0, edge_weight=10.0)
+    cfg = AutoencoderStage(l2_weight=2.0, edge_weight=10.0)
     found = {k: v.item() for k, v in autoencoder_loss(pixels, output, mean, std, cfg).items()}
     # |1| |3| |2| |0|; squares 1 9 4 0; steps to the right 4 and 2, down 1 and 3
     assert found == pytest.approx({"l1": 1.5, "kl": 0.0, "l2": 2 * 3.5, "edges": 10 * (3 + 2)})
-    off = config.AutoencoderStage(l2_weight=0.0, edge_weight=0.0)
+    off = AutoencoderStage(l2_weight=0.0, edge_weight=0.0)
     assert autoencoder_loss(pixels, output, mean, std, off).keys() == {"l1", "kl"}
 
 
@@ -181,35 +186,29 @@ def test_psnr():
 
 @pytest.fixture
 def tasks(tiny_config, tiny_model, tmp_path):
-    """A function (config) -> both tasks over a fresh model, its random weights always the same."""
+    """A function (config) -> both tasks, each over a fresh model, its random weights always the same."""
 
     def make(cfg=tiny_config):
-        model, data = folder.load(tiny_model), Images(open_source(cfg.data), cfg.data)
-        latents.fill(tmp_path, data, model.vae, lambda done, total: None)
-        found, cpu = latents.open_cache(tmp_path, data, model.vae), torch.device("cpu")
-        return AutoencoderTask(cfg, model, data, cpu), DenoiserTask(cfg, model, data, found, cpu)
+        return [kind(opened(cfg, tiny_model, tmp_path)) for kind in (AutoencoderTask, DenoiserTask)]
 
     return make
 
 
 def trained(task, optimizer=None) -> state.Training:
     """The task's training from its beginning, with another optimizer than AdamW if there is one."""
-    held = pieces(task.module, World(torch.device("cpu"), 1))
-    parameters = [piece.tensor for piece in held]
-    return state.Training(held, Average(parameters, 0.9), optimizer or adamw(parameters, task.stage))
+    ((name, player),) = task.players.items()
+    learner = state.Learner.of(name, player.module, player.settings, World(torch.device("cpu"), 1))
+    return state.Training([replace(learner, optimizer=optimizer or learner.optimizer)])
 
 
-def update(cfg, task, training, n: int = 0) -> loop.Done:
+def update(task, training, n: int = 0) -> loop.Done:
     """Step `n` of a task alone."""
-    size = task.stage.batch_size // task.stage.accumulate
-    rows = [range(i, i + size) for i in range(0, task.stage.batch_size, size)]
-    return loop.step(loop.Runtime(cfg), task, training, n, [task.batch(n, part) for part in rows])
+    task.rows = claim.split(range(task.settings.batch_size), task, task.run.world)
+    return loop.step(task.run, task, training, n, loop.parts_of(task, n))
 
 
 def accumulated(cfg: config.Config, parts: int) -> config.Config:
-    stages = {
-        name: replace(getattr(cfg.train, name), accumulate=parts, clip=0.0) for name in ("autoencoder", "denoiser")
-    }
+    stages = {name: replace(cfg.train.stage(name), accumulate=parts, clip=0.0) for name in ("autoencoder", "denoiser")}
     return replace(cfg, train=replace(cfg.train, **stages))
 
 
@@ -219,20 +218,21 @@ def test_accumulating_changes_no_gradient(tasks, tiny_config, which):
     for parts in (1, 2, 4):
         cfg = accumulated(tiny_config, parts)
         task = tasks(cfg)[which]
-        plain = torch.optim.SGD(task.module.parameters(), lr=1.0)  # whose step is the gradient
-        values = update(cfg, task, trained(task, plain), 3).values
-        results.append((values["loss"], torch.cat([p.detach().flatten() for p in task.module.parameters()])))
+        plain = torch.optim.SGD(module(task).parameters(), lr=1.0)  # whose step is the gradient
+        values = update(task, trained(task, plain), 3).values
+        results.append((values["loss"], torch.cat([p.detach().flatten() for p in module(task).parameters()])))
     for loss, values in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-5)
         torch.testing.assert_close(values, results[0][1], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_one_batch_is_learnt(tasks, tiny_config, which):
+def test_one_batch_is_learnt(tasks, which):
     task = tasks()[which]
-    task.stage = replace(task.stage, lr=5e-3, warmup=0)
+    (player,) = task.players.values()
+    player.settings = replace(player.settings, lr=5e-3, warmup=0)
     training = trained(task)
-    losses = [update(tiny_config, task, training).values["loss"] for _ in range(40)]
+    losses = [update(task, training).values["loss"] for _ in range(40)]
     assert losses[-1] < 0.6 * losses[0]
 
 
@@ -240,9 +240,9 @@ def test_clipping_bounds_the_step(tasks, tiny_config):
     stage = replace(tiny_config.train.denoiser, clip=0.01, warmup=0, lr=1.0)
     cfg = replace(tiny_config, train=replace(tiny_config.train, denoiser=stage))
     task = tasks(cfg)[1]
-    before = [p.detach().clone() for p in task.module.parameters()]
-    values = update(cfg, task, trained(task, torch.optim.SGD(task.module.parameters()))).values
-    after = [p.detach() for p in task.module.parameters()]
+    before = [p.detach().clone() for p in module(task).parameters()]
+    values = update(task, trained(task, torch.optim.SGD(module(task).parameters()))).values
+    after = [p.detach() for p in module(task).parameters()]
     moved = math.sqrt(sum((a - b).square().sum().item() for a, b in zip(after, before, strict=True)))
     assert values["grad_norm"] > 0.01 and moved == pytest.approx(0.01, rel=1e-2)
 
@@ -252,9 +252,9 @@ def test_a_batch_is_a_function_of_its_step(tasks, which):
     """Asked in any order, and in parts, step n sees the same images, noise and captions."""
     one, two = tasks()[which], tasks()[which]
     two.batch(7, range(4))
-    first, again, other = one.batch(3, range(4)), two.batch(3, range(4)), one.batch(4, range(4))
-    assert all(map(torch.equal, first, again)) and not torch.equal(first[0], other[0])
-    parts = [two.batch(3, range(i, i + 1)) for i in (2, 0, 3, 1)]
+    first, again, other = (tensors(t.batch(n, range(4))) for t, n in ((one, 3), (two, 3), (one, 4)))
+    assert len(first) == len(again) and all(map(torch.equal, first, again)) and not torch.equal(first[0], other[0])
+    parts = [tensors(two.batch(3, range(i, i + 1))) for i in (2, 0, 3, 1)]
     for whole, *rows in zip(first, *parts, strict=True):
         assert torch.equal(whole, torch.cat([rows[i] for i in (1, 3, 0, 2)]))
 
@@ -273,8 +273,8 @@ def test_a_row_of_the_denoiser_is_what_the_configuration_asks(tasks, tiny_config
 def test_losses_of_bands_of_noise_are_means_of_their_rows(tasks):
     task = tasks()[1]
     batch = task.batch(0, range(4))
-    loss, terms = task.loss(*batch)
-    each = [task.loss(*task.batch(0, range(i, i + 1)))[0].item() for i in range(4)]
+    loss, terms = task.loss("denoiser", batch)
+    each = [task.loss("denoiser", task.batch(0, range(i, i + 1)))[0].item() for i in range(4)]
     assert loss.item() == pytest.approx(np.mean(each), rel=1e-5)
     levels = [task.draw(0, row, 0, (4, 8, 8))[0] for row in range(4)]
     for band in range(4):
@@ -288,21 +288,21 @@ def test_half_of_the_captions_are_the_main_one():
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_what_is_no_number_leaves_the_weights_untouched(tasks, tiny_config, where):
+def test_what_is_no_number_leaves_the_weights_untouched(tasks, where):
     task, fine = tasks()[1], DenoiserTask.loss
     training = trained(task)
-    update(tiny_config, task, training)
+    update(task, training)
     kinds = ("weights", "exp_avg", "exp_avg_sq")
     before = {kind: {k: v.clone() for k, v in training.tensors(kind).items()} for kind in kinds}
 
-    def broken(*batch):
-        loss, terms = fine(task, *batch)
+    def broken(*arguments):
+        loss, terms = fine(task, *arguments)
         return loss * math.nan if where == "loss" else torch.sqrt(loss - loss.detach()) + loss, terms
 
     task.loss = broken
-    done = update(tiny_config, task, training, 1)
+    done = update(task, training, 1)
     assert done.left_out and not math.isfinite(done.values["loss" if where == "loss" else "grad_norm"])
-    assert training.updates == 1
+    assert training.learners[0].updates == 1
     for kind in kinds:
         assert all(torch.equal(v, before[kind][k]) for k, v in training.tensors(kind).items())
 
@@ -313,11 +313,7 @@ def test_what_is_no_number_leaves_the_weights_untouched(tasks, tiny_config, wher
 def digests(run_dir: Path) -> dict[str, str]:
     """SHA-256 of everything that the last step of both stages left behind."""
     paths = [*run_dir.glob("model/*/*.safetensors"), *run_dir.glob("checkpoints/*-00000012/*.safetensors")]
-    return {str(p.relative_to(run_dir)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(paths)}
-
-
-def metrics(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return sha256(run_dir, paths)
 
 
 def snapshot(run_dir: Path) -> dict[str, int]:
@@ -350,12 +346,12 @@ def test_what_a_run_leaves_behind(whole, run_config):
     assert [n for n in names if n.startswith(".")] == [".lock"]
     kept = sorted(p.name for p in (whole / "checkpoints").iterdir())
     assert kept == [f"{s}-{n:08d}" for s in ("autoencoder", "denoiser") for n in (9, 12)]
-    assert len(digests(whole)) == 3 + 2 * 4
-    model = folder.load(whole / "model")
+    assert len(digests(whole)) == 3 + 2 * 5
+    model = folder.load(Source(whole / "model"))
     average = files.read_json(whole / "checkpoints" / "denoiser-00000012" / "state.json")
     assert average["step"] == 12 and config.load(whole / "model" / "tinydiff.toml") == run_config
     stored = weights.tensors([whole / "checkpoints" / "denoiser-00000012" / "average.safetensors"])
-    assert all(torch.equal(v, stored[f"denoiser.{k}"]) for k, v in model.denoiser.state_dict().items())
+    assert all(torch.equal(v, stored[f"denoiser.denoiser.{k}"]) for k, v in model.denoiser.state_dict().items())
     stored = weights.tensors([next((whole / "latents").iterdir())])
     z = stored["mean"] + stored["std"] * torch.randn(stored["mean"].shape, generator=torch.Generator().manual_seed(0))
     assert (z * model.scaling_factor).std().item() == pytest.approx(1, abs=0.05)
@@ -393,13 +389,13 @@ def test_other_precisions_train(run_config, tmp_path, precision):
 def test_other_settings_are_refused_by_name(finished, whole, run_config):
     changed = replace(
         run_config,
-        denoiser=replace(run_config.denoiser, layers_per_block=2),
+        unet=replace(run_config.unet, layers_per_block=2),
         train=replace(run_config.train, autoencoder=replace(run_config.train.autoencoder, lr=0.5)),
     )
     with pytest.raises(UsageError) as caught:
         loop.run(changed, finished)
     assert "--accept-changes" in str(caught.value)
-    for part in ("denoiser.layers_per_block (1 -> 2)", "train.autoencoder.lr (0.001 -> 0.5)", "--fresh"):
+    for part in ("unet.layers_per_block (1 -> 2)", "train.autoencoder.lr (0.001 -> 0.5)", "--fresh"):
         assert part in str(caught.value)
     assert digests(finished) == digests(whole) and config.load(finished / "tinydiff.toml") == run_config
 
@@ -413,8 +409,8 @@ def test_other_settings_are_accepted_on_request(finished, run_config):
 
 
 def test_another_network_is_refused_even_so(finished, whole, run_config):
-    changed = replace(run_config, denoiser=replace(run_config.denoiser, block_out_channels=(32,)))
-    with pytest.raises(ModelError, match=r"another network: denoiser\.conv_in\.bias \(16,\) -> \(32,\)"):
+    changed = replace(run_config, unet=replace(run_config.unet, block_out_channels=(32,)))
+    with pytest.raises(ModelError, match=r"another network: denoiser\.denoiser\.conv_in\.bias \(16,\) -> \(32,\)"):
         loop.run(changed, finished, accept=True)
     assert digests(finished) == digests(whole)
 
@@ -536,7 +532,7 @@ def poisoned(monkeypatch):
             found = fine(self, step, rows)
             mine = self.data.names(self.order(step)[rows.start : rows.stop])
             bad = torch.tensor([step in steps and name in other for other in mine])
-            return found[0], found[1].masked_fill(bad[:, None, None, None], math.inf), *found[2:]
+            return found | {"target": found["target"].masked_fill(bad[:, None, None, None], math.inf)}
 
         monkeypatch.setattr(DenoiserTask, "batch", batch)
 
@@ -553,7 +549,7 @@ def test_an_update_that_is_no_number_is_left_out_and_its_images_named(run_config
     logged = [m for m in metrics(tmp_path) if "skipped" in m]
     assert [(m["step"], m["samples"]) for m in logged] == [(5, ["red-stripe.png"]), (6, ["red-stripe.png"])]
     saved = files.read_json(tmp_path / "checkpoints" / "denoiser-00000012" / "state.json")
-    assert (saved["step"], saved["updates"], saved["skipped"]) == (12, 10, 0)
+    assert (saved["step"], saved["updates"], saved["skipped"]) == (12, {"denoiser": 10}, 0)
 
 
 def test_too_many_of_them_stop_the_run_with_a_finite_checkpoint(run_config, poisoned, tmp_path):
@@ -609,7 +605,7 @@ def test_images_of_several_shapes_are_trained_in_theirs(run_config, tmp_path, ki
         (place / f"{i}.txt").write_text(f"image {i}")
     data = config.Data(str(place), 16, max_aspect_ratio=2.0, bucket_step=4, flip=True)
     denoiser = replace(run_config.denoiser, kind=kind)
-    dit = config.DiT("custom", 2, 1, 2, 8)
+    dit = DiTSettings("custom", 2, 1, 2, 8)
     cfg = replace(run_config, data=data, denoiser=denoiser, dit=dit)
     assert not list(config.conflicts(cfg))
     loop.run(cfg, tmp_path / "run")
@@ -622,10 +618,10 @@ def test_images_of_several_shapes_are_trained_in_theirs(run_config, tmp_path, ki
     with Image.open(tmp_path / "run" / "samples" / "denoiser-00000012.png") as grid:
         assert grid.width > 8 * 16
     images = Images(open_source(data), data)
-    model = folder.load(tmp_path / "run" / "model")
-    found = latents.open_cache(tmp_path / "run" / "latents", images, model.vae)
-    task = DenoiserTask(cfg, model, images, found, torch.device("cpu"))
-    seen = {tuple(task.batch(step, range(4))[0].shape) for step in range(12)}
+    run = opened(cfg, tmp_path / "run" / "model", tmp_path / "run")
+    latents.open_cache(tmp_path / "run" / "latents", images, run.model.vae)
+    task = DenoiserTask(run)
+    seen = {tuple(task.batch(step, range(4))["sample"].shape) for step in range(12)}
     assert seen == {(4, *shape) for shape in shapes}
 
 
@@ -672,13 +668,6 @@ def test_half_a_line_of_metrics_is_dropped(finished, run_config):
 
 
 # ------------------------------------------------------------------------------------------------- killed and resumed
-
-
-@pytest.fixture(scope="module")
-def forker(config_path) -> Iterator[Forker]:
-    forker = Forker(config_path)
-    yield forker
-    forker.close()
 
 
 @pytest.fixture(scope="module")
@@ -730,9 +719,7 @@ def test_the_command_is_stopped_and_goes_on(config_path, reference, tmp_path):
     """SIGTERM, then SIGINT, then to the end: exit codes, one line that says how to go on, the same bits."""
     command = [sys.executable, "-m", "tinydiff", "train", str(config_path), "--run-dir", str(tmp_path / "run")]
     for number, wait_for in ((signal.SIGTERM, None), (signal.SIGINT, "going on from step")):
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-        )
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
         wait_until(lambda: (tmp_path / "run" / "tinydiff.toml").exists())
         said = ""
         while wait_for and wait_for not in said:
@@ -742,7 +729,7 @@ def test_the_command_is_stopped_and_goes_on(config_path, reference, tmp_path):
         assert process.returncode == 128 + number, err
         last = err.splitlines()[-1]
         assert out == "" and "run the same command to go on" in last and "Traceback" not in err
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=300)
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'run' / 'model'}\n"), done.stderr
     check(tmp_path / "run", reference[0])
 
@@ -758,3 +745,41 @@ def test_the_tokenizer_of_a_run_is_kept(whole):
     assert Tokenizer.load(whole / "tokenizer").encode(["a red square"]).tolist() == (
         Tokenizer.load(whole / "model" / "tokenizer").encode(["a red square"]).tolist()
     )
+
+
+def opened(cfg: config.Config, model: Path, run_dir: Path) -> Run:
+    """A run with its data and a model, before any stage."""
+    run = Run(loop.Runtime(cfg), run_dir)
+    run.data, run.model = Images(open_source(cfg.data), cfg.data), folder.load(Source(model))
+    return run
+
+
+def module(task) -> nn.Module:
+    """What the task's only player learns."""
+    (player,) = task.players.values()
+    return player.module
+
+
+def tensors(batch) -> list[torch.Tensor]:
+    return [t for value in batch.values() for t in (tensors(value) if isinstance(value, dict) else [value])]
+
+
+def test_a_checkpoint_of_the_format_before_is_gone_on_with(finished, whole, run_config, capsys):
+    """Without buffers, of one player whose name its tensors lack."""
+    for stage in ("autoencoder", "denoiser"):
+        shutil.rmtree(finished / "checkpoints" / f"{stage}-00000012")
+        checkpoint = finished / "checkpoints" / f"{stage}-00000009"
+        about = files.read_json(checkpoint / "state.json")
+        kinds = {kind: weights.tensors([checkpoint / f"{kind}.safetensors"]) for kind in state.KINDS[:-1]}
+        with files.committed(finished / "older") as older:
+            for kind, held in kinds.items():
+                named = {name.removeprefix(f"{stage}."): tensor for name, tensor in held.items()}
+                folder.save_tensors(named, older / f"{kind}.safetensors", None)
+            about |= {"format": 2, "updates": about["updates"][stage]}
+            (older / "state.json").write_text(json.dumps(about))
+        shutil.rmtree(checkpoint)
+        (finished / "older").rename(checkpoint)
+    shutil.rmtree(finished / "model")
+    loop.run(run_config, finished)
+    assert capsys.readouterr().err.count("going on from step 9") == 2
+    assert digests(finished) == digests(whole)

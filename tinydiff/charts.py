@@ -1,6 +1,6 @@
-"""Curves as HTML: the lines are SVG that stretches with the page, the labels are text that does not.
+"""Charts as HTML: lines are SVG that stretches with the page, labels are text that does not.
 
-A chart holds one curve or several, told apart by colour and by dashes, so in print as well. It knows no files.
+A chart's curves differ in colour and in dashes, so that they can be told apart in print. This module knows no files.
 """
 
 from __future__ import annotations
@@ -13,22 +13,23 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-POINTS = 400  # of a curve
+POINTS = 400  # in a curve
 
 
 @dataclass
 class Series:
-    """Values of one metric over the steps of a stage."""
+    """One metric's values over the steps of a stage."""
 
     steps: array[float] = field(default_factory=lambda: array("d"))
     values: array[float] = field(default_factory=lambda: array("d"))
 
     def add(self, step: int, value: float) -> None:
+        """Append a value."""
         self.steps.append(step)
         self.values.append(value)
 
     def points(self, log: bool) -> np.ndarray:
-        """Steps and values (2, N); for a log axis those of positive values, which it shows by their logarithm."""
+        """Steps and values (2, N); with `log`, the logarithms of the positive values only."""
         points = np.stack([self.steps, self.values])
         if log:
             points = points[:, points[1] > 0]
@@ -38,7 +39,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """A heading, {metric: what it is called there}, and whether the axis is logarithmic, starts at zero, is smoothed."""
+    """A title, {metric: label}, and whether the axis is logarithmic, starts at zero, or curves are smoothed."""
 
     title: str
     curves: Mapping[str, str]
@@ -62,35 +63,32 @@ CHARTS = (
 
 
 def draw(chart: Chart, metrics: Mapping[str, Series]) -> str:
-    """The chart with its axes, a key and the newest values; "" where no curve of it has a point."""
-    found = {name: metrics[name].points(chart.log) for name in chart.curves if name in metrics}
-    found = {name: points for name, points in found.items() if points.size}
-    if not found:
+    """The chart with axes, legend and newest values; "" if none of its curves has a point."""
+    points = {name: xy for name in chart.curves if name in metrics and (xy := metrics[name].points(chart.log)).size}
+    if not points:
         return ""
-    low, high = bounds(np.concatenate([y for _, y in found.values()]), chart)
-    right = max(1.0, *(float(x.max()) for x, _ in found.values()))
+    low, high = bounds(np.concatenate([y for _, y in points.values()]), chart)
+    right = max(1.0, *(float(x.max()) for x, _ in points.values()))
     lines, key = "", ""
-    for place, (name, label) in enumerate(chart.curves.items()):
-        if name in found:
-            x, y = found[name]
+    for index, (name, label) in enumerate(chart.curves.items()):
+        if name in points:
+            x, y = points[name]
             shown = smooth(y) if chart.smooth else y
-            lines += curve(x / right, (y - low) / (high - low), (shown - low) / (high - low), f"line k{place}")
-            key += entry(label, 10 ** shown[-1] if chart.log else shown[-1], f"line k{place}")
-    faint = f'style="--faint:{0.35 / len(chart.curves):.2f}"'
-    return (
-        f'<div class="chart" {faint}><h3>{chart.title} {key}{chart.unit}</h3>'
-        f'<div class="plot">{axes(lines, chart, low, high, right)}</div></div>'
-    )
+            lines += curve(x / right, (y - low) / (high - low), (shown - low) / (high - low), f"line k{index}")
+            key += entry(label, 10 ** shown[-1] if chart.log else shown[-1], f"line k{index}")
+    style, title = f"--faint:{0.35 / len(chart.curves):.2f}", f"{chart.title} {key}{chart.unit}"
+    plot = axes(lines, chart, low, high, right)
+    return f'<div class="chart" style="{style}"><h3>{title}</h3><div class="plot">{plot}</div></div>'
 
 
 def entry(label: str, newest: float, kind: str) -> str:
-    """A curve's part of the key: its newest value and, where it has a label, that and a piece of its line."""
+    """A curve's part of the legend: its newest value, after a sample of its line and its label if it has one."""
     swatch = f'<svg class="swatch"><path class="{kind}" d="M0 5H26"/></svg>{label} ' if label else ""
     return f"<span>{swatch}<b>{number(newest)}</b></span> "
 
 
 def axes(lines: str, chart: Chart, low: float, high: float, right: float) -> str:
-    """The lines (SVG paths, 100 x 100) in a frame with its rules and labels."""
+    """The lines (SVG paths, 100 x 100) in a frame with grid lines and labels."""
     ys, xs = y_ticks(low, high, chart.log), x_ticks(right)
     rules = "".join(f'<path class="rule" d="M0 {100 - 100 * at:.2f}H100"/>' for at, _ in ys)
     marks = "".join(f'<span class="y" style="bottom:{at:.2%}">{label}</span>' for at, label in ys)
@@ -100,30 +98,30 @@ def axes(lines: str, chart: Chart, low: float, high: float, right: float) -> str
 
 
 def curve(x: np.ndarray, y: np.ndarray, shown: np.ndarray, kind: str) -> str:
-    """The line that is shown and, where that is smoothed, the raw `y` faint behind it; all are shares of the plot."""
+    """The line of `shown` and, if smoothing changed it, the raw `y` faint below it. Coordinates are in [0, 1]."""
     if len(x) == 1:
-        return trace(np.stack([x, y]).repeat(2, axis=1), f"{kind} dot")  # no length, but round ends: a dot
+        return trace(np.stack([x, y]).repeat(2, axis=1), f"{kind} dot")  # a line of no length with round ends: a dot
     raw = "" if np.array_equal(y, shown) else trace(thin(np.stack([x, y])), f"{kind} raw")
     return raw + trace(thin(np.stack([x, shown])), kind)
 
 
 def trace(points: np.ndarray, kind: str) -> str:
-    """An SVG path through points (2, N), in percent and from the top."""
+    """An SVG path through points (2, N) in [0, 1], in percent, y from the top."""
     return f'<path class="{kind}" d="M{"L".join(f"{100 * x:.2f} {100 - 100 * y:.2f}" for x, y in points.T)}"/>'
 
 
 def thin(points: np.ndarray) -> np.ndarray:
-    """At most about `POINTS` of the points (2, N): the lowest and the highest of each stretch."""
+    """At most about `POINTS` of the points (2, N): the lowest and highest of each of `POINTS` / 2 intervals."""
     if points.shape[1] <= POINTS:
         return points
     kept = set()
-    for part in np.array_split(np.arange(points.shape[1]), POINTS // 2):
-        kept |= {int(part[points[1, part].argmin()]), int(part[points[1, part].argmax()])}
+    for interval in np.array_split(np.arange(points.shape[1]), POINTS // 2):
+        kept |= {int(interval[points[1, interval].argmin()]), int(interval[points[1, interval].argmax()])}
     return points[:, sorted(kept)]
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Centred moving average over a twentieth of the values; narrower at the steep start, one-sided at the end."""
+    """Centred moving average over a twentieth of the values; narrower at the start, one-sided at the end."""
     n, half = len(values), max(1, len(values) // 40)
     total = np.concatenate([[0.0], np.cumsum(values)])
     reach = np.minimum(half, np.arange(n))
@@ -132,7 +130,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def bounds(y: np.ndarray, chart: Chart) -> tuple[float, float]:
-    """The ends of the axis: all values, save rare outliers where the curve is smoothed; never equal."""
+    """The ends of the y axis, never equal: they hold all values, or without outliers if curves are smoothed."""
     low, high = np.quantile(y, [0.005, 0.995]) if chart.smooth else (y.min(), y.max())
     low = 0.0 if chart.zero else float(low)
     room = max(float(high) - low, 1e-9, abs(low) * 0.02)
@@ -140,24 +138,24 @@ def bounds(y: np.ndarray, chart: Chart) -> tuple[float, float]:
 
 
 def y_ticks(low: float, high: float, log: bool) -> list[tuple[float, str]]:
-    """(place in [0, 1], label); on a log axis `low` and `high` are exponents of ten."""
+    """(position in [0, 1], label) of each tick; on a log axis `low` and `high` are exponents of ten."""
     values = log_values(10**low, 10**high) if log else linear_values(low, high, 5)
-    places = [math.log10(v) if log else v for v in values]
-    return [((place - low) / (high - low), number(v)) for place, v in zip(places, values, strict=True)]
+    return [(((math.log10(v) if log else v) - low) / (high - low), number(v)) for v in values]
 
 
 def x_ticks(right: float) -> list[tuple[float, str]]:
+    """(position in [0, 1], label) of each tick of an axis from 0 to `right`."""
     unit, suffix = (1e6, "M") if right >= 1e6 else (1e3, "k") if right >= 2e4 else (1, "")
     return [(v / right, f"{v / unit:g}{suffix if v else ''}") for v in linear_values(0, right, 7)]
 
 
 def log_values(low: float, high: float) -> list[float]:
-    """Round numbers on a log axis: powers of ten, or more of each decade, or evenly spaced ones in a narrow range."""
+    """Ticks on a log axis: powers of ten, or several in each decade, or in a narrow range evenly spaced ones."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
-        found = [f * 10.0**e for e in exponents for f in factors if low <= f * 10.0**e <= high]
-        if len(found) >= 3:
-            return found[:: math.ceil(len(found) / 7)]
+        ticks = [f * 10.0**e for e in exponents for f in factors if low <= f * 10.0**e <= high]
+        if len(ticks) >= 3:
+            return ticks[:: math.ceil(len(ticks) / 7)]
     return linear_values(low, high, 6)
 
 
@@ -170,24 +168,5 @@ def linear_values(low: float, high: float, most: int) -> list[float]:
 
 
 def number(value: float) -> str:
-    """A figure for a label: 3 digits, plain where that is short."""
-    text = f"{value:.3g}"
-    return re.sub(r"e([+-])0*(\d+)", lambda m: "e" + m[1].replace("+", "") + m[2], text)
-
-
-STYLE = """.plot { position: relative; height: 150px; margin: 0 .8rem 1.5rem 3.4rem; }
-section > .chart .plot { height: 260px; margin-bottom: 2.4rem; }
-.plot svg { position: absolute; width: 100%; height: 100%; border: solid var(--rule); border-width: 0 0 1px 1px; }
-path { fill: none; stroke: var(--line); stroke-width: 1.8; vector-effect: non-scaling-stroke; }
-.k1 { stroke: var(--line1); stroke-dasharray: 9 3; }
-.k2 { stroke: var(--line2); stroke-dasharray: 9 3 2 3; }
-.k3 { stroke: var(--line3); stroke-dasharray: 2 2.5; }
-.swatch { width: 26px; height: 10px; margin: 0 .3rem 0 .6rem; }
-h3 span { white-space: nowrap; }
-.plot .raw { stroke-width: 1; opacity: var(--faint); stroke-dasharray: none; }
-.plot .dot { stroke-width: 7; stroke-linecap: round; }
-.plot .rule { stroke: var(--rule); stroke-width: 1; }
-.y, .x { position: absolute; color: var(--soft); font-size: .75rem; line-height: 1; white-space: nowrap; }
-.y { right: calc(100% + .4rem); transform: translateY(50%); }
-.x { top: calc(100% + .4rem); transform: translateX(-50%); }
-"""
+    """A value for a label, with three significant digits."""
+    return re.sub(r"e\+?(-?)0*", r"e\1", f"{value:.3g}")

@@ -23,6 +23,7 @@ from tinydiff.diffusion.schedules import SPACINGS
 from tinydiff.errors import HungError, UsageError, UserError
 
 if TYPE_CHECKING:
+    from tinydiff.checkpoints.source import Source
     from tinydiff.pipeline import Backend
 
 app = typer.Typer(
@@ -37,25 +38,34 @@ app = typer.Typer(
     },
 )
 BACKENDS, DEVICES = ("auto", "torch", "onnx"), ("auto", "cpu", "cuda")
-ALIASES = {
-    "guidance_scale": "cfg-scale",
-    "guidance-scale": "cfg-scale",
-    "num_inference_steps": "steps",
-    "num-inference-steps": "steps",
-}
-Json = Annotated[bool, typer.Option("--json", help="Results as JSON lines on stdout.")]
-BatchSize = Annotated[int | None, typer.Option(min=1, max=4096, help="Images at once.")]
-Steps = Annotated[int | None, typer.Option(min=1, max=1000, help="Sampling steps.")]
-CfgScale = Annotated[float | None, typer.Option(min=0, max=100, help="Guidance; 1 is none.")]
-SamplerName = Annotated[str | None, typer.Option(help=" | ".join(SAMPLERS))]
-Spacing = Annotated[str | None, typer.Option(help="Noise levels visited: " + " | ".join(SPACINGS))]
-BackendName = Annotated[str, typer.Option(help=" | ".join(BACKENDS))]
-Device = Annotated[str, typer.Option(help=" | ".join(DEVICES))]
-Vae = Annotated[Path | None, typer.Option(help="Take the autoencoder of this .safetensors file.")]
-Predicts = Annotated[
-    str | None, typer.Option("--prediction", help="Where a model does not say: " + " | ".join(PREDICTIONS))
+ALIASES = {f"guidance{x}scale": "cfg-scale" for x in "_-"} | {f"num{x}inference{x}steps": "steps" for x in "_-"}
+
+
+def flag(text: str, *names: str, **more: Any) -> Any:
+    """An option with its help."""
+    return typer.Option(*names, help=text, **more)
+
+
+Json = Annotated[bool, flag("Results as JSON lines on stdout.", "--json")]
+BatchSize = Annotated[int | None, flag("Images at once.", min=1, max=4096)]
+Steps = Annotated[int | None, flag("Sampling steps.", min=1, max=1000)]
+CfgScale = Annotated[float | None, flag("Guidance; 1 is none.", min=0, max=100)]
+SamplerName = Annotated[str | None, flag(" | ".join(SAMPLERS))]
+Spacing = Annotated[str | None, flag("Noise levels visited: " + " | ".join(SPACINGS))]
+BackendName = Annotated[str, flag(" | ".join(BACKENDS))]
+Device = Annotated[str, flag(" | ".join(DEVICES))]
+Vae = Annotated[Path | None, flag("Take the autoencoder of this .safetensors file.")]
+Predicts = Annotated[str | None, flag("Where a model does not say: " + " | ".join(PREDICTIONS), "--prediction")]
+Force = Annotated[bool, flag("Replace what is there.", "--force")]
+ConfigFile = Annotated[Path | None, typer.Argument(help="A tinydiff.toml; by default the one here, else the built-in.")]
+ModelName = Annotated[str | None, flag("Model folder, .safetensors file, run, or shipped name.", "-m", "--model")]
+Output = Annotated[str, flag("File, pattern ('out/%04d.png'), folder, or - for stdout.", "-o", "--output")]
+CfgMax = Annotated[float | None, flag("Guidance at the last step; it grows from --cfg-scale.", min=0, max=100)]
+CfgInterval = Annotated[str | None, flag("Noise levels with guidance: 0 is clean, 1 is noise.", metavar="LOW,HIGH")]
+Frames = Annotated[int | None, flag("How many, 16 by default, in one .png, .webp, .gif or .apng.", min=2, max=10_000)]
+Model = Annotated[
+    str | None, typer.Argument(help="Model folder, .safetensors file or run; the shipped model by default.")
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
 
 def show_version(wanted: bool) -> None:
@@ -66,44 +76,38 @@ def show_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
-    ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[bool, flag("Print the version.", "--version", callback=show_version, is_eager=True)] = False,
+    debug: Annotated[bool, flag("Show tracebacks.", "--debug")] = False,
 ) -> None:
     os.environ.update({"TINYDIFF_DEBUG": "1"} if debug else {})
 
 
 @app.command()
 def train(
-    config: Annotated[
-        Path | None, typer.Argument(help="A tinydiff.toml; by default the one here, else the built-in.")
-    ] = None,
-    run_dir: Annotated[Path | None, typer.Option(help="Where the run lives; runs/NAME by default.")] = None,
-    set_: Annotated[
-        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a key, such as train.seed=1.")
-    ] = [],  # noqa: B006
-    stage: Annotated[str | None, typer.Option(help="Stop behind this stage: autoencoder or denoiser.")] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start over in a new run directory.")] = False,
+    config: ConfigFile = None,
+    run_dir: Annotated[Path | None, flag("Where the run lives; runs/NAME by default.")] = None,
+    set_: Annotated[list[str], flag("Change a key, such as train.seed=1.", "--set", metavar="KEY=VALUE")] = [],  # noqa: B006
+    stage: Annotated[str | None, flag("Stop after this stage: autoencoder or denoiser.")] = None,
+    fresh: Annotated[bool, flag("Start over in a new run directory.", "--fresh")] = False,
     accept_changes: Annotated[
-        bool, typer.Option("--accept-changes", help="Go on though settings or data are not those of the run's begin.")
+        bool, flag("Go on though settings or data are not those that the run was begun with.", "--accept-changes")
     ] = False,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Stop at a damaged checkpoint in place of going back to the one before it.")
+        bool, flag("Stop at a damaged checkpoint instead of going back to the one before it.", "--strict")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
+    dry_run: Annotated[bool, flag("Print the resolved configuration and stop.", "--dry-run")] = False,
 ) -> None:
     """Train a model. The same command again goes on where the last one stopped."""
     from tinydiff import config as configuration
+    from tinydiff.schema import to_toml
+    from tinydiff.stages import STAGES
 
     path = config or (Path("tinydiff.toml") if Path("tinydiff.toml").exists() else None)
-    cfg = configuration.load(path, set_)
-    if stage not in (None, "autoencoder", "denoiser"):
-        raise UsageError(
-            f"--stage: unknown name {stage!r}{configuration.nearest(str(stage), ('autoencoder', 'denoiser'))}"
-        )
+    cfg = configuration.load(path, set_, note)
+    if stage is not None:
+        flags.choose("--stage", stage, tuple(STAGES))
     if dry_run:
-        print(configuration.to_toml(cfg), end="")
+        print(to_toml(cfg), end="")
         return
     from tinydiff.training.memory import keep_pages
 
@@ -116,6 +120,12 @@ def train(
         print(result)
 
 
+def note(text: str) -> None:
+    """A line for a person, of several processes once."""
+    if processes.rank() == 0:
+        print(f"note: {text}", file=sys.stderr)
+
+
 def default_name(path: Path | None) -> str:
     """A run's name from its configuration file: the stem, or the folder of a tinydiff.toml."""
     if path is None or path.name == "tinydiff.toml":
@@ -125,75 +135,57 @@ def default_name(path: Path | None) -> str:
 
 def unused(folder: Path) -> Path:
     """The folder itself where it is new, else the first of folder-2, folder-3, ... that is."""
-    n, found = 1, folder
-    while found.exists():
+    n, free = 1, folder
+    while free.exists():
         n += 1
-        found = folder.with_name(f"{folder.name}-{n}")
-    return found
+        free = folder.with_name(f"{folder.name}-{n}")
+    return free
 
 
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw; - reads one prompt a line from stdin.")],
-    model: Annotated[
-        str | None, typer.Option("-m", "--model", help="Model folder, .safetensors file, run, or shipped name.")
-    ] = None,
-    output: Annotated[
-        str, typer.Option("-o", "--output", help="File, pattern ('out/%04d.png'), folder, or - for stdout.")
-    ] = "out.png",
-    negative: Annotated[str, typer.Option("-n", "--negative", help="What not to draw.")] = "",
+    model: ModelName = None,
+    output: Output = "out.png",
+    negative: Annotated[str, flag("What not to draw.", "-n", "--negative")] = "",
     seed: Annotated[
-        int | None,
-        typer.Option(
-            "-s", "--seed", min=0, max=2**63 - 1, help="Key of the noise; random by default, always reported."
-        ),
+        int | None, flag("Seed of the noise; random by default, always reported.", "-s", "--seed", min=0, max=2**63 - 1)
     ] = None,
-    count: Annotated[int, typer.Option(min=1, max=1_000_000, help="Images a prompt, of seeds s, s+1, ...")] = 1,
-    to: Annotated[str | None, typer.Option(help="Frames on the way to this prompt.")] = None,
-    seed_path: Annotated[
-        str | None, typer.Option(metavar="S,S,...", help="Frames on the way through these seeds' noise.")
-    ] = None,
-    frames: Annotated[
-        int | None, typer.Option(min=2, max=10_000, help="How many, 16 by default, in one .png, .webp, .gif or .apng.")
-    ] = None,
+    count: Annotated[int, flag("Images a prompt, of seeds s, s+1, ...", min=1, max=1_000_000)] = 1,
+    to: Annotated[str | None, flag("Frames on the way to this prompt.")] = None,
+    seed_path: Annotated[str | None, flag("Frames on the way through these seeds' noise.", metavar="S,S,...")] = None,
+    frames: Frames = None,
     batch_size: BatchSize = None,
     steps: Steps = None,
     cfg_scale: CfgScale = None,
-    cfg_max: Annotated[
-        float | None, typer.Option(min=0, max=100, help="Guidance at the last step; it grows from --cfg-scale.")
-    ] = None,
+    cfg_max: CfgMax = None,
     cfg_complex: Annotated[
-        float | None,
-        typer.Option(min=0, max=100, help="Guidance of endless prompts; short ones stay near --cfg-scale."),
+        float | None, flag("Guidance of endless prompts; short ones stay near --cfg-scale.", min=0, max=100)
     ] = None,
-    cfg_interval: Annotated[
-        str | None, typer.Option(metavar="LOW,HIGH", help="Noise levels with guidance: 0 is clean, 1 is noise.")
-    ] = None,
+    cfg_interval: CfgInterval = None,
     cfg_rescale: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Take back the contrast that guidance adds: 0 none, 1 all of it.")
+        float | None, flag("Take back the contrast that guidance adds: 0 none, 1 all of it.", min=0, max=1)
     ] = None,
     sampler: SamplerName = None,
     schedule: Spacing = None,
-    width: Annotated[int | None, typer.Option("-W", "--width", min=1, max=16384, help="Pixels.")] = None,
-    height: Annotated[int | None, typer.Option("-H", "--height", min=1, max=16384, help="Pixels.")] = None,
-    image: Annotated[Path | None, typer.Option("-i", "--image", help="Change this image.")] = None,
+    width: Annotated[int | None, flag("Pixels.", "-W", "--width", min=1, max=16384)] = None,
+    height: Annotated[int | None, flag("Pixels.", "-H", "--height", min=1, max=16384)] = None,
+    image: Annotated[Path | None, flag("Change this image.", "-i", "--image")] = None,
     strength: Annotated[
-        float | None,
-        typer.Option(help="How far from the image: 0 not at all, 1 anywhere. 0.6, or 1 where it is masked."),
+        float | None, flag("How far from the image: 0 not at all, 1 anywhere. 0.6, or 1 where it is masked.")
     ] = None,
-    mask: Annotated[Path | None, typer.Option(help="Change only what is white in this image.")] = None,
+    mask: Annotated[Path | None, flag("Change only what is white in this image.")] = None,
     outpaint: Annotated[
-        str | None,
-        typer.Option(metavar="L,T,R,B", help="Draw on: so many pixels more to the left, top, right, bottom."),
+        str | None, flag("Extend the image by this many pixels: left,top,right,bottom.", metavar="L,T,R,B")
     ] = None,
-    fit: Annotated[bool, typer.Option("--fit", help="Scale and crop image and mask to -W and -H.")] = False,
+    fit: Annotated[bool, flag("Scale and crop image and mask to -W and -H.", "--fit")] = False,
     vae: Vae = None,
     prediction: Predicts = None,
     backend: BackendName = "auto",
     device: Device = "auto",
     as_json: Json = False,
     force: Force = False,
-    no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Leave the settings out of the PNG.")] = False,
+    no_metadata: Annotated[bool, flag("Leave the settings out of the PNG.", "--no-metadata")] = False,
 ) -> None:
     """Draw images from prompts.
 
@@ -206,15 +198,19 @@ def generate(
     opened = opening(model, backend, device, vae, prediction)
     from tinydiff import drawing  # imported while the graphs are being opened
 
+    given = flags.Flags(
+        *(prompt, seed, count, to, seed_path, frames, batch_size, steps, cfg_scale, cfg_max, cfg_complex, cfg_interval),
+        *(cfg_rescale, sampler, schedule, width, height, image, strength, mask, outpaint, fit),
+    )
     moving = to is not None or seed_path is not None
     if frames and not moving:
         raise UsageError("--frames: there is no way to go; give --to PROMPT or --seed-path 1,2")
     reel = moving and "%" not in output and not output.endswith("/") and not Path(output).is_dir()
     sink = drawing.Reel(output, force) if reel else drawing.Sink(output, force, many=prompt == "-" or count > 1)
     prompts = drawing.read_prompts(prompt)
-    request, size = flags.complete(opened, locals())
-    request, edit = flags.edited(opened, request, locals())
-    jobs = flags.way(prompts, locals()) if moving else drawing.jobs(prompts, seed, count)
+    request, size = flags.complete(opened, given)
+    request, edit = flags.edited(opened, request, given)
+    jobs = flags.way(prompts, given) if moving else drawing.jobs(prompts, seed, count)
     for drawn in drawing.draw(opened, jobs, negative, request, size, edit):
         path = sink.write(drawn, None if no_metadata else drawn.settings)
         say_image(path, drawn, as_json)
@@ -222,12 +218,10 @@ def generate(
 
 
 def say_image(path: str, image: Any, as_json: bool) -> None:
-    """One image's line: JSON on stdout, or for a person on stderr.
-
-    Its end is written with it: under torchrun, which turns buffering off, other processes' lines would get in between.
-    """
+    """One image's line: JSON on stdout, or for a person on stderr."""
     from tinydiff.files import shown
 
+    # Its end is written with it: under torchrun, which turns buffering off, other processes' lines would get in between.
     if as_json:
         row = {"path": path, **image.settings, "seconds": round(image.seconds, 4)}
         print(json.dumps(row) + "\n", end="", flush=True)
@@ -239,31 +233,35 @@ def opening(
     model: str | None, backend: str, device: str, vae: Path | None = None, prediction: str | None = None
 ) -> Backend:
     """The model on its runtime, its graphs still being opened."""
+    from tinydiff.backends import open_backend
+
+    return open_backend(look_up(model, vae, prediction), backend, device, wait=False)
+
+
+def look_up(model: str | None, vae: Path | None = None, prediction: str | None = None) -> Source:
+    """The model of this name, with what goes with it."""
     if prediction:
         flags.choose("--prediction", prediction, tuple(PREDICTIONS))
-    from tinydiff.backends import find_model, open_backend
+    from tinydiff.backends import find_model
+    from tinydiff.checkpoints.source import Source
 
-    return open_backend(find_model(model), backend, device, False, vae, prediction)
+    return Source(find_model(model), vae, prediction)
 
 
 @app.command()
 def export(
-    model: Annotated[
-        str | None, typer.Argument(help="Model folder, .safetensors file or run; the shipped model by default.")
-    ] = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The bundle's folder, or the file.")] = ...,  # type: ignore[assignment]
+    model: Model = None,
+    output: Annotated[Path, flag("The bundle's folder, or the file.", "-o", "--output")] = ...,  # type: ignore[assignment]
     format_: Annotated[
-        str, typer.Option("--format", help="onnx graphs; or the weights as a diffusers folder, or as a single-file.")
+        str, flag("onnx graphs; or the weights as a diffusers folder, or as a single-file.", "--format")
     ] = "onnx",
     precision: Annotated[
-        str | None, typer.Option(help="fp32, or fp16 for weights stored at half size; onnx is fp32, others as stored.")
+        str | None, flag("fp32, or fp16 for weights stored at half size; onnx is fp32, others as stored.")
     ] = None,
     vae: Vae = None,
     prediction: Predicts = None,
-    opset: Annotated[int | None, typer.Option(help="ONNX operator set.")] = None,
-    atol: Annotated[
-        float, typer.Option(min=0, help="Largest difference from torch, in standard deviations of the output.")
-    ] = 1e-4,
+    opset: Annotated[int | None, flag("ONNX operator set.")] = None,
+    atol: Annotated[float, flag("Largest difference from torch, in standard deviations of the output.", min=0)] = 1e-4,
     as_json: Json = False,
     force: Force = False,
 ) -> None:
@@ -271,27 +269,21 @@ def export(
     flags.choose("--format", format_, ("onnx", "folder", "single-file"))
     flags.choose("--precision", precision or "fp32", ("fp32", "fp16"))
     flags.finite("--atol", atol)
-    if prediction:
-        flags.choose("--prediction", prediction, tuple(PREDICTIONS))
-    from tinydiff.backends import find_model
-    from tinydiff.checkpoints.foreign import check
-
-    source = find_model(model)
-    check(source, vae, prediction)
+    source = look_up(model, vae, prediction)
+    source.check()
     if format_ != "onnx":
         from tinydiff.checkpoints.convert import FORMATS
 
-        FORMATS[format_](source, output, vae, prediction, precision, force)
+        FORMATS[format_](source, output, precision, force)
         return
+    from tinydiff.export import OPSET
     from tinydiff.export import export as write
 
     def say(text: str) -> None:
         if sys.stderr.isatty():
             print(text, file=sys.stderr)
 
-    more: dict[str, Any] = {"opset": opset} if opset else {}
-    more |= {"vae": vae, "prediction": prediction}
-    for row in write(source, output, precision or "fp32", atol=atol, replace=force, say=say, **more):
+    for row in write(source, output, precision or "fp32", opset or OPSET, atol, force, say):
         text = " ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items())
         print(json.dumps(row) if as_json else text)
 
@@ -300,10 +292,10 @@ def export(
 def evaluate(
     model: Annotated[str | None, typer.Argument(help="Model folder, run or shipped name.")] = None,
     data: Annotated[
-        list[str], typer.Option("--data", help="A folder of captioned images, or shapes; repeat to compare among all.")
+        list[str], flag("A folder of captioned images, or shapes; repeat to compare among all.", "--data")
     ] = ...,  # type: ignore[assignment]
-    count: Annotated[int, typer.Option(min=1, max=100_000, help="Images to draw for each.")] = 256,
-    seed: Annotated[int, typer.Option("-s", "--seed", min=0, max=2**63 - 1, help="Picks captions and noise.")] = 0,
+    count: Annotated[int, flag("Images to draw for each.", min=1, max=100_000)] = 256,
+    seed: Annotated[int, flag("Picks captions and noise.", "-s", "--seed", min=0, max=2**63 - 1)] = 0,
     batch_size: BatchSize = None,
     steps: Steps = None,
     cfg_scale: CfgScale = None,
@@ -316,9 +308,10 @@ def evaluate(
     """Score a model: the oracle on shapes, the nearest image on a folder."""
     flags.choose("--backend", backend, BACKENDS)
     opened = opening(model, backend, device)
-    request, size = flags.complete(opened, locals())
+    given = flags.Flags(batch_size=batch_size, steps=steps, cfg_scale=cfg_scale, sampler=sampler, schedule=schedule)
+    request, size = flags.complete(opened, given)
     from tinydiff import evaluate as scoring
-    from tinydiff.training.progress import Progress
+    from tinydiff.progress import Progress
 
     bar: list[Progress] = []
 
@@ -336,15 +329,15 @@ def inspect(
         str | None, typer.Argument(help="Model, configuration or image; the default configuration without.")
     ] = None,
     width: Annotated[
-        int | None,
-        typer.Option("-W", "--width", min=1, max=16384, help="Pixels that operations are counted at; the model's own."),
+        int | None, flag("Pixels that the cost is counted at; the model's own.", "-W", "--width", min=1, max=16384)
     ] = None,
-    height: Annotated[int | None, typer.Option("-H", "--height", min=1, max=16384, help="The same.")] = None,
+    height: Annotated[int | None, flag("The same.", "-H", "--height", min=1, max=16384)] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a model, a configuration or a generated image is.
+    """Say what a model, a configuration or a generated image is, and what a model's networks cost.
 
-    A model's cost counts convolutions and matrix products, each multiply-add as two operations.
+    Operations are those of convolutions and matrix products, a multiply-add counts as two; activations are the bytes that
+    training keeps for each image.
     """
     from tinydiff import inspect as look
 
@@ -402,17 +395,12 @@ def closed_pipe() -> None:
     raise SystemExit(141) from None
 
 
-def hold_streams() -> None:
-    """Point standard streams that are closed at nothing, lest a file that is opened gets their number and their text."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(descriptor)
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-
-
 def main() -> None:
     """The console script: the app with errors in one line, and stdout flushed where that can still fail cleanly."""
-    hold_streams()
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # a closed standard stream points at nothing, lest a file that is opened gets its number and its text
+    os.close(descriptor)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     with one_line_errors():
         code = app(standalone_mode=False)
         if sys.stdout is not None:

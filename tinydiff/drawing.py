@@ -6,6 +6,7 @@ first process reads the prompts and the batches are dealt out.
 
 from __future__ import annotations
 
+import itertools
 import json
 import queue
 import re
@@ -25,8 +26,9 @@ from tinydiff.diffusion.noise import Seed
 from tinydiff.editing import Edit
 from tinydiff.errors import ResourceError, UsageError
 from tinydiff.files import shown, write_file
+from tinydiff.pipeline import Backend, Request
+from tinydiff.progress import Progress
 from tinydiff.text.prompts import Branch, blend, parse
-from tinydiff.training.progress import Progress
 
 NUMBERED = "%04d.png"
 MAX_PROMPT = 10_000  # characters
@@ -93,10 +95,8 @@ class Reel:
         if self.path.suffix.lower() in self.MOVING:
             data = images.encode_moving(np.concatenate([stack, stack[-2:0:-1]]), self.path.suffix.lower())
         else:
-            strip = images.grid(stack, len(stack), gap=0)
-            data = images.encode_png(
-                strip, {**self.drawn[0].settings, "frames": len(stack)} if self.drawn[0].settings else None
-            )
+            strip, settings = images.grid(stack, len(stack), gap=0), self.drawn[0].settings
+            data = images.encode_png(strip, {**settings, "frames": len(stack)} if settings else None)
         write_file(self.path, data, force=self.force)
 
 
@@ -152,12 +152,12 @@ class Sink:
 
 def read_prompts(prompt: str) -> Iterator[str | None]:
     """The prompt, or stdin's lines for '-': None means that no further line is waiting at this moment."""
-    if prompt != "-":
-        if not prompt.strip():
-            raise UsageError("the prompt is empty; say what to draw, such as 'red heart'")
-        understood(clean(prompt))  # says what is wrong with it before anything is drawn
-        return iter([clean(prompt)])
-    return _stdin()
+    if prompt == "-":
+        return _stdin()
+    if not prompt.strip():
+        raise UsageError("the prompt is empty; say what to draw, such as 'red heart'")
+    understood(clean(prompt))  # says what is wrong with it before anything is drawn
+    return iter([clean(prompt)])
 
 
 def clean(text: str) -> str:
@@ -196,15 +196,12 @@ def _stdin() -> Iterator[str | None]:
             lines.put(error)
 
     threading.Thread(target=read, daemon=True).start()
-    waiting = False
     while True:
         try:
-            line = lines.get(timeout=0.02 if not waiting else None)
+            line = lines.get(timeout=0.02)
         except queue.Empty:
-            waiting = True
             yield None
-            continue
-        waiting = False
+            line = lines.get()
         if isinstance(line, OSError):
             raise ResourceError(f"stdin: {line.strerror}; give it prompts, one a line") from line
         if line is None:
@@ -215,14 +212,12 @@ def _stdin() -> Iterator[str | None]:
 
 def jobs(prompts: Iterator[str | None], seed: int | None, count: int) -> Iterator[Job | None]:
     """`count` jobs a prompt; image i of the whole call has seed + i."""
-    start, index = secrets.randbelow(2**31) if seed is None else seed, 0
+    start, indices = secrets.randbelow(2**31) if seed is None else seed, itertools.count()
     for prompt in prompts:
         if prompt is None:
             yield None
-            continue
-        for _ in range(count):
-            yield Job(index, prompt, (start + index) % 2**63)
-            index += 1
+        else:
+            yield from (Job(index, prompt, (start + index) % 2**63) for index in itertools.islice(indices, count))
 
 
 def frames(prompt: str, toward: str | None, seeds: Sequence[int], count: int) -> Iterator[Job]:
@@ -238,17 +233,15 @@ def frames(prompt: str, toward: str | None, seeds: Sequence[int], count: int) ->
 def batches(items: Iterator[Job | None], size: int) -> Iterator[list[Job]]:
     """Up to `size` jobs at once, fewer when no more are waiting."""
     batch: list[Job] = []
-    for job in items:
+    for job in itertools.chain(items, [None]):
         batch += [job] if job else []
         if batch and (len(batch) == size or job is None):
             yield batch
             batch = []
-    if batch:
-        yield batch
 
 
 def shares(items: Iterator[Job | None], size: int) -> Iterator[list[Job]]:
-    """This process's batches: all of them, or of several processes every so-manieth, each full wherever there are jobs."""
+    """This process's batches: all of them, or under torchrun every n-th, each full while there are jobs."""
     if processes.world() == 1:
         yield from batches(items, size)
         return
@@ -264,17 +257,9 @@ def job_of(values: dict[str, Any]) -> Job:
 
 
 def draw(
-    backend: pipeline.Backend,
-    items: Iterator[Job | None],
-    negative: str,
-    request: pipeline.Request,
-    size: int,
-    edit: Edit | None = None,
+    backend: Backend, items: Iterator[Job | None], negative: str, request: Request, size: int, edit: Edit | None = None
 ) -> Iterator[Drawn]:
-    """Every job's image, in order; prompts longer than the model's context are named on stderr.
-
-    Under torchrun only the first process's `items` are drawn, each image by one of the processes.
-    """
+    """Every job's image, in order; under torchrun only those of rank 0's `items`, each drawn by one of the processes."""
     negative, first = clean(negative), processes.rank() == 0
     refuse_long(negative)
     noted = set() if first else {negative}
@@ -282,7 +267,8 @@ def draw(
         prompts = [understood(job.prompt, job.toward, job.share) for job in batch]
         for text in dict.fromkeys([negative, *(branch.text for branches in prompts for branch in branches)]):
             note_of_parts(backend, text, noted)
-        bar = Progress(f"image {batch[0].index + 1}{to_last(batch)}", request.steps)
+        last = f" to {batch[-1].index + 1}" if len(batch) > 1 else ""
+        bar = Progress(f"image {batch[0].index + 1}{last}", request.steps)
         on_step = bar.update if bar.bar and first else lambda step: None
         begun, seeds, negatives = time.monotonic(), [job.seed for job in batch], [negative] * len(batch)
         pixels = pipeline.generate(backend, prompts, seeds, request, negatives, on_step, edit)
@@ -295,14 +281,10 @@ def draw(
             yield Drawn(job.index, image, settings, seconds)
 
 
-def to_last(batch: list[Job]) -> str:
-    """How a batch's label goes on behind its first image."""
-    return f" to {batch[-1].index + 1}" if len(batch) > 1 else ""
-
-
-def note_of_parts(backend: pipeline.Backend, text: str, noted: set[str]) -> None:
+def note_of_parts(backend: Backend, text: str, noted: set[str]) -> None:
     """Say, once, that a text is longer than the model reads at a time, and where its second part begins."""
-    if text not in noted and (rest := backend.tokenizer.cut(text)):
-        limit = backend.tokenizer.max_length
+    tokenizer = next(iter(backend.tokenizers.values()))
+    if text not in noted and (rest := tokenizer.cut(text)):
+        limit = tokenizer.max_length
         print(f"note: the model reads {limit} tokens at a time; read in parts, from here on: {rest!r}", file=sys.stderr)
     noted.add(text)

@@ -1,6 +1,6 @@
-"""What the pipeline needs to change a given image: the image, how far to leave it, and which part.
+"""What the pipeline needs to change an image: the image, the strength of the change, and which part to change.
 
-Files to an `Edit`, for image to image, inpainting and outpainting. numpy only; no model is known but its sizes.
+Reads files into an `Edit`, for image-to-image, inpainting and outpainting. numpy only; of a model only sizes are known.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from tinydiff import images
 from tinydiff.errors import UsageError
 from tinydiff.files import shown
 
-FEATHER = 2  # latent cells over which an outpainted image's edge is drawn again, so that there is no seam
+FEATHER = 2  # latent cells over which outpainting blends into the image's edge, so that no seam shows
 
 
 @dataclass(frozen=True)
 class Edit:
-    """An image uint8 (H, W, 3); `strength` of the change, 0 to 1; `mask` float32 (H, W), 1 where to draw, or all of it."""
+    """An image uint8 (H, W, 3), `strength` in [0, 1], and a float32 mask (H, W), 1 where to draw; None: everywhere."""
 
     image: np.ndarray
     strength: float
     mask: np.ndarray | None = None
 
     def over(self, drawn: np.ndarray) -> np.ndarray:
-        """Drawn images uint8 (B, H, W, 3) where the mask says so; every other pixel is the image's own, bit for bit."""
+        """Blend drawn images uint8 (B, H, W, 3) over the image by the mask; where it is 0, pixels stay bit for bit."""
         if self.mask is None:
             return drawn
         mixed = self.image + (drawn.astype(np.float32) - self.image) * self.mask[..., None]
@@ -34,7 +34,7 @@ class Edit:
 
 
 def cells(mask: np.ndarray, factor: int) -> np.ndarray:
-    """A mask (H, W) as one of latents (H / factor, W / factor): the largest of each cell, so that no pixel is missed."""
+    """A mask (H, W) to one of latents (H / factor, W / factor): each cell's maximum, so that no pixel is missed."""
     height, width = mask.shape
     return mask.reshape(height // factor, factor, width // factor, factor).max(axis=(1, 3))
 
@@ -47,9 +47,10 @@ def read(
     size: tuple[int, int] | None = None,
     factor: int = 8,
 ) -> Edit:
-    """An Edit from files; `size` (width, height) fits both to it, `margins` (left, top, right, bottom) extend the image.
+    """An Edit from files. In a mask, white is drawn and black is kept.
 
-    In a mask white is drawn and black kept. Raises UsageError where the two do not fit each other.
+    `size` (width, height): fit image and mask to it. `margins` (left, top, right, bottom): extend the image by these
+    pixels. `factor`: pixels per latent cell. Raises UsageError if mask and image differ in size.
     """
     picture, drawn = images.open_image(image), images.open_image(mask, "#000000") if mask else None
     if size:
@@ -57,9 +58,8 @@ def read(
         drawn = images.fit(drawn, size, background="#000000") if drawn is not None else None
     if drawn is not None and drawn.shape != picture.shape:
         (h, w), (mh, mw) = picture.shape[:2], drawn.shape[:2]
-        raise UsageError(
-            f"{shown(mask or '')}: the mask is {mw}x{mh} and the image {w}x{h}; make them equal, or use --fit"
-        )
+        problem = f"the mask is {mw}x{mh} and the image {w}x{h}"
+        raise UsageError(f"{shown(mask or '')}: {problem}; make them equal, or use --fit")
     alpha = drawn.astype(np.float32).mean(axis=-1) / 255 if drawn is not None else None
     if margins:
         picture, outside = extended(picture, margins, FEATHER * factor)
@@ -68,15 +68,10 @@ def read(
 
 
 def extended(image: np.ndarray, margins: tuple[int, int, int, int], feather: int) -> tuple[np.ndarray, np.ndarray]:
-    """A larger canvas (H', W', 3), its margins the image's edge colours, and the mask (H', W') of what is to be drawn.
-
-    The mask falls from 1 to 0 over `feather` pixels inside the image, along the sides that are extended.
-    """
-    canvas = np.pad(image, (*_sides(margins), (0, 0)), mode="edge")
-    (top, bottom), (left, right) = _sides(margins)
-    down = _ramp(image.shape[0], top, bottom, feather)
-    across = _ramp(image.shape[1], left, right, feather)
-    return canvas, np.maximum(down[:, None], across[None, :])
+    """The image with margins in its edge colours (H', W', 3), and the mask (H', W'): 1 there, 0 from `feather` inside."""
+    sides = _sides(margins)
+    down, across = (_ramp(size, *ends, feather) for size, ends in zip(image.shape, sides, strict=False))
+    return np.pad(image, (*sides, (0, 0)), mode="edge"), np.maximum(down[:, None], across[None, :])
 
 
 def _sides(margins: tuple[int, int, int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -85,12 +80,9 @@ def _sides(margins: tuple[int, int, int, int]) -> tuple[tuple[int, int], tuple[i
 
 
 def _ramp(size: int, before: int, after: int, feather: int) -> np.ndarray:
-    """Along one axis: 1 in the margins, falling to 0 over `feather` pixels inside, from the sides that have one."""
+    """The mask along one axis, with margins of `before` and `after` pixels around `size`."""
     inside = np.arange(size, dtype=np.float32)
-    falls = [
-        1 - (distance + 1) / (feather + 1)
-        for distance, margin in ((inside, before), (size - 1 - inside, after))
-        if margin
-    ]
-    inner = np.clip(np.max([*falls, np.zeros(size, np.float32)], axis=0), 0, 1)
-    return np.concatenate([np.ones(before, np.float32), inner, np.ones(after, np.float32)]).astype(np.float32)
+    distances = [distance for distance, margin in ((inside, before), (size - 1 - inside, after)) if margin]
+    falls = [1 - (distance + 1) / (feather + 1) for distance in distances]
+    inner = np.clip(np.max([*falls, np.zeros_like(inside)], axis=0), 0, 1)
+    return np.pad(inner, (before, after), constant_values=1)

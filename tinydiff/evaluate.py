@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,12 +55,11 @@ def evaluate(
     `progress` hears (pictures done, pictures in all). Raises UsageError for a size the model cannot draw and DataError
     for unusable data.
     """
-    pipeline.check_size(backend.description, request.width, request.height)
+    width, height = request.width, request.height
+    pipeline.check_size(backend.description, width, height)
     pipeline.check_size(backend.description, resolution, resolution)
-    if "shapes" in data and (request.width != request.height or request.width < 16):
-        raise UsageError(
-            f"shapes are read off squares of 16 pixels or more, not {request.width}x{request.height}; set -W and -H"
-        )
+    if "shapes" in data and (width != height or width < 16):
+        raise UsageError(f"shapes are read off squares of 16 pixels or more, not {width}x{height}; set -W and -H")
     settings = data_settings(backend.description.path)
     subjects = [open_subject(replace(settings, path=path, resolution=resolution), count, seed) for path in data]
     psnrs = [reconstruction_psnr(backend, subject.originals(RECONSTRUCTED), batch_size) for subject in subjects]
@@ -152,13 +152,13 @@ class Retrieved:
 
     def add(self, start: int, drawn: np.ndarray) -> None:
         """Takes in drawings (B, H, W, 3) of the captions from `start` on."""
-        self.drawn[start : start + len(drawn)] = block_sums(
-            np.stack([images.fit(image, self.resolution) for image in drawn])
-        )
+        pictures = np.stack([images.fit(image, self.resolution) for image in drawn])
+        self.drawn[start : start + len(drawn)] = block_sums(pictures)
 
     def see(self, captions: Sequence[str], sums: np.ndarray) -> None:
         """Measures candidates, block sums (B, D) with their main captions, against every drawing."""
-        distances = squared_distances(self.drawn, sums)  # (drawings, B)
+        norms = (self.drawn**2).sum(1)[:, None] + (sums**2).sum(1)[None, :]
+        distances = norms - 2 * (self.drawn @ sums.T)  # (drawings, B), squared; exact for integers below 2^53
         self.candidates += len(captions)
         for column, caption in enumerate(captions):
             if (row := self.rows.get(caption)) is not None:
@@ -186,27 +186,19 @@ def compare(folders: Sequence[Retrieved], batch_size: int = 64) -> None:
 
 
 def block_sums(batch: np.ndarray) -> np.ndarray:
-    """uint8 (B, H, W, 3) to the sums over 4x4 blocks, float64 (B, D): integers, so distances are exact and ties real.
-
-    A side that is no multiple of 4 is filled up with its last pixels.
-    """
+    """uint8 (B, H, W, 3) to the sums over 4x4 blocks, float64 (B, D): integers, so distances are exact and ties real."""
     count, height, width, _ = batch.shape
-    down, across = -height % BLOCK, -width % BLOCK
+    down, across = -height % BLOCK, -width % BLOCK  # filled up with the last pixels
     padded = np.pad(batch, ((0, 0), (0, down), (0, across), (0, 0)), mode="edge")
     h, w = padded.shape[1] // BLOCK, padded.shape[2] // BLOCK
     blocks = padded.reshape(count, h, BLOCK, w, BLOCK, 3)  # (B, h, 4, w, 4, 3)
     return blocks.sum(axis=(2, 4), dtype=np.float64).reshape(count, -1)  # (B, h w 3)
 
 
-def squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Squared Euclidean distances (A, B) between rows of a (A, D) and b (B, D); exact for integers below 2^53."""
-    return (a**2).sum(1)[:, None] + (b**2).sum(1)[None, :] - 2 * (a @ b.T)
-
-
 def reconstruction_psnr(backend: pipeline.Backend, originals: Iterable[np.ndarray], batch_size: int) -> float:
     """dB, from the mean squared error over all images (uint8 H, W, 3) through the latent's mean and back, clipped."""
-    error, count = 0.0, 0
-    for batch in batches(originals, batch_size):
+    error, count, rest = 0.0, 0, iter(originals)
+    while batch := list(islice(rest, batch_size)):
         pixels = images.to_pixels(np.stack(batch))
         mean, _ = np.split(backend.encode_image(pixels), 2, axis=1)
         output = np.clip(backend.decode(mean), -1, 1).astype(np.float64)
@@ -214,21 +206,9 @@ def reconstruction_psnr(backend: pipeline.Backend, originals: Iterable[np.ndarra
     return 10 * math.log10(4 / max(error / count, 1e-12))
 
 
-def batches(items: Iterable[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
-    batch: list[np.ndarray] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
 def shares(right: dict[str, int], count: int) -> dict[str, Any]:
     """Each number of successes as a share of `count`, then {"intervals": {name: {"low", "high"}}}."""
-    bounds = {name: wilson(n, count) for name, n in right.items()}
-    intervals = {name: {"low": low, "high": high} for name, (low, high) in bounds.items()}
+    intervals = {name: dict(zip(("low", "high"), wilson(n, count), strict=True)) for name, n in right.items()}
     return {name: n / count for name, n in right.items()} | {"intervals": intervals}
 
 

@@ -9,9 +9,9 @@ sampling; what the graphs are made of is the business of torch's exporter and of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,57 +19,27 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tinydiff.backends.onnx import IO, OnnxBackend, open_session
+from tinydiff.backends.onnx import OnnxBackend, open_session
 from tinydiff.backends.pytorch import TorchBackend
 from tinydiff.checkpoints import folder
-from tinydiff.checkpoints.description import configs
-from tinydiff.checkpoints.folder import FILES, PRECISIONS, WEIGHTS, Model, copy_description, save_tensors, write_json
+from tinydiff.checkpoints.folder import PRECISIONS, Model, save_tensors, write_description, write_json
+from tinydiff.checkpoints.source import Source
 from tinydiff.errors import ModelError, UsageError
 from tinydiff.files import committed
 from tinydiff.graphs import link, name_axes, quiet, simplify, strip, translations
-from tinydiff.models.text_encoder import OneHot
-from tinydiff.models.unet import UNet
+from tinydiff.networks import LABELS, graphs, network_of
 from tinydiff.pipeline import Request, generate
-from tinydiff.text.labels import Labels
 
 if TYPE_CHECKING:
     from onnx_ir import Model as IrModel
 
-OPSET = (
-    20  # the first with Gelu; from 21 on normalisation and attention are functions, which onnxruntime is slow to open
-)
+OPSET = 20  # the first with Gelu; later ones have normalisation as a function, which onnxruntime is slow to open
 OPSETS = range(18, 24)  # those that torch's exporter writes or converts to
 
 
 @dataclass(frozen=True)
-class Network:
-    """One graph: which call of which part of the model it is, and the names of its dynamic axes ('' where fixed)."""
-
-    part: str
-    method: str
-    inputs: tuple[tuple[str, ...], ...]
-    outputs: tuple[tuple[str, ...], ...]
-
-
-PIXELS = ("batch", "", "height", "width")
-TOKENS = ("batch", "sequence")
-TEXT = {"text_encoder": Network("text_encoder", "forward", (TOKENS,), ((*TOKENS, ""), ("batch", "")))}
-AUTOENCODER = {
-    "vae_encoder": Network("vae", "encode", (PIXELS,), (("batch", "", "latent_height", "latent_width"),)),
-    "vae_decoder": Network("vae", "decode", (PIXELS,), (("batch", "", "image_height", "image_width"),)),
-}
-
-
-def networks(model: Model) -> dict[str, Network]:
-    """The graphs of a model by name, in the order they are written; a class-conditional one has none for text."""
-    context = ("batch", "", "") if isinstance(model.text_encoder, OneHot) else (*TOKENS, "")
-    denoiser = {model.name: Network(model.name, "forward", (PIXELS, (), context), (PIXELS,))}
-    return ({} if isinstance(model.text_encoder, OneHot) else TEXT) | denoiser | AUTOENCODER
-
-
-@dataclass(frozen=True)
 class Size:
-    """Batch, height and width in the smallest steps the networks take, and how many tokens fewer than the most."""
+    """Batch, height and width in the smallest steps the graph takes, and how many tokens fewer than the most."""
 
     batch: int
     height: int
@@ -84,15 +54,13 @@ CHECKED = (Size(3, 4, 2, 1), Size(1, 1, 5, 0))
 
 
 def export(
-    model_dir: Path,
+    source: Source,
     out: Path,
     precision: str = "fp32",
     opset: int = OPSET,
     atol: float = 1e-4,
-    replace: bool = False,
+    force: bool = False,
     say: Callable[[str], Any] = lambda text: None,
-    vae: Path | None = None,
-    prediction: str | None = None,
 ) -> list[dict[str, Any]]:
     """Write the bundle `out` and return one row a graph, with its largest difference from torch (`verify_graphs`), and
     one for a whole image (`verify_image`).
@@ -104,15 +72,17 @@ def export(
     """
     if opset not in OPSETS:
         raise UsageError(f"--opset {opset}: choose one of {OPSETS[0]} to {OPSETS[-1]}")
-    exact = folder.load(model_dir, vae, prediction)
-    model = rounded(exact, PRECISIONS[precision], model_dir)
-    with committed(out, replace=replace) as bundle:
-        write_description(model_dir, configs(model_dir, vae, prediction), model, bundle)
-        for name, part in model.parts().items():
-            save_tensors(part.state_dict(), bundle / name / FILES[name], PRECISIONS[precision])
-        for name in networks(model):
+    exact = folder.load(source)
+    model, dtype = rounded(exact, PRECISIONS[precision], source.path), PRECISIONS[precision]
+    with committed(out, replace=force) as bundle:
+        write_description(bundle, model.configs, model.tokenizers, source.path)
+        for name, part in model.networks.items():
+            (bundle / name).mkdir()
+            write_json(bundle / name / "config.json", model.configs[name])
+            save_tensors(part.state_dict(), bundle / name / network_of(name, model.configs[name]).file, dtype)
+        for name in graphs(model.configs):
             say(f"export {name}")
-            write_graph(name, model, bundle, PRECISIONS[precision], opset)
+            write_graph(name, model, bundle, dtype, opset)
         say("compare with torch")
         return [*verify_graphs(bundle, model, atol, exact), verify_image(bundle)]
 
@@ -121,8 +91,8 @@ def rounded(model: Model, dtype: torch.dtype, path: Path) -> Model:
     """The model with every weight rounded to `dtype`, again in float32. ModelError where one does not fit."""
     if dtype == torch.float32:
         return model
-    model = deepcopy(model)
-    for name, part in model.parts().items():
+    model = replace(model, networks=deepcopy(model.networks))
+    for name, part in model.networks.items():
         for key, value in part.state_dict().items():
             if value.is_floating_point():
                 value.copy_(value.to(dtype))
@@ -131,24 +101,21 @@ def rounded(model: Model, dtype: torch.dtype, path: Path) -> Model:
     return model
 
 
-def write_description(model_dir: Path, found: dict[str, dict[str, Any]], model: Model, bundle: Path) -> None:
-    """Every file of the model that is no weight, each network's configuration beside its graph."""
-    copy_description(model_dir, found, model.tokenizer, bundle)
-    parts = {name: network.part for name, network in networks(model).items()} | {"vae": "vae"}
-    for name, part in parts.items():
-        (bundle / name).mkdir()
-        write_json(bundle / name / "config.json", found[part])
+def part_of(name: str, model: Model) -> str:
+    """The folder of the network that a graph is of; the autoencoder has two graphs."""
+    return name if name in model.networks else name.rpartition("_")[0]
 
 
 def write_graph(name: str, model: Model, bundle: Path, dtype: torch.dtype, opset: int) -> None:
     """`name`/model.onnx, its weights in the safetensors file beside it, which is written where it is not there yet."""
     import onnx_ir as ir
 
-    network, place = networks(model)[name], bundle / name
-    onnx_model = translate(name, model, opset)
-    state = model.parts()[network.part].state_dict()
+    part, place = part_of(name, model), bundle / name
+    onnx_model, state = translate(name, model, opset), model.networks[part].state_dict()
     weights = {k: v for k, v in onnx_model.graph.initializers.items() if k in state}
-    path = place / FILES.get(name, WEIGHTS)
+    place.mkdir(exist_ok=True)
+    write_json(place / "config.json", model.configs[part])
+    path = place / network_of(part, model.configs[part]).file
     if not path.exists():
         save_tensors({k: state[k] for k in weights}, path, dtype)
     link(onnx_model.graph, weights, path)
@@ -160,72 +127,59 @@ def write_graph(name: str, model: Model, bundle: Path, dtype: torch.dtype, opset
 
 
 class Call(nn.Module):
-    """A method of a network as a module, which is what torch exports."""
+    """A method of a network as a module, which is what torch exports; `names` are its arguments in order."""
 
-    def __init__(self, network: nn.Module, method: str):
+    def __init__(self, network: nn.Module, method: str, names: Iterable[str]):
         super().__init__()
-        self.network, self.method = network, method
+        self.network, self.method, self.names = network, method, tuple(names)
 
     def forward(self, *inputs: Tensor) -> Any:
-        return getattr(self.network, self.method)(*inputs)
+        return getattr(self.network, self.method)(**dict(zip(self.names, inputs, strict=True)))
 
 
 def translate(name: str, model: Model, opset: int) -> IrModel:
     """The graph of one network, initializers named like its parameters and laid out like them. ModelError."""
-    network, (inputs, outputs) = networks(model)[name], IO[name]
-    dynamic = tuple({i: torch.export.Dim.DYNAMIC for i, axis in enumerate(axes) if axis} for axes in network.inputs)
+    graph, network = graphs(model.configs)[name], model.networks[part_of(name, model)]
+    varying = (enumerate(array.axes) for array in graph.inputs.values())
+    dynamic = tuple({i: torch.export.Dim.DYNAMIC for i, axis in axes if isinstance(axis, str)} for axes in varying)
     try:
         with quiet(), torch.no_grad():
-            program = torch.onnx.export(
-                Call(model.parts()[network.part], network.method),
-                examples(name, model, TRACED),
-                dynamo=True,
-                dynamic_shapes=(dynamic,),
-                input_names=list(inputs),
-                output_names=list(outputs),
-                opset_version=opset,
-                optimize=False,
-                verbose=False,
-                custom_translation_table=translations(),
-            )
+            call, inputs = Call(network, graph.method, graph.inputs), tuple(examples(name, model, TRACED).values())
+            options: dict[str, Any] = {"dynamic_shapes": (dynamic,), "custom_translation_table": translations()}
+            options |= {"input_names": list(graph.inputs), "output_names": list(graph.outputs), "opset_version": opset}
+            program = torch.onnx.export(call, inputs, dynamo=True, optimize=False, verbose=False, **options)
             assert program is not None
             for key, value in list(program.model.graph.initializers.items()):
                 value.name = key.removeprefix("network.")
-            simplify(program.model, set(model.parts()[network.part].state_dict()))
+            simplify(program.model, set(network.state_dict()))
     except torch.onnx.OnnxExporterError as error:
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise ModelError(f"{name}: torch cannot export it to ONNX opset {opset}: {reason}") from error
-    for values, names in ((program.model.graph.inputs, network.inputs), (program.model.graph.outputs, network.outputs)):
-        for value, axes in zip(values, names, strict=True):
-            name_axes(value, axes)
+    values, arrays = (*program.model.graph.inputs, *program.model.graph.outputs), graph.inputs | graph.outputs
+    for value, array in zip(values, arrays.values(), strict=True):
+        name_axes(value, tuple(axis if isinstance(axis, str) else "" for axis in array.axes))
     return program.model
 
 
-def examples(name: str, model: Model, size: Size) -> tuple[Tensor, ...]:
-    """Seeded inputs of one network."""
-    generator = torch.Generator().manual_seed(0)
-    tokenizer = model.tokenizer
-    tokens = max(1, tokenizer.max_length - size.fewer)
-    ids = torch.randint(tokenizer.vocab_size, (size.batch, tokens), generator=generator)
-    ids[:, -1] = tokenizer.eos
-    if name == "text_encoder":
-        return (ids,)
-    step = 2 ** (len(model.denoiser.down_blocks) - 1) if isinstance(model.denoiser, UNet) else model.denoiser.patch
-    channels, side = model.vae.post_quant_conv.in_channels, (size.height * step, size.width * step)
-    if name == "vae_encoder":
-        factor = 2 ** (len(model.vae.encoder.down_blocks) - 1)
-        return (torch.rand(size.batch, 3, side[0] * factor, side[1] * factor, generator=generator) * 2 - 1,)
-    latents = torch.randn(size.batch, channels, *side, generator=generator)
-    if name == "vae_decoder":
-        return (latents,)
-    with torch.no_grad():
-        context = model.text_encoder(ids)[0]
-    read = model.denoiser.conv_in.in_channels if isinstance(model.denoiser, UNet) else channels
-    more = torch.randn(size.batch, read - channels, *side, generator=generator)
-    return torch.cat([latents, more], dim=1), torch.tensor(601.0), context
+def examples(name: str, model: Model, size: Size) -> dict[str, Tensor]:
+    """Seeded inputs of one graph by name."""
+    graph, generator = graphs(model.configs)[name], torch.Generator().manual_seed(0)
+    tokenizer = model.tokenizers.get(name, next(iter(model.tokenizers.values())))
+    sides = {"height": size.height * graph.step, "width": size.width * graph.step}
+    sizes = {"batch": size.batch, "sequence": max(1, tokenizer.max_length - size.fewer)} | sides
 
+    def tokens(shape: tuple[int, ...]) -> Tensor:
+        ids = torch.randint(tokenizer.vocab_size, shape, generator=generator)
+        ids[:, -1] = tokenizer.eos
+        return ids
 
-# ---- comparison with torch ---------------------------------------------------------------------------------------------
+    kinds: dict[str, Callable[[tuple[int, ...]], Tensor]] = {
+        "normal": lambda shape: torch.randn(shape, generator=generator),
+        "pixels": lambda shape: torch.rand(shape, generator=generator) * 2 - 1,
+        "tokens": tokens,
+        "time": lambda shape: torch.full(shape, 601.0),
+    }
+    return {key: kinds[array.values](array.shape(sizes)) for key, array in graph.inputs.items()}
 
 
 def verify_graphs(bundle: Path, model: Model, atol: float, exact: Model | None = None) -> list[dict[str, Any]]:
@@ -236,11 +190,10 @@ def verify_graphs(bundle: Path, model: Model, atol: float, exact: Model | None =
     Raises ModelError naming a graph whose `max_abs_diff` exceeds `atol`.
     """
     rows = []
-    for name in networks(model):
-        session = open_session(bundle, name, "cpu")
-        runs = [
-            (inputs, session.run(None, feed(name, inputs))) for inputs in (examples(name, model, s) for s in CHECKED)
-        ]
+    for name, graph in graphs(model.configs).items():
+        session = open_session(bundle, name, graph, "cpu")
+        given = [examples(name, model, size) for size in CHECKED]
+        runs = [(inputs, session.run(None, {k: v.numpy() for k, v in inputs.items()})) for inputs in given]
         worst = max(difference(name, model, *run) for run in runs)
         if not worst <= atol:
             raise ModelError(f"{name}: differs from torch by {worst:.1e} of its deviation, more than --atol {atol:.1e}")
@@ -255,12 +208,12 @@ def verify_image(bundle: Path) -> dict[str, Any]:
 
     The row's `same` is the share of pixels that are at most one grey level apart. Raises ModelError below 99.9 %.
     """
-    backends = OnnxBackend(bundle, "cpu"), TorchBackend.open(bundle, "cpu")
-    d = backends[0].description
-    g = d.generate
+    source = Source(bundle)
+    backends = OnnxBackend(source, "cpu"), TorchBackend.open(source, "cpu")
+    g = (d := source.description).generate
     side = min(d.size, max(1, MOST // d.multiple) * d.multiple)
     request = Request(min(g.steps, 20, len(d.schedule)), g.cfg_scale, g.sampler, g.schedule, side, side)
-    prompt = "0" if isinstance(backends[0].tokenizer, Labels) else "red heart"
+    prompt = "0" if LABELS in source.tokenizers else "red heart"
     ours, theirs = (generate(backend, [prompt], [0], request).astype(int) for backend in backends)
     same = float((np.abs(ours - theirs).max(axis=-1) <= 1).mean())
     if same < SAME:
@@ -268,16 +221,12 @@ def verify_image(bundle: Path) -> dict[str, Any]:
     return {"graph": "image", "same": same, "steps": request.steps}
 
 
-def feed(name: str, inputs: tuple[Tensor, ...]) -> dict[str, np.ndarray]:
-    return {key: value.numpy() for key, value in zip(IO[name][0], inputs, strict=True)}
-
-
-def difference(name: str, model: Model, inputs: tuple[Tensor, ...], got: Any) -> float:
+def difference(name: str, model: Model, inputs: Mapping[str, Tensor], got: Any) -> float:
     """Largest difference of any output from torch's, in standard deviations of torch's."""
-    network = networks(model)[name]
+    network = model.networks[part_of(name, model)]
     with torch.inference_mode():
-        wanted = getattr(model.parts()[network.part], network.method)(*inputs)
-    wanted = [w.numpy() for w in (wanted if isinstance(wanted, tuple) else (wanted,))]
+        outputs = getattr(network, graphs(model.configs)[name].method)(**inputs)
+    wanted = [w.numpy() for w in (outputs if isinstance(outputs, tuple) else (outputs,))]
     return max(relative(w, g) for w, g in zip(wanted, got, strict=True))
 
 

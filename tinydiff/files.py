@@ -1,8 +1,8 @@
-"""Files that last: whole or absent, never half-written, and verified when read.
+"""Atomic writes: a file or folder is complete or absent, and folders are verified when they are read.
 
-A folder is built under a temporary name beside its place, synced, given a manifest of sizes and SHA-256, and renamed;
-a single file goes the same way without the manifest. The hashes detect corruption, not a malicious author. This module
-knows no model: a folder is only names and bytes. When the operating system refuses, ResourceError names the file.
+A folder is written under a temporary name next to its final path, synced, given a manifest of sizes and SHA-256, and
+renamed; a single file likewise, without a manifest. The hashes detect corruption, not a malicious author. This module
+knows no models, only names and bytes. An OSError becomes a ResourceError that names the file and the fix.
 """
 
 from __future__ import annotations
@@ -28,29 +28,23 @@ FORMAT = 1
 MAX_JSON = 64 * 2**20
 LFS_POINTER = b"version https://git-lfs"
 RESTORE = "copy or download it again"
-FIXES = {
-    errno.ENOSPC: "free some space",
-    errno.EDQUOT: "free some space",
-    errno.EFBIG: "raise the file size limit",
-    errno.EACCES: "choose a writable place",
-    errno.EPERM: "choose a writable place",
-    errno.EROFS: "choose a writable place",
-    errno.ENOENT: "check the path",
-}
-TOLD = re.compile(r"\(os error (\d+)\)")  # how Rust's libraries, safetensors' among them, pass on a refusal
+FIXES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space")
+FIXES |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a writable place")
+FIXES |= {errno.EFBIG: "raise the file size limit", errno.ENOENT: "check the path"}
+RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # how Rust libraries, such as safetensors, report an OSError
 
 
 class VersionError(ModelError):
-    """Written by another version of tinydiff: not damaged, but not for this one to read."""
+    """Written by a newer version of tinydiff: not damaged, but this version cannot read it."""
 
 
 @contextmanager
 def committed(path: str | Path, *, replace: bool = False, manifest: bool = True) -> Iterator[Path]:
-    """Yields a temporary folder that becomes `path` when the block ends well and vanishes when it does not.
+    """Yield a temporary folder that is renamed to `path` if the block succeeds, and removed if it raises.
 
-    `replace` swaps an existing tinydiff folder for the new one; until the swap is done the old one is at `path`, or
-    beside it, whence `recover` brings it back. Raises UsageError if `path` exists and may not be replaced, ResourceError
-    for any OSError, the block's own included.
+    `replace` allows an existing tinydiff folder to be replaced; if that is interrupted, the old one is still at `path`,
+    or next to it and `recover` restores it. Raises UsageError if `path` exists and may not be replaced, ResourceError
+    for any OSError, also one from the block.
     """
     path = Path(os.path.abspath(path))
     temporary = _temporary(path)
@@ -69,7 +63,7 @@ def committed(path: str | Path, *, replace: bool = False, manifest: bool = True)
 
 
 def recover(path: str | Path) -> None:
-    """Ends a replacement that was killed half-way: the old folder returns if the new one is not in its place."""
+    """Finish a replacement that was interrupted: restore the old folder unless the new one is in its place."""
     aside = _aside(Path(path))
     if os.path.lexists(aside):
         if os.path.lexists(path):
@@ -79,10 +73,10 @@ def recover(path: str | Path) -> None:
 
 
 def verify(folder: str | Path, parts: Collection[str] | None = None) -> None:
-    """Compares every file with the manifest, by size and SHA-256, and looks for files that it does not list.
+    """Check the size and SHA-256 of every file in the manifest, and that no other files exist, except hidden ones.
 
-    Where `parts` are given, other subfolders are compared by size alone. Hidden files are not looked at. A folder without
-    a manifest (any made by diffusers) is searched only for Git LFS pointers. Raises ModelError naming the file and the fix.
+    If `parts` are given, only sizes are checked in other subfolders. A folder without a manifest, as from diffusers, is
+    only searched for Git LFS pointers. Raises ModelError naming the file and the fix.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -101,16 +95,16 @@ def verify(folder: str | Path, parts: Collection[str] | None = None) -> None:
 
 
 def write_file(path: str | Path, data: bytes, *, force: bool = False) -> None:
-    """Writes `data` to `path`, making its folder; at no moment is there a part of it. See `written`."""
+    """Write `data` to `path` atomically, creating its folder. Raises as `written` does."""
     with written(path, force=force) as temporary:
         temporary.write_bytes(data)
 
 
 @contextmanager
 def written(path: str | Path, *, force: bool = False) -> Iterator[Path]:
-    """Yields a temporary path; the synced file made there becomes `path` when the block ends well. `force` overwrites.
+    """Yield a temporary path; the file written there is synced and renamed to `path` if the block succeeds.
 
-    Raises UsageError if `path` exists (also if another process makes it meanwhile), ResourceError for any OSError.
+    `force` overwrites; else UsageError if `path` exists, even if created meanwhile. ResourceError for any OSError.
     """
     path = Path(os.path.abspath(path))
     temporary = _temporary(path)
@@ -132,7 +126,7 @@ def written(path: str | Path, *, force: bool = False) -> Iterator[Path]:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The object in a JSON file of at most 64 MiB. Raises ModelError when it is missing, damaged or no object."""
+    """The object in a JSON file of at most 64 MiB. Raises ModelError if it is missing, damaged or not an object."""
     path = Path(path)
     try:
         status = path.stat()
@@ -151,7 +145,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 @contextmanager
 def lock(folder: str | Path) -> Iterator[None]:
-    """Holds `folder`, made if missing, for this process; a dead holder's lock is free. Raises BusyError if taken."""
+    """Lock `folder`, created if missing, until the block or the process ends. Raises BusyError if it is locked."""
     folder = Path(folder)
     with named(folder):
         make_folder(folder)
@@ -165,16 +159,13 @@ def lock(folder: str | Path) -> Iterator[None]:
 
 
 def shown(path: str | Path) -> str:
-    """How a message names `path`: as it is, or escaped where a terminal would act on a character or cannot show it."""
+    """`path` for a message: escaped if it has characters that are not printable."""
     return str(path) if str(path).isprintable() else ascii(str(path))
 
 
 @contextmanager
 def named(path: Path, temporary: Path | None = None) -> Iterator[None]:
-    """Turns an OSError into a ResourceError that names the file and the fix. A closed pipe is not ours to explain.
-
-    A file in `temporary` is named as the one in `path` that it was to become.
-    """
+    """Turn an OSError, except BrokenPipeError, into a ResourceError: the file, with `path` for `temporary`, and the fix."""
     try:
         yield
     except (BrokenPipeError, UserError):
@@ -189,15 +180,15 @@ def named(path: Path, temporary: Path | None = None) -> Iterator[None]:
 
 
 def system_error(error: Exception) -> OSError | None:
-    """The OSError that an exception is, or that it tells of in its text alone."""
+    """The OSError that an exception is, or that its text reports; None if there is none."""
     if isinstance(error, OSError):
         return error
-    told = TOLD.search(str(error))
-    return OSError(int(told[1]), os.strerror(int(told[1]))) if told else None
+    match = RUST_ERROR.search(str(error))
+    return OSError(int(match[1]), os.strerror(int(match[1]))) if match else None
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder and those above it, and syncs each into the one that holds it; one that is there is left alone."""
+    """Create a folder and its parents if missing, and sync each new one's parent."""
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
@@ -213,7 +204,7 @@ def _aside(path: Path) -> Path:
 
 
 def _check_free(path: Path, replace: bool, manifest: bool) -> None:
-    """Refuses an existing `path`, and even with `replace` one that holds files that tinydiff did not write."""
+    """Refuse an existing `path`, or with `replace` only one that tinydiff did not write."""
     if not os.path.lexists(path):
         return
     if not replace:
@@ -224,11 +215,8 @@ def _check_free(path: Path, replace: bool, manifest: bool) -> None:
 
 
 def _seal(folder: Path, manifest: bool) -> None:
-    """Syncs every file, then the manifest, then every folder, innermost first.
-
-    Files are made as readable as the folder is: safetensors writes them for their owner alone.
-    """
-    entries, readable = {}, folder.stat().st_mode & 0o666
+    """Sync every file, made as readable as the folder is, then the manifest, then every folder, innermost first."""
+    entries, readable = {}, folder.stat().st_mode & 0o666  # safetensors makes files readable by their owner only
     for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
         assert path.is_file() and not path.is_symlink(), f"{path} is not a regular file"
         name = path.relative_to(folder).as_posix()
@@ -238,14 +226,14 @@ def _seal(folder: Path, manifest: bool) -> None:
             _sync(path)
     if manifest:
         text = json.dumps({"format": FORMAT, "files": entries}, indent=2) + "\n"
-        _write(folder / MANIFEST, text.encode())
-    for path in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
+        (folder / MANIFEST).write_bytes(text.encode())
+        _sync(folder / MANIFEST)
+    for path in sorted(filter(Path.is_dir, [folder, *folder.rglob("*")]), reverse=True):
         _sync(path)
-    _sync(folder)
 
 
 def _install(temporary: Path, path: Path) -> None:
-    """Renames `temporary` to `path`, moving what is there out of the way and, if that fails, back."""
+    """Rename `temporary` to `path`, after moving an existing one aside; move it back if that fails."""
     aside = _aside(path)
     try:
         if os.path.lexists(path):
@@ -259,18 +247,13 @@ def _install(temporary: Path, path: Path) -> None:
     _remove(aside)
 
 
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
-    _sync(path)
-
-
 def _sync(path: Path) -> None:
-    """Until a file's bytes, or a folder's list of names, would survive the loss of power."""
+    """Wait until a file's bytes, or a folder's entries, would survive a power loss."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL or not path.is_dir():  # some network drives sync no folders
+        if error.errno != errno.EINVAL or not path.is_dir():  # some network file systems cannot sync folders
             error.filename = error.filename or str(path)
             raise
     finally:
@@ -278,7 +261,7 @@ def _sync(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Removes a folder or file that is no longer needed; what cannot be removed stays."""
+    """Remove a folder or file; what cannot be removed from a folder stays."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -294,7 +277,7 @@ def _sha256(path: Path) -> str:
 
 
 def _visible(folder: Path) -> Iterator[Path]:
-    """Every file of the folder, links as themselves, but nothing whose path holds a hidden name."""
+    """Every file in the folder, links not followed, except hidden ones and those in hidden folders."""
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if not hidden and (path.is_symlink() or not path.is_dir()):
@@ -302,7 +285,7 @@ def _visible(folder: Path) -> Iterator[Path]:
 
 
 def _entries(folder: Path) -> dict[str, dict[str, Any]]:
-    """The manifest's files, its form checked: name -> {"size": int, "sha256": str}."""
+    """The manifest's files, {name: {"size": int, "sha256": str}}. Raises ModelError if it is malformed."""
     path = folder / MANIFEST
     content = read_json(path)
     version, entries = content.get("format"), content.get("files")
@@ -334,8 +317,7 @@ def _verify_file(folder: Path, name: str, entry: dict[str, Any], hashed: bool) -
         raise ModelError(f"{shown(path)}: is a link; put the file itself in its place")
     if not path.is_file():
         raise ModelError(f"{shown(path)}: missing; {RESTORE}")
-    size = path.stat().st_size
-    if size != entry["size"]:
+    if (size := path.stat().st_size) != entry["size"]:
         refuse_pointer(path)
         raise ModelError(f"{shown(path)}: damaged, {size} bytes where {entry['size']} were written; {RESTORE}")
     if hashed and _sha256(path) != entry["sha256"]:
@@ -343,15 +325,13 @@ def _verify_file(folder: Path, name: str, entry: dict[str, Any], hashed: bool) -
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raises ModelError if `path` is what `git clone` leaves in place of a large file when Git LFS is missing."""
-    if not path.is_file() or path.stat().st_size > 1024:
-        return
-    if path.read_bytes().startswith(LFS_POINTER):
+    """Raise ModelError if `path` is a Git LFS pointer, which `git clone` leaves if Git LFS is not installed."""
+    if path.is_file() and path.stat().st_size <= 1024 and path.read_bytes().startswith(LFS_POINTER):
         raise ModelError(f"{shown(path)}: a Git LFS pointer, not the file itself; run `git lfs pull`")
 
 
 def _rename_unless_taken(temporary: Path, path: Path) -> None:
-    """A rename that does not overwrite: of two processes one succeeds. Where there are no hard links, a plain rename."""
+    """Rename without overwriting: of two processes one succeeds. Without hard links, a plain rename."""
     try:
         os.link(temporary, path)
     except FileExistsError as error:
@@ -365,7 +345,7 @@ def _rename_unless_taken(temporary: Path, path: Path) -> None:
 
 
 def _take(descriptor: int, folder: Path) -> None:
-    """Locks the open lock file and writes our process id into it."""
+    """Lock the open lock file and write our process id into it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -1,73 +1,95 @@
-"""What the flags of generate and evaluate ask for, as the pipeline's own objects; every refusal is a line with the fix.
-
-It is given the flags as a dict of their names, None where one is not given.
-"""
+"""What the flags of generate and evaluate ask for, as the pipeline's own objects; every refusal is a line with the fix."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tinydiff.diffusion.samplers import SAMPLERS
 from tinydiff.diffusion.schedules import SPACINGS
 from tinydiff.errors import UsageError
+from tinydiff.schema import nearest
 
 MAX_SIDE = 16384  # pixels, as of -W and -H
+SCALES = ("cfg_scale", "cfg_max", "cfg_complex", "cfg_rescale")
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tinydiff.editing import Edit
     from tinydiff.pipeline import Backend, Request
 
 
-def complete(opened: Backend, given: dict[str, Any]) -> tuple[Request, int]:
+@dataclass(frozen=True)
+class Flags:
+    """What was typed; None where a flag was not."""
+
+    prompt: str = ""
+    seed: int | None = None
+    count: int = 1
+    to: str | None = None
+    seed_path: str | None = None
+    frames: int | None = None
+    batch_size: int | None = None
+    steps: int | None = None
+    cfg_scale: float | None = None
+    cfg_max: float | None = None
+    cfg_complex: float | None = None
+    cfg_interval: str | None = None
+    cfg_rescale: float | None = None
+    sampler: str | None = None
+    schedule: str | None = None
+    width: int | None = None
+    height: int | None = None
+    image: Path | None = None
+    strength: float | None = None
+    mask: Path | None = None
+    outpaint: str | None = None
+    fit: bool = False
+
+
+def complete(opened: Backend, given: Flags) -> tuple[Request, int]:
     """What to draw, the model's own settings where a flag is not given: (request, batch size)."""
     from tinydiff.pipeline import Request, check_size
 
     for flag, names in (("sampler", SAMPLERS), ("schedule", SPACINGS)):
-        if given.get(flag) is not None:
-            choose(f"--{flag}", given[flag], tuple(names))
-    scales = ("cfg_scale", "cfg_max", "cfg_complex", "cfg_rescale")
-    for name in scales:
-        finite(f"--{name.replace('_', '-')}", given.get(name) or 0)
+        if (value := getattr(given, flag)) is not None:
+            choose(f"--{flag}", value, tuple(names))
+    for name in SCALES:
+        finite(f"--{name.replace('_', '-')}", getattr(given, name) or 0)
     d = opened.description
-    values = {
-        k: given[k] if given.get(k) is not None else getattr(d.generate, k)
-        for k in ("steps", "cfg_scale", "sampler", "schedule")
-    }
-    values |= {name: given[name] for name in scales[1:] if given.get(name) is not None}
-    values |= {"cfg_interval": interval(given["cfg_interval"])} if given.get("cfg_interval") else {}
-    request = Request(**values, width=given.get("width") or d.size, height=given.get("height") or d.size)
-    if request.steps > len(d.schedule):
-        raise UsageError(
-            f"--steps {request.steps}: the model has {len(d.schedule)} noise levels; give at most that many"
-        )
+    values = {k: getattr(d.generate, k) for k in ("steps", "cfg_scale", "sampler", "schedule")}
+    typed = {k: getattr(given, k) for k in (*values, *SCALES)}
+    values |= {k: v for k, v in typed.items() if v is not None}
+    values |= {"cfg_interval": interval(given.cfg_interval)} if given.cfg_interval else {}
+    request = Request(**values, width=given.width or d.size, height=given.height or d.size)
+    if request.steps > (most := len(d.schedule)):
+        raise UsageError(f"--steps {request.steps}: the model has {most} noise levels; give at most that many")
     check_size(d, request.width, request.height)
-    return request, given.get("batch_size") or d.generate.batch_size
+    return request, given.batch_size or d.generate.batch_size
 
 
-def edited(opened: Backend, request: Request, given: dict[str, Any]) -> tuple[Request, Edit | None]:
+def edited(opened: Backend, request: Request, given: Flags) -> tuple[Request, Edit | None]:
     """What is to be done to an image, and the request at that image's size. Raises UsageError for flags that do not fit."""
-    names = ("strength", "mask", "outpaint", "fit")
-    if not given["image"]:
-        if lonely := [f"--{name}" for name in names if given[name] not in (None, False)]:
+    if not given.image:
+        names = ("strength", "mask", "outpaint", "fit")
+        if lonely := [f"--{name}" for name in names if getattr(given, name) not in (None, False)]:
             raise UsageError(f"{', '.join(lonely)}: there is no image to change; give one with -i")
         return request, None
-    from dataclasses import replace
-
     from tinydiff import editing
     from tinydiff.pipeline import check_size
 
-    if (given["width"] or given["height"]) and not given["fit"]:
+    if (given.width or given.height) and not given.fit:
         raise UsageError("-W, -H: an image keeps its size; add --fit to scale and crop it")
-    strength = (
-        given["strength"] if given["strength"] is not None else 1.0 if given["mask"] or given["outpaint"] else 0.6
-    )
+    usual = 1.0 if given.mask or given.outpaint else 0.6
+    strength = given.strength if given.strength is not None else usual
     if not 0 <= strength <= 1:
         raise UsageError(f"--strength {strength}: give a number from 0 (as it is) to 1 (anything)")
-    size = (request.width, request.height) if given["fit"] else None
-    sides = margins(given["outpaint"]) if given["outpaint"] else None
-    edit = editing.read(given["image"], strength, given["mask"], sides, size, opened.description.factor)
+    size = (request.width, request.height) if given.fit else None
+    sides = margins(given.outpaint) if given.outpaint else None
+    edit = editing.read(given.image, strength, given.mask, sides, size, opened.description.factor)
     height, width = edit.image.shape[:2]
     check_size(opened.description, width, height)
     return replace(request, width=width, height=height), edit
@@ -81,8 +103,7 @@ def margins(text: str) -> tuple[int, int, int, int]:
         raise UsageError(f"--outpaint {text}: give four numbers of pixels, left,top,right,bottom, such as 0,0,64,0")
     if max(sides) > MAX_SIDE:
         raise UsageError(f"--outpaint {text}: {max(sides)} pixels are over {MAX_SIDE}; give less")
-    left, top, right, bottom = sides
-    return left, top, right, bottom
+    return sides[0], sides[1], sides[2], sides[3]
 
 
 def interval(text: str) -> tuple[float, float]:
@@ -105,25 +126,23 @@ def finite(flag: str, value: float) -> None:
 def choose(flag: str, value: str, names: tuple[str, ...]) -> None:
     """UsageError with the nearest name where `value` is none of `names`."""
     if value not in names:
-        from tinydiff.config import nearest
-
         raise UsageError(f"{flag}: unknown name {value!r}{nearest(value, names)}")
 
 
-def way(prompts: Iterator[str | None], given: dict[str, Any]) -> Iterator[Any]:
+def way(prompts: Iterator[str | None], given: Flags) -> Iterator[Any]:
     """The frames' jobs. Raises UsageError for flags that do not fit."""
     from secrets import randbelow
 
     from tinydiff import drawing
 
-    if given["prompt"] == "-" or given["count"] > 1:
+    if given.prompt == "-" or given.count > 1:
         raise UsageError("--to, --seed-path: one prompt and one way; give the prompt itself, and no --count")
-    start = given["seed"] if given["seed"] is not None else randbelow(2**31)
+    start = given.seed if given.seed is not None else randbelow(2**31)
     try:
-        seeds = [int(part) for part in given["seed_path"].split(",")] if given["seed_path"] else [start]
+        seeds = [int(part) for part in given.seed_path.split(",")] if given.seed_path else [start]
     except ValueError:
         seeds = []
-    if not seeds or (given["seed_path"] and len(seeds) < 2) or min(seeds) < 0 or max(seeds) >= 2**63:
-        raise UsageError(f"--seed-path {given['seed_path']}: give two or more seeds below 2^63, such as 1,2,3")
-    to = drawing.clean(given["to"]) if given["to"] is not None else None
-    return drawing.frames(next(prompts) or "", to, seeds, given["frames"] or 16)
+    if not seeds or (given.seed_path and len(seeds) < 2) or min(seeds) < 0 or max(seeds) >= 2**63:
+        raise UsageError(f"--seed-path {given.seed_path}: give two or more seeds below 2^63, such as 1,2,3")
+    to = drawing.clean(given.to) if given.to is not None else None
+    return drawing.frames(next(prompts) or "", to, seeds, given.frames or 16)

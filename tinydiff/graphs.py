@@ -40,24 +40,16 @@ def fused_attention() -> Any:
     from onnx.defs import OpSchema
     from onnxscript.values import Op, Opset
 
-    name, one = "MultiHeadAttention", OpSchema.FormalParameterOption.Single
-    needed = {"query": one, "key": one, "value": one}
-    optional = dict.fromkeys(("bias", "key_padding_mask", "attention_bias"), OpSchema.FormalParameterOption.Optional)
-    kinds = {
-        "num_heads": OpSchema.AttrType.INT,
-        "unidirectional": OpSchema.AttrType.INT,
-        "scale": OpSchema.AttrType.FLOAT,
-    }
-    schema = OpSchema(
-        name,
-        "com.microsoft",
-        1,
-        inputs=[OpSchema.FormalParameter(key, "T", param_option=kind) for key, kind in (needed | optional).items()],
-        outputs=[OpSchema.FormalParameter("output", "T")],
-        type_constraints=[("T", ["tensor(float)"], "")],
-        attributes=[OpSchema.Attribute(key, kind, required=key == "num_heads") for key, kind in kinds.items()],
-    )
-    return Op(Opset("com.microsoft", 1), name, schema)
+    Parameter, Option, Kind = OpSchema.FormalParameter, OpSchema.FormalParameterOption, OpSchema.AttrType
+    needed = dict.fromkeys(("query", "key", "value"), Option.Single)
+    optional = dict.fromkeys(("bias", "key_padding_mask", "attention_bias"), Option.Optional)
+    inputs = [Parameter(key, "T", param_option=option) for key, option in (needed | optional).items()]
+    kinds = {"num_heads": Kind.INT, "unidirectional": Kind.INT, "scale": Kind.FLOAT}
+    attributes = [OpSchema.Attribute(key, kind, required=key == "num_heads") for key, kind in kinds.items()]
+    name, domain, types = "MultiHeadAttention", "com.microsoft", [("T", ["tensor(float)"], "")]
+    outputs = [Parameter("output", "T")]
+    schema = OpSchema(name, domain, 1, inputs=inputs, outputs=outputs, type_constraints=types, attributes=attributes)
+    return Op(Opset(domain, 1), name, schema)
 
 
 def translations() -> dict[Callable, Callable]:
@@ -104,18 +96,15 @@ def translations() -> dict[Callable, Callable]:
         return op.Transpose(op.Reshape(y, op.Constant(value_ints=[0, 0, heads, -1])), perm=[0, 2, 1, 3])
 
     aten = torch.ops.aten
-    return {
-        aten.linear.default: linear,
-        aten.group_norm.default: group_norm,
-        aten.scaled_dot_product_attention.default: attention,
-    }
+    ours = {aten.linear: linear, aten.group_norm: group_norm, aten.scaled_dot_product_attention: attention}
+    return {operator.default: function for operator, function in ours.items()}
 
 
 # ---- passes over the graph ---------------------------------------------------------------------------------------------
 
 
 def simplify(model: IrModel, names: set[str]) -> None:
-    """Folds constants and merges equal nodes; weights stand aside as inputs meanwhile, so they stay as they are."""
+    """Folds constants and merges equal nodes. Weights are made graph inputs first, so that no pass folds them."""
     import onnxscript.optimizer
     from onnx_ir.passes import common
 
@@ -177,8 +166,7 @@ def link(graph: IrGraph, weights: Mapping[str, Value], path: Path) -> None:
 
     tensors = header(path).tensors
     for name, value in weights.items():
-        stored = tensors[name]
-        half = stored.dtype == "F16"
+        half = (stored := tensors[name]).dtype == "F16"
         dtype = ir.DataType.FLOAT16 if half else value.dtype
         assert dtype is not None
         place, shape = (path.name, stored.start, stored.end - stored.start), ir.Shape(stored.shape)

@@ -1,8 +1,7 @@
-"""Image files to arrays and back: decode safely, uint8 <-> [-1, 1], fit to a square, grids, PNG with settings.
+"""Image files to arrays and back: safe decoding, uint8 <-> [-1, 1], resizing, grids, PNG with settings.
 
-An image is a uint8 array (H, W, 3) in sRGB. Whatever the file holds (palette, alpha, 16 bits, CMYK, a colour profile,
-an EXIF orientation, many frames) is settled here, once, so that nothing else knows file formats. This module knows no
-model, no latents and no torch.
+An image is a uint8 array (H, W, 3) in sRGB. Only this module handles what files may hold: palettes, alpha, 16 bits,
+CMYK, colour profiles, EXIF orientation, many frames. It knows no model, no latents and no torch.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageColor
+from PIL.PngImagePlugin import PngInfo
 
 from tinydiff.errors import DataError, UsageError
 from tinydiff.files import shown
@@ -28,31 +28,27 @@ MAX_BYTES = 256 * 2**20
 MAX_SETTINGS = 64 * 2**10
 SETTINGS = "tinydiff"
 CROPS = ("center", "pad")
+WHITE = "#ffffff"
 ORIENTATION = 0x0112
-# EXIF orientation -> the operation that undoes it (EXIF 2.32, section 4.6.4)
-TRANSPOSES = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+# The operations that undo EXIF orientations 2 to 8 (EXIF 2.32, section 4.6.4)
+UNDO = ["FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"]
+TRANSPOSES = {orientation: Image.Transpose[name] for orientation, name in enumerate(UNDO, 2)}
 
 
-def open_image(source: Path | bytes, background: str = "#ffffff") -> np.ndarray:
-    """Decodes a PNG, JPEG or WEBP file, or its bytes, to uint8 (H, W, 3), upright, in sRGB, first frame.
+def open_image(source: Path | bytes, background: str = WHITE) -> np.ndarray:
+    """Decode the first frame of a PNG, JPEG or WEBP file, or its bytes: uint8 (H, W, 3), upright, in sRGB.
 
-    Transparency is composited on `background`. Raises DataError naming the file and the reason (not a regular file,
-    another format, truncated, larger than 64 megapixels) and UsageError for a `background` that is no colour.
+    Transparency is composited on `background`. Raises DataError with the file and the reason (not a regular file,
+    another format, truncated, over 64 megapixels), and UsageError if `background` is not a colour.
     """
     colour = _colour(background)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of what is checked here, or raises as well
+        warnings.simplefilter("ignore")  # what Pillow warns of is checked here, or raises as well
         try:
-            image = _upright(_open(source))
-            return np.array(_on_background(_to_srgb(image), colour))
+            image = _to_srgb(_upright(_open(source)))
+            if image.mode == "RGBA":
+                image = Image.alpha_composite(Image.new("RGBA", image.size, (*colour, 255)), image).convert("RGB")
+            return np.array(image)
         except (DataError, MemoryError):
             raise
         except Exception as error:  # Pillow's plugins raise many kinds
@@ -70,14 +66,11 @@ def to_uint8(pixels: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.moveaxis(np.rint(levels).astype(np.uint8), -3, -1))
 
 
-def fit(
-    image: np.ndarray, size: int | tuple[int, int], crop: str = "center", background: str = "#ffffff"
-) -> np.ndarray:
-    """uint8 (H, W, 3) to `size`, (width, height) or a square's side, aspect kept: "center" crops what is too long, "pad"
-    fills what is too short.
+def fit(image: np.ndarray, size: int | tuple[int, int], crop: str = "center", background: str = WHITE) -> np.ndarray:
+    """Resize uint8 (H, W, 3) to `size`, (width, height) or a square's side, keeping the aspect ratio.
 
-    Lanczos, which averages over all that a pixel covers when it reduces. An image of exactly `size` comes back unchanged.
-    Raises UsageError for another `crop`.
+    "center" crops the longer side, "pad" fills the shorter one with `background`. The filter is Lanczos, antialiased.
+    An image of exactly `size` is returned unchanged. Raises UsageError for another `crop`.
     """
     if crop not in CROPS:
         raise UsageError(f'crop is "{crop}"; use one of {", ".join(CROPS)}')
@@ -93,13 +86,13 @@ def fit(
     new_width, new_height = max(1, round(width * scale)), max(1, round(height * scale))
     canvas = np.full((high, wide, 3), _colour(background), dtype=np.uint8)
     left, top = (wide - new_width) // 2, (high - new_height) // 2
-    inside = canvas[top : top + new_height, left : left + new_width]
-    inside[:] = _resize(image, (new_width, new_height), (0, 0, width, height))
+    resized = _resize(image, (new_width, new_height), (0, 0, width, height))
+    canvas[top : top + new_height, left : left + new_width] = resized
     return canvas
 
 
 def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
-    """uint8 (N, H, W, 3) to one uint8 image, row by row, white between; `columns` defaults to a square arrangement."""
+    """uint8 (N, H, W, 3) to one image, row by row, with white gaps of `gap` pixels; about square without `columns`."""
     count, height, width, _ = images.shape
     columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
@@ -111,32 +104,29 @@ def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.nda
 
 
 def encode_png(image: np.ndarray, settings: dict[str, Any] | None) -> bytes:
-    """uint8 (H, W, 3) as PNG; `settings` go in as JSON in one iTXt chunk, nothing else does: equal input, equal bytes.
-
-    Settings over 64 KiB are replaced by {"omitted": reason}: the image is worth more than they are.
-    """
-    from PIL.PngImagePlugin import PngInfo
-
+    """uint8 (H, W, 3) as PNG; `settings` as JSON of at most 64 KiB in iTXt, no other metadata: equal input, equal bytes."""
     chunks = PngInfo()
     if settings is not None:
-        chunks.add_itxt(SETTINGS, _settings_json(settings))
+        text = json.dumps(settings).replace("<", "\\u003c")  # safe to show in a terminal or a web page
+        if len(text) > MAX_SETTINGS:
+            text = json.dumps({"omitted": f"settings of {len(text)} bytes are over {MAX_SETTINGS}"})
+        chunks.add_itxt(SETTINGS, text)
     file = BytesIO()
     Image.fromarray(image).save(file, "PNG", pnginfo=chunks)
     return file.getvalue()
 
 
 def encode_moving(frames: np.ndarray, suffix: str, milliseconds: int = 80) -> bytes:
-    """uint8 (N, H, W, 3) as an endless animation: ".webp" (lossless), ".gif" or ".apng"."""
+    """uint8 (N, H, W, 3) as a looping animation: ".webp" (lossless), ".gif" or ".apng"."""
     first, *rest = (Image.fromarray(frame) for frame in frames)
-    more: dict[str, Any] = {"lossless": True} if suffix == ".webp" else {}
     kind = {".webp": "WEBP", ".gif": "GIF", ".apng": "PNG"}[suffix]
     file = BytesIO()
-    first.save(file, kind, save_all=True, append_images=rest, duration=milliseconds, loop=0, **more)
+    first.save(file, kind, save_all=True, append_images=rest, duration=milliseconds, loop=0, lossless=True)
     return file.getvalue()
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings that `encode_png` wrote. Raises DataError when the file has none."""
+    """The settings that `encode_png` wrote. Raises DataError if the file has none."""
     try:
         with warnings.catch_warnings(), _open(path) as image:
             warnings.simplefilter("ignore")
@@ -152,7 +142,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def _open(source: Path | bytes) -> Image.Image:
-    """The image with its header read and judged, not yet decoded."""
+    """The image, its size checked but its pixels not yet decoded. Raises DataError if it is too large."""
     from PIL import JpegImagePlugin, PngImagePlugin, WebPImagePlugin  # noqa: F401  (else Pillow loads all its plugins)
 
     image = Image.open(BytesIO(source if isinstance(source, bytes) else _read(source)), formats=FORMATS)
@@ -163,7 +153,7 @@ def _open(source: Path | bytes) -> Image.Image:
 
 
 def _read(path: Path) -> bytes:
-    """The bytes of a regular file of bearable size; a FIFO or device is never opened."""
+    """The bytes of a regular file of at most MAX_BYTES; a FIFO or device is never opened."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise DataError(f"{_name(path)}: not a regular file; give a PNG, JPEG or WEBP file")
@@ -173,7 +163,7 @@ def _read(path: Path) -> bytes:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """`image` turned as its EXIF orientation asks; one that cannot be read counts as none."""
+    """`image` with its EXIF orientation applied, if that can be read."""
     image.load()
     try:
         operation = TRANSPOSES.get(image.getexif().get(ORIENTATION, 1))
@@ -183,7 +173,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB or, where there is transparency, RGBA; the colour profile applied if it can be."""
+    """Any mode to RGB, or RGBA if there is transparency, with its colour profile applied if possible."""
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I"):
         image, profile = _from_16_bit(image), None
@@ -197,7 +187,7 @@ def _to_srgb(image: Image.Image) -> Image.Image:
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:
-    """16-bit grey to 8-bit by rounding (Pillow's own conversion clips); a transparent grey level becomes alpha."""
+    """16-bit grey to 8-bit, rounded (Pillow's own conversion clips); a transparent grey level becomes alpha."""
     wide = np.asarray(image).astype(np.uint32)
     grey = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
     if "transparency" not in image.info:
@@ -207,7 +197,7 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
 
 
 def _apply_profile(image: Image.Image, profile: bytes) -> Image.Image:
-    """Colours of an ICC profile to sRGB; a profile that is damaged or does not match the mode is ignored."""
+    """Convert from an ICC profile to sRGB; a profile that is damaged or does not match the mode is ignored."""
     from PIL import ImageCms
 
     try:
@@ -225,23 +215,9 @@ def _apply_profile(image: Image.Image, profile: bytes) -> Image.Image:
     return converted
 
 
-def _on_background(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    if image.mode == "RGB":
-        return image
-    return Image.alpha_composite(Image.new("RGBA", image.size, (*colour, 255)), image).convert("RGB")
-
-
 def _resize(image: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float]) -> np.ndarray:
     """`box` (left, top, right, bottom) of the image, resampled to `size` (width, height)."""
     return np.array(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS, box))
-
-
-def _settings_json(settings: dict[str, Any]) -> str:
-    """ASCII JSON without "<", so that neither a terminal nor a web page that shows it raw can be led astray."""
-    text = json.dumps(settings).replace("<", "\\u003c")
-    if len(text) > MAX_SETTINGS:
-        text = json.dumps({"omitted": f"settings of {len(text)} bytes are over {MAX_SETTINGS}"})
-    return text
 
 
 def _colour(text: str) -> tuple[int, int, int]:
@@ -253,7 +229,7 @@ def _colour(text: str) -> tuple[int, int, int]:
 
 
 def _name(source: Path | bytes) -> str:
-    """How a message names `source`."""
+    """`source` for a message."""
     return "image" if isinstance(source, bytes) else shown(source)
 
 

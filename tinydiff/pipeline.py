@@ -7,32 +7,23 @@ own seed, so an image does not depend on its batch or on the backend.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
-from tinydiff import images, tiling
+from tinydiff import condition, images, tiling
 from tinydiff.checkpoints.description import Description
-from tinydiff.diffusion import noise
-from tinydiff.diffusion.guidance import (
-    Scale,
-    classifier_free,
-    complexity,
-    composed,
-    growing,
-    keeping,
-    rescale,
-    unadjusted,
-    within,
-)
+from tinydiff.condition import Condition
+from tinydiff.diffusion import guidance, noise
 from tinydiff.diffusion.predictions import PREDICTIONS
 from tinydiff.diffusion.samplers import SAMPLERS, Denoise
 from tinydiff.diffusion.schedules import Level, Levels
 from tinydiff.editing import Edit, cells
 from tinydiff.errors import DivergedError, UsageError
-from tinydiff.text.prompts import Branch, Piece, Tokens, chunks
+from tinydiff.text.prompts import Branch, Piece, Tokens
 
 Prompt = str | Sequence[Branch]
 
@@ -44,14 +35,16 @@ class Backend(Protocol):
     description: Description
 
     @property
-    def tokenizer(self) -> Tokens: ...
-
-    def encode_text(self, ids: np.ndarray) -> np.ndarray:
-        """(B, T) int64 -> (B, T, D)."""
+    def tokenizers(self) -> Mapping[str, Tokens]:
+        """By text encoder, at least one."""
         ...
 
-    def denoise(self, x: np.ndarray, t: float, context: np.ndarray) -> np.ndarray:
-        """x (B, C, h, w), context (B, T, D) -> the network's output, like x."""
+    def encode_text(self, ids: Mapping[str, np.ndarray]) -> Condition:
+        """Token ids (B, T) int64 by text encoder -> what the denoiser is told of them."""
+        ...
+
+    def denoise(self, x: np.ndarray, t: float, condition: Condition) -> np.ndarray:
+        """x (B, C, h, w), a condition of B rows -> the network's output, like x."""
         ...
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
@@ -81,13 +74,12 @@ class Request:
 
 def check_size(description: Description, width: int, height: int) -> None:
     """UsageError naming the nearest sizes where the model cannot draw this one."""
+    m = description.multiple
     for name, value in (("width", width), ("height", height)):
-        m = description.multiple
-        if value < m or value % m:
-            low = max(m, value // m * m)
-            raise UsageError(
-                f"{name} {value} is no multiple of {m}, which this model needs; nearest are {low} and {low + m}"
-            )
+        low = max(m, value // m * m)
+        if value != low:
+            problem = f"{name} {value} is no multiple of {m}, which this model needs"
+            raise UsageError(f"{problem}; nearest are {low} and {low + m}")
 
 
 def generate(
@@ -133,7 +125,7 @@ def denoise_latents(
         known = latents(backend, edit.image)
         levels = Levels(levels[request.steps - int(request.steps * edit.strength) :], levels.at)
         if edit.mask is not None and beside is None:
-            denoise = keeping(denoise, known, cells(edit.mask, d.factor))
+            denoise = guidance.keeping(denoise, known, cells(edit.mask, d.factor))
         # SDEdit (Meng et al. 2022, algorithm 1), but for a start of noise alone where nothing of the image is to stay
         x = x * levels[0].sigma + (known * levels[0].alpha if edit.strength < 1 else 0)
     else:
@@ -142,9 +134,8 @@ def denoise_latents(
     sampler = SAMPLERS[request.sampler](denoise, x, levels, lambda step: noise.normal(seeds, shape, step + 1))
     for step, (x, _) in enumerate(sampler):
         if not np.isfinite(x).all():
-            raise DivergedError(
-                f"the network returned non-finite values at step {step + 1} of {len(levels) - 1}; use fp32 weights"
-            )
+            where = f"step {step + 1} of {len(levels) - 1}"
+            raise DivergedError(f"the network returned non-finite values at {where}; use fp32 weights")
         on_step(step + 1)
         yield x
 
@@ -157,16 +148,12 @@ def latents(backend: Backend, image: np.ndarray) -> np.ndarray:
 
 
 def concatenated(backend: Backend, edit: Edit | None, shape: tuple[int, ...]) -> np.ndarray | None:
-    """What an inpainting model reads beside x: the mask and the masked image's latents (1, 1 + C, h, w); else None.
-
-    Without an image that is one of which everything is to be drawn.
-    """
+    """What an inpainting model reads beside x: the mask and the masked image's latents (1, 1 + C, h, w); else None."""
     d = backend.description
     if d.in_channels == d.latent_channels:
         return None
-    mask = (
-        edit.mask if edit and edit.mask is not None else np.ones((shape[1] * d.factor, shape[2] * d.factor), np.float32)
-    )
+    everything = np.ones((shape[1] * d.factor, shape[2] * d.factor), np.float32)  # is to be drawn where no mask says
+    mask = edit.mask if edit and edit.mask is not None else everything
     grey = edit.image if edit else np.full((*mask.shape, 3), 127, np.uint8)
     kept = np.where(mask[..., None] < 0.5, grey, np.uint8(127))
     return np.concatenate([cells(mask, d.factor)[None, None], latents(backend, kept)], axis=1)
@@ -177,91 +164,50 @@ def guided(
     prompts: Sequence[Prompt],
     negatives: Sequence[str],
     request: Request,
-    beside: np.ndarray | None = None,
+    beside: np.ndarray | None = None,  # (1, C', h, w), concatenated to what the network reads
 ) -> Denoise:
-    """The denoiser (x, level) -> x0 under the request's guidance; where that is 1, the prompt alone is asked.
-
-    `beside` (1, C', h, w) is concatenated to what the network reads.
-    """
+    """The denoiser (x, level) -> x0 under the request's guidance; where that is 1, the prompt alone is asked."""
     d, count = backend.description, len(prompts)
-    branches = [as_branches(prompt) for prompt in prompts]
+    branches = [[plain(prompt)] if isinstance(prompt, str) else prompt for prompt in prompts]
     rows = [i for i, parts in enumerate(branches) for _ in parts]  # the image of each conditional row
     weights = [branch.weight for parts in branches for branch in parts]
     alone = len(rows) == count and set(weights) == {1.0}
     strength = scale(request, branches, len(d.schedule))
     blank = [] if alone and strength is request.cfg_scale and strength == 1 else negatives
-    contexts = vectors(backend, [*map(plain, blank), *(branch for parts in branches for branch in parts)])
+    asked = [*map(plain, blank), *(branch for parts in branches for branch in parts)]
+    told = condition.of_branches(backend, asked)
+    told |= condition.of_size(d.conditions, request.height, request.width, len(asked))
     to_x0 = PREDICTIONS[d.prediction].to_x0
 
-    def ask(x: np.ndarray, level: Level, context: np.ndarray) -> np.ndarray:
+    def ask(x: np.ndarray, level: Level, told: Condition) -> np.ndarray:
         read = x if beside is None else np.concatenate([x, np.repeat(beside, len(x), axis=0)], axis=1)
-        return to_x0(backend.denoise(read, level.t, context), x, level.alpha, level.sigma)
-
-    def one(x: np.ndarray, level: Level) -> np.ndarray:
-        return ask(x, level, contexts[-count:])
+        return to_x0(backend.denoise(read, level.t, told), x, level.alpha, level.sigma)
 
     def both(x: np.ndarray, level: Level) -> tuple[np.ndarray, np.ndarray]:
-        each = ask(np.concatenate([x, x[rows]]), level, contexts)
+        each = ask(np.concatenate([x, x[rows]]), level, told)
         u, c = each[:count], each[count:]
         if alone:
             return u, c
         parts = [[(weights[j], c[j]) for j, row in enumerate(rows) if row == i] for i in range(count)]
-        return u, np.stack([composed(u[i], part) for i, part in enumerate(parts)])
+        return u, np.stack([guidance.composed(u[i], part) for i, part in enumerate(parts)])
 
-    adjust = rescale(PREDICTIONS[d.prediction], request.cfg_rescale) if request.cfg_rescale else unadjusted
-    return classifier_free(both, strength, one if alone else None, adjust)
+    one = partial(ask, told={name: array[-count:] for name, array in told.items()}) if alone else None
+    share = request.cfg_rescale
+    adjust = guidance.rescale(PREDICTIONS[d.prediction], share) if share else guidance.unadjusted
+    return guidance.classifier_free(both, strength, one, adjust)
 
 
-def scale(request: Request, branches: Sequence[Sequence[Branch]], levels: int) -> Scale:
+def scale(request: Request, branches: Sequence[Sequence[Branch]], levels: int) -> guidance.Scale:
     """How strong guidance is: a number, or a function of the level that gives a number or one an image."""
     base: Any = request.cfg_scale
     if request.cfg_complex is not None:
-        shares = [complexity(" ".join(branch.text for branch in parts).split()) for parts in branches]
+        shares = [guidance.complexity(" ".join(branch.text for branch in parts).split()) for parts in branches]
         base = (base + (request.cfg_complex - base) * np.array(shares, np.float32))[:, None, None, None]
-    found = growing(base, request.cfg_max, levels) if request.cfg_max is not None else base
-    return within(found, *request.cfg_interval, levels) if request.cfg_interval != (0.0, 1.0) else found
-
-
-def as_branches(prompt: Prompt) -> Sequence[Branch]:
-    return [plain(prompt)] if isinstance(prompt, str) else prompt
+    strength = base if request.cfg_max is None else guidance.growing(base, request.cfg_max, levels)
+    all_levels = request.cfg_interval == (0.0, 1.0)
+    return strength if all_levels else guidance.within(strength, *request.cfg_interval, levels)
 
 
 def plain(text: str) -> Branch:
     """A text as its own words, whatever brackets it has."""
     return Branch((Piece(text, 1.0),), 1.0)
-
-
-def vectors(backend: Backend, branches: Sequence[Branch]) -> np.ndarray:
-    """Text vectors (B, K T, D) of branches, those on the way to another prompt mixed with its."""
-    found = encode(backend, [branch.pieces for branch in branches] + [b.toward for b in branches if b.toward])
-    ahead = iter(found[len(branches) :])
-    mixed = (
-        a + (next(ahead) - a) * np.float32(b.share) if b.toward else a for a, b in zip(found, branches, strict=False)
-    )
-    return np.stack(list(mixed))
-
-
-def encode(backend: Backend, texts: Sequence[tuple[Piece, ...]]) -> np.ndarray:
-    """Text vectors (B, K T, D), K the chunks of the longest text; equal texts are encoded once.
-
-    A weight w moves a token's vector from the empty prompt's at its place: blank + w (vector - blank).
-    """
-    unique, tokenizer = list(dict.fromkeys(texts)), backend.tokenizer
-    words = ["".join(piece.text for piece in pieces) for pieces in unique]
-    if all(piece.weight == 1 for pieces in unique for piece in pieces) and not any(map(tokenizer.cut, words)):
-        found = backend.encode_text(tokenizer.encode(words))
-    else:
-        found = _weighted(backend, [chunks(pieces, tokenizer) for pieces in unique])
-    return found[[unique.index(pieces) for pieces in texts]]
-
-
-def _weighted(backend: Backend, parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """Vectors (B, K T, D) of ids and weights (K, T) each, shorter texts filled up with empty chunks."""
-    longest = max(len(ids) for ids, _ in parts)
-    empty = backend.tokenizer.encode([""])
-    ids = np.concatenate([empty, *(np.concatenate([i, *[empty] * (longest - len(i))]) for i, _ in parts)])
-    weights = np.stack([np.concatenate([w, np.ones((longest - len(w), w.shape[1]), np.float32)]) for _, w in parts])
-    vectors = backend.encode_text(ids)
-    blank, vectors = vectors[0], vectors[1:].reshape(*weights.shape, -1)  # (B, K, T, D)
-    moved = np.where(weights[..., None] == 1, vectors, blank + (vectors - blank) * weights[..., None])
-    return moved.reshape(len(parts), -1, vectors.shape[-1])

@@ -1,7 +1,7 @@
-"""Several processes that torchrun started on one command: which of them this is, and how the first one deals out work.
+"""Several processes of one command, started by torchrun: this one's rank, and how the first one distributes work.
 
-Work is bytes here; what it means is the caller's. torch is imported only where there are several processes: its store,
-which torchrun's agent hosts, is what they share. Nothing is pickled.
+Items of work are bytes, whose meaning only the caller knows. They go through torch's key-value store, which torchrun's
+agent hosts; torch is imported only if there are several processes. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -11,41 +11,36 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from queue import Queue
+from typing import Any
 
 from tinydiff.errors import ResourceError
 
-if TYPE_CHECKING:
-    from queue import Queue
-
-AHEAD = 4  # items that wait for a process, so that it never waits for the first one, nor all of stdin lies in memory
+AHEAD = 4  # items queued for each process: it need not wait for the first one, and memory does not hold all of stdin
 POLL = 0.02  # seconds
-PATIENCE = 24 * 3600.0  # seconds without work; torchrun ends the others of a dead process long before
+PATIENCE = 24 * 3600.0  # seconds to wait for another process; if one dies, torchrun ends the others long before
 
 
 def rank() -> int:
-    """This process's number from 0; 0 for one that torchrun did not start."""
+    """This process's rank; 0 without torchrun."""
     return int(os.environ.get("RANK", 0)) if world() > 1 else 0
 
 
 def world() -> int:
-    """How many processes torchrun started on this command, on all machines; 1 without torchrun."""
+    """The number of processes, on all machines; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
 def turn() -> str:
-    """What precedes a message that ends this process, when it is its turn to say it.
-
-    What all processes meet, the first one says: torchrun ends the others while they wait here.
-    """
+    """The prefix of a message that ends this process: "" or, after a while, "[rank N] "."""
     if not rank():
         return ""
-    time.sleep(3)
+    time.sleep(3)  # if all ranks have the same error, rank 0 reports it and torchrun ends the others meanwhile
     return f"[rank {rank()}] "
 
 
 def own_device() -> None:
-    """Leave this process one CUDA device to see: of those that its machine shows, the one of its number there."""
+    """Make one CUDA device visible to this process: the one at its local rank among those of its machine."""
     if world() == 1:
         return
     import torch
@@ -57,10 +52,9 @@ def own_device() -> None:
 
 
 def dealt(items: Iterator[bytes]) -> Iterator[bytes]:
-    """This process's share of the items: item k goes to process k modulo their number, as soon as there is an item k.
+    """This process's share of `items`: item k goes to rank k % world, as soon as it is there. No item may be empty.
 
-    Only the first process reads `items`, in a thread of its own, and meets what they raise. No item may be empty. Raises
-    ResourceError where the processes cannot talk to each other.
+    Only rank 0 reads `items`, in a thread, and raises what they raise. Raises ResourceError if a process is lost.
     """
     from torch.distributed import DistError
 
@@ -71,9 +65,7 @@ def dealt(items: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _deal(items: Iterator[bytes]) -> Iterator[bytes]:
-    from queue import Queue
-
-    own: Queue[Any] = Queue(AHEAD)  # items, then an empty one or what went wrong
+    own: Queue[Any] = Queue(AHEAD)  # items, then an empty one or an exception
 
     def feed() -> None:
         try:
@@ -90,7 +82,7 @@ def _deal(items: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _hand_out(items: Iterator[bytes], own: Queue[Any]) -> None:
-    """Every item to its process, then an empty one to each other; ends when all have been taken, the store may be ours."""
+    """Queue every item, then an empty one per process; wait until all are taken, as this process may host the store."""
     store = _store()
     for index, item in enumerate(items):
         if not index % world():
@@ -115,7 +107,7 @@ def _received() -> Iterator[bytes]:
 
 
 def _wait(ready: Any) -> None:
-    """Until `ready()`; a signal gets through, as it would not while torch waits."""
+    """Wait until `ready()`. It polls, because signals are not handled while torch itself waits."""
     begun = time.monotonic()
     while not ready():
         if time.monotonic() - begun > PATIENCE:
@@ -124,7 +116,7 @@ def _wait(ready: Any) -> None:
 
 
 def _store() -> Any:
-    """The key-value store that torch's own process groups meet at; names of their own for each start by torchrun."""
+    """The key-value store of torch's process groups, with a prefix of its own for each restart by torchrun."""
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 

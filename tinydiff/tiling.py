@@ -1,7 +1,7 @@
-"""The autoencoder over images of any size in bounded memory: few at a time, and large ones in overlapping tiles.
+"""The autoencoder on images of any size in bounded memory: a few at a time, and large ones in overlapping tiles.
 
-It knows arrays and the two calls of a backend. Tiles are blended by straight ramps over their overlap, so no seam shows; an
-image of at most `MOST` pixels is one tile, and comes out as if there were none.
+Tiles are blended by linear ramps over their overlap, so no seam shows. An image of at most `MOST` pixels is not tiled.
+It knows arrays and a backend's two calls only.
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-MOST = 768 * 768  # pixels that go through at once
+MOST = 768 * 768  # pixels in one call
 TILE, OVERLAP = 512, 128  # pixels
 
 Call = Callable[[np.ndarray], np.ndarray]
 
 
 def decode(call: Call, z: np.ndarray, factor: int) -> np.ndarray:
-    """(B, C, h, w) -> (B, 3, H, W) by `call`, which decodes a few latents at a time."""
+    """(B, C, h, w) -> (B, 3, H, W) by `call`, which decodes one batch of latents; `factor` is H / h."""
     return _bounded(call, z, factor, 1)
 
 
 def encode(call: Call, pixels: np.ndarray, factor: int) -> np.ndarray:
-    """(B, 3, H, W) -> (B, 2C, h, w) by `call`, which encodes a few images at a time."""
+    """(B, 3, H, W) -> (B, 2C, h, w) by `call`, which encodes one batch of images; `factor` is H / h."""
     return _bounded(call, pixels, 1, factor)
 
 
 def _bounded(call: Call, x: np.ndarray, up: int, down: int) -> np.ndarray:
-    """`call` multiplies sides by up / down; `up` is also the pixels that a side of x stands for."""
+    """`call` on a few images at a time, or on tiles. It scales sides by up / down; x has one cell per `up` pixels."""
     pixels = x.shape[2] * x.shape[3] * up * up
     if pixels > MOST:
         return np.concatenate([_tiled(call, image, up, down) for image in np.split(x, len(x))])
@@ -36,7 +36,7 @@ def _bounded(call: Call, x: np.ndarray, up: int, down: int) -> np.ndarray:
 
 
 def _tiled(call: Call, x: np.ndarray, up: int, down: int) -> np.ndarray:
-    """One image (1, C, h, w) in tiles: the mean of those that cover a place, each weighted by its distance from its edge."""
+    """One image (1, C, h, w) in tiles: where they overlap, the mean weighted by the distance to each tile's edge."""
     height, width = (n * up // down for n in x.shape[2:])
     total = weight = np.zeros((1, 1, height, width), np.float32)
     for top, bottom, rows in _spans(x.shape[2], up, down):
@@ -52,11 +52,11 @@ def _tiled(call: Call, x: np.ndarray, up: int, down: int) -> np.ndarray:
 
 
 def _spans(size: int, up: int, down: int) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Where tiles start and end along a side of x, and the weights of their places in the result."""
+    """The start and end of each tile along a side of x, and its weights along that side of the result."""
     tile, step = min(size, TILE // up), (TILE - OVERLAP) // up
     for start in [*range(0, size - tile, step), size - tile]:
         n, fade = tile * up // down, OVERLAP // down
-        places = np.arange(n, dtype=np.float32) + 0.5
-        from_start = np.full(n, np.inf) if start == 0 else places
-        from_end = np.full(n, np.inf) if start + tile == size else places[::-1]
+        positions = np.arange(n, dtype=np.float32) + 0.5
+        from_start = np.full(n, np.inf) if start == 0 else positions
+        from_end = np.full(n, np.inf) if start + tile == size else positions[::-1]
         yield start, start + tile, np.minimum(np.minimum(from_start, from_end) / fade, 1).astype(np.float32)

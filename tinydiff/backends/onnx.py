@@ -11,7 +11,7 @@ import ctypes
 import io
 import mmap
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -20,27 +20,21 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from tinydiff.checkpoints.description import configs, denoiser_of, describe, tokenizer_of
+from tinydiff.checkpoints.source import Source
+from tinydiff.condition import Condition, joined, texts_of
 from tinydiff.errors import ModelError, ResourceError
 from tinydiff.files import shown, verify
-from tinydiff.text.labels import Labels, one_hot
+from tinydiff.networks import graphs
+from tinydiff.networks.network import HIDDEN, Graph
+from tinydiff.protobuf import BYTES, fields
+from tinydiff.text.labels import one_hot
 
-IO = {  # names of inputs and outputs, as optimum has them
-    "text_encoder": (("input_ids",), ("last_hidden_state", "pooler_output")),
-    "unet": (("sample", "timestep", "encoder_hidden_states"), ("out_sample",)),
-    "transformer": (("sample", "timestep", "encoder_hidden_states"), ("out_sample",)),
-    "vae_encoder": (("sample",), ("latent_parameters",)),
-    "vae_decoder": (("latent_sample",), ("sample",)),
-}
+ENCODER = "vae_encoder"
+DRAWING = ("text_encoder", "vae_decoder", "scheduler", "tokenizer")  # folders that drawing reads
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
-DTYPES = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(double)": np.float64,
-    "tensor(int64)": np.int64,
-    "tensor(int32)": np.int32,
-}
+DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+DTYPES |= {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
 RESTORE = "copy or export it again"
 IDENTITY = (  # y = x, the smallest graph that shows whether a provider works
     b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
@@ -57,23 +51,24 @@ class OnnxBackend:
 
     name = "onnx"
 
-    def __init__(self, path: Path, device: str = "auto", wait: bool = True):
-        self.path, self.device = path, choose_device(device)
+    def __init__(self, source: Source, device: str = "auto", wait: bool = True):
+        self.path, self.device = source.path, choose_device(device)
         self.pool = ThreadPoolExecutor(4)  # neither opening a graph nor hashing a file needs Python
-        self.denoiser = denoiser_of(path)  # what text to image needs, the longest to open first
-        drawing = (self.denoiser, "vae_decoder", *(["text_encoder"] if (path / "text_encoder").is_dir() else []))
-        self.checks = self.pool.submit(verify, path, (*drawing, "scheduler", "tokenizer"))
-        self.sessions = {name: self.pool.submit(open_session, path, name, self.device) for name in drawing}
+        self.checks = self.pool.submit(verify, self.path, (*DRAWING, source.denoiser))
         try:
-            found = configs(path)
-            self.description, self.tokenizer = describe(path), tokenizer_of(path, found)
-            if "text_encoder" not in self.sessions and not isinstance(self.tokenizer, Labels):
-                raise ModelError(f"{shown(path / 'text_encoder')}: missing; {RESTORE}")
+            with contextlib.suppress(KeyError, TypeError, ValueError):  # of a table that `description` refuses below
+                self.denoiser, self.graphs = source.denoiser, graphs(source.configs)
+                drawing = (name for name in self.graphs if name != ENCODER)  # text to image needs no other
+                self.sessions = {name: self.pool.submit(self.open, name) for name in drawing}
+            self.description, self.tokenizers = source.description, source.tokenizers
         except ModelError:
             self.checks.result()  # what is wrong with the files says more than what came of it
             raise
         if wait:
             self.wait()
+
+    def open(self, name: str) -> ort.InferenceSession:
+        return open_session(self.path, name, self.graphs[name], self.device)
 
     def wait(self) -> None:
         """Until everything that drawing needs is open, or raises what keeps it from that."""
@@ -84,28 +79,34 @@ class OnnxBackend:
     @cached_property
     def vae_encoder(self) -> ort.InferenceSession:
         """Opened when first needed: drawing from text alone never does."""
-        verify(self.path, ("vae_encoder",))
-        return open_session(self.path, "vae_encoder", self.device)
+        verify(self.path, (ENCODER,))
+        return self.open(ENCODER)
 
-    def encode_text(self, ids: np.ndarray) -> np.ndarray:
+    def encode_text(self, ids: Mapping[str, np.ndarray]) -> Condition:
         self.wait()
-        if "text_encoder" not in self.sessions:
-            return one_hot(ids, self.tokenizer.vocab_size)
-        return run(self.sessions["text_encoder"].result(), "last_hidden_state", input_ids=ids)
+        outputs = [self.read(name, rows) for name, rows in ids.items()]
+        return joined(outputs, self.description.conditions, np.concatenate)
 
-    def denoise(self, x: np.ndarray, t: float, context: np.ndarray) -> np.ndarray:
-        denoiser = self.sessions[self.denoiser].result()
-        return run(denoiser, "out_sample", sample=x, timestep=np.array(t), encoder_hidden_states=context)
+    def read(self, name: str, ids: np.ndarray) -> dict[str, np.ndarray]:
+        """The outputs of one text encoder that the denoiser is told."""
+        if name not in self.sessions:
+            return {HIDDEN: one_hot(ids, self.tokenizers[name].vocab_size)}
+        told = texts_of(self.description.conditions).values()
+        return run(self.sessions[name].result(), [k for k in self.graphs[name].outputs if k in told], input_ids=ids)
+
+    def denoise(self, x: np.ndarray, t: float, condition: Condition) -> np.ndarray:
+        session = self.sessions[self.denoiser].result()
+        return run(session, ["out_sample"], sample=x, timestep=np.array(t), **condition)["out_sample"]
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
-        return run(self.vae_encoder, "latent_parameters", sample=pixels)
+        return run(self.vae_encoder, ["latent_parameters"], sample=pixels)["latent_parameters"]
 
     def decode(self, z: np.ndarray) -> np.ndarray:
-        return run(self.sessions["vae_decoder"].result(), "sample", latent_sample=z)
+        return run(self.sessions["vae_decoder"].result(), ["sample"], latent_sample=z)["sample"]
 
 
-def run(session: ort.InferenceSession, output: str, **inputs: np.ndarray) -> np.ndarray:
-    """One float32 output of a session; inputs are converted to what the graph declares."""
+def run(session: ort.InferenceSession, outputs: list[str], **inputs: np.ndarray) -> dict[str, np.ndarray]:
+    """Outputs of a session by name, in float32; inputs are converted to what the graph declares."""
     feed, batch = {}, session.get_inputs()[0].shape[:1]
     for declared in session.get_inputs():
         value = inputs[declared.name].astype(DTYPES[declared.type], copy=False)
@@ -113,14 +114,14 @@ def run(session: ort.InferenceSession, output: str, **inputs: np.ndarray) -> np.
             value = np.full(len(inputs["sample"]) if declared.shape == batch else 1, value)
         feed[declared.name] = np.asarray(value, order="C")  # a scalar stays one, which ascontiguousarray makes a list
     try:
-        result: Any = session.run([output], feed)[0]
+        results: Any = session.run(outputs, feed)
     except Exception as error:  # onnxruntime's exceptions share no other base
-        raise failure(f"the graph that gives {output}", error) from error
-    return result.astype(np.float32, copy=False)
+        raise failure(f"the graph that gives {outputs[0]}", error) from error
+    return {name: each.astype(np.float32, copy=False) for name, each in zip(outputs, results, strict=True)}
 
 
-def open_session(bundle: Path, name: str, device: str) -> ort.InferenceSession:
-    """The session of one graph of a bundle on "cpu" or "cuda", its inputs and outputs as `IO` has them.
+def open_session(bundle: Path, name: str, graph: Graph, device: str) -> ort.InferenceSession:
+    """The session of one graph of a bundle on "cpu" or "cuda", its inputs and outputs as `graph` has them.
 
     Raises ModelError where the graph is missing or damaged, ResourceError where onnxruntime turns from cuda to the CPU.
     """
@@ -136,7 +137,7 @@ def open_session(bundle: Path, name: str, device: str) -> ort.InferenceSession:
         raise failure(shown(path), error) from error
     if device == "cuda" and session.get_providers()[0] != CUDA:
         raise ResourceError(f"{shown(path)}: onnxruntime would run it on the CPU; use --device cpu or mend CUDA")
-    check_io(path, session, *IO[name])
+    check_io(path, session, graph)
     return session
 
 
@@ -147,13 +148,14 @@ def level(bundle: Path, name: str, device: str) -> ort.GraphOptimizationLevel:
     return ort.GraphOptimizationLevel.ORT_ENABLE_BASIC if enough else ort.GraphOptimizationLevel.ORT_ENABLE_ALL
 
 
-def check_io(path: Path, session: ort.InferenceSession, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
-    """ModelError unless the graph takes exactly `inputs`, of types we can give, and has the first of `outputs`."""
-    found = {value.name: value.type for value in session.get_inputs()}
-    if set(found) != set(inputs) or not set(found.values()) <= set(DTYPES):
-        raise ModelError(f"{shown(path)}: takes {found}, not {', '.join(inputs)}; export it with tinydiff or optimum")
-    if outputs[0] not in {value.name for value in session.get_outputs()}:
-        raise ModelError(f"{shown(path)}: has no output {outputs[0]}; export it with tinydiff or optimum")
+def check_io(path: Path, session: ort.InferenceSession, graph: Graph) -> None:
+    """ModelError unless the session takes exactly the graph's inputs, of types we can give, and has its first output."""
+    takes, output = {value.name: value.type for value in session.get_inputs()}, next(iter(graph.outputs))
+    if takes.keys() != graph.inputs.keys() or not set(takes.values()) <= DTYPES.keys():
+        wanted = ", ".join(graph.inputs)
+        raise ModelError(f"{shown(path)}: takes {takes}, not {wanted}; export it with tinydiff or optimum")
+    if output not in {value.name for value in session.get_outputs()}:
+        raise ModelError(f"{shown(path)}: has no output {output}; export it with tinydiff or optimum")
 
 
 def failure(what: str, error: Exception) -> ModelError | ResourceError:
@@ -162,9 +164,6 @@ def failure(what: str, error: Exception) -> ModelError | ResourceError:
     if re.search("allocat|out of memory", reason, re.IGNORECASE):
         return ResourceError(f"{what}: not enough memory ({reason}); draw fewer or smaller images at once")
     return ModelError(f"{what}: onnxruntime refuses it ({reason}); {RESTORE}")
-
-
-# ---- devices -----------------------------------------------------------------------------------------------------------
 
 
 def choose_device(device: str) -> str:
@@ -227,7 +226,7 @@ def check_external_data(path: Path) -> None:
         if not all(n.isascii() and n.isdigit() and len(n) < 19 for n in numbers):
             raise ModelError(f"{shown(path)}: external data at {numbers!a}; {RESTORE}")
         if sum(map(int, numbers)) > sizes[tensor.get("location", "")]:
-            raise ModelError(f"{shown(path)}: external data behind the end of {tensor['location']!a}; {RESTORE}")
+            raise ModelError(f"{shown(path)}: external data after the end of {tensor['location']!a}; {RESTORE}")
 
 
 def plain_size(graph: Path, name: str) -> int:
@@ -247,39 +246,13 @@ def external_tensors(data: bytes) -> Iterator[dict[str, str]]:
     """
     todo = [("Model", 0, len(data))]
     while todo:
-        kind, start, end = todo.pop()
-        inner = [(NESTED[kind][n], a, b) for n, a, b in fields(data, start, end) if n in NESTED[kind]]
+        kind, *place = todo.pop()
+        known = NESTED[kind]
+        inner = [(known[n], a, b) for n, wire, a, b in fields(data, *place) if n in known and wire == BYTES]
         if kind != "Tensor":
             todo += inner
         elif inner:
-            entries = ({n: data[a:b].decode() for n, a, b in fields(data, *entry[1:])} for entry in inner)
-            yield {entry.get(1, ""): entry.get(2, "") for entry in entries}
-
-
-def fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """The length-delimited fields of a protobuf message in data[at:end]: field number, start, end."""
-    while at < end:
-        tag, at = (data[at], at + 1) if data[at] < 128 else varint(data, at)
-        kind = tag & 7
-        if kind == 2:
-            size, at = (data[at], at + 1) if data[at] < 128 else varint(data, at)
-            yield tag >> 3, at, at + size
-            at += size
-        elif kind == 0:
-            at = varint(data, at)[1]
-        else:
-            at += {1: 8, 5: 4}.get(kind, end)
-        if at > end:
-            raise ValueError("a field is longer than its message")
-
-
-def varint(data: bytes, at: int) -> tuple[int, int]:
-    """A base-128 number and where it ends."""
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value, at, shift = value | (byte & 127) << shift, at + 1, shift + 7
-        if byte < 128:
-            return value, at
-        if shift > 63:
-            raise ValueError("a number is longer than 64 bits")
+            pairs = [
+                {n: data[a:b].decode() for n, wire, a, b in fields(data, *at) if wire == BYTES} for _, *at in inner
+            ]
+            yield {pair.get(1, ""): pair.get(2, "") for pair in pairs}

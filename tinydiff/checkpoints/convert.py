@@ -9,50 +9,41 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tinydiff.checkpoints import single_file
-from tinydiff.checkpoints.description import tokenizer_of
-from tinydiff.checkpoints.folder import FILES, PRECISIONS, copy_description, save_tensors, stored, write_json
+from tinydiff.checkpoints.folder import PRECISIONS, save_tensors, write_description, write_json
+from tinydiff.checkpoints.source import Source
 from tinydiff.errors import ModelError, UsageError
-from tinydiff.files import committed, shown
+from tinydiff.files import committed, shown, verify
+from tinydiff.networks import network_of, networks
 
 
-def to_folder(
-    path: Path,
-    out: Path,
-    vae: Path | None = None,
-    prediction: str | None = None,
-    precision: str | None = None,
-    force: bool = False,
-) -> None:
-    """Commit the model at `path` as a diffusers folder, as "fp32" or "fp16" where that is asked for. Raises ModelError."""
-    found, tensors = stored(path, vae, prediction)
+def to_folder(source: Source, out: Path, precision: str | None = None, force: bool = False) -> None:
+    """Commit a model as a diffusers folder, as "fp32" or "fp16" where that is asked for. Raises ModelError."""
+    if not source.file:
+        verify(source.path)
     with committed(out, replace=force) as folder:
-        for name, part in tensors.items():
+        for name, table in networks(source.configs).items():
             (folder / name).mkdir()
-            save_tensors(part, folder / name / FILES[name], PRECISIONS[precision] if precision else None)
-            write_json(folder / name / "config.json", found[name])
-        copy_description(path, found, tokenizer_of(path, found), folder)
+            path = folder / name / network_of(name, table).file
+            save_tensors(source.tensors(name), path, PRECISIONS[precision] if precision else None)
+            write_json(folder / name / "config.json", table)
+        write_description(folder, source.configs, source.tokenizers, source.path)
 
 
-def to_single_file(
-    path: Path,
-    out: Path,
-    vae: Path | None = None,
-    prediction: str | None = None,
-    precision: str | None = None,
-    force: bool = False,
-) -> None:
-    """Commit the model at `path` as one LDM file. Raises ModelError where no such file can hold it, UsageError for a name
-    that is none of a file."""
+def to_single_file(source: Source, out: Path, precision: str | None = None, force: bool = False) -> None:
+    """Commit a model as one LDM file. Raises ModelError where no such file can hold it, UsageError for a name that is
+    none of a file."""
     if out.suffix != ".safetensors":
         raise UsageError(f"-o {out}: a single file is a .safetensors")
-    found, tensors = stored(path, vae, prediction)
-    if "unet" not in found or found.get("text_encoder", {}).get("model_type", "clip_text_model") != "clip_text_model":
-        raise ModelError(
-            f"{shown(path)}: only a Stable Diffusion U-Net with CLIP's text encoder has a single-file layout"
-        )
+    if not source.file:
+        verify(source.path)
+    tables = networks(source.configs)
+    if set(tables) != set(single_file.PARTS) or not network_of("text_encoder", tables["text_encoder"]).single_file:
+        only = "only a Stable Diffusion U-Net with CLIP's text encoder has a single-file layout"
+        raise ModelError(f"{shown(source.path)}: {only}")
+    tensors = {name: source.tensors(name) for name in tables}
     if precision:
         tensors = {name: {k: v.to(PRECISIONS[precision]) for k, v in part.items()} for name, part in tensors.items()}
-    single_file.write(out, tensors, found, force)
+    single_file.write(out, tensors, source.configs, force)
 
 
 FORMATS: dict[str, Callable[..., None]] = {"folder": to_folder, "single-file": to_single_file}

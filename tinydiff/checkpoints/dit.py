@@ -9,8 +9,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from tinydiff.config import SIZES, DiT
 from tinydiff.errors import ModelError
+from tinydiff.networks.dit import SIZES
 
 EMB = "transformer_blocks.*.norm1.emb"
 NAMES = {  # published: ours; * is the number of a block
@@ -39,68 +39,36 @@ def depth(names: Iterable[str]) -> int:
     return len({name.split(".")[1] for name in names if name.startswith("blocks.")})
 
 
-def config_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """What `models.dit.DiT` is built with to hold a published file of these names and shapes.
+def configs(shapes: Mapping[str, Sequence[int]]) -> dict[str, dict[str, Any]]:
+    """The JSON files of a diffusers folder that a published file stands for, but for the autoencoder's.
 
-    Raises ModelError naming the tensor that is missing or of no DiT.
+    Noise levels are the paper's. Raises ModelError naming the tensor that is missing or of no DiT.
     """
     width, channels, patch, _ = shape_of(shapes, PATCHES, 4)
     _, places, _ = shape_of(shapes, PLACES, 3)
-    outputs, side = shape_of(shapes, OUTPUT, 2)[0] // patch**2, math.isqrt(places)
+    outputs, side, heads = shape_of(shapes, OUTPUT, 2)[0] // patch**2, math.isqrt(places), heads_of(width)
     if outputs not in (channels, 2 * channels):
         raise ModelError(f"{OUTPUT}: {outputs} channels, where a DiT of {channels} predicts as many or twice as many")
     if side**2 != places:
         raise ModelError(f"{PLACES}: {places} tokens are no square; only square DiTs are supported")
-    return {
-        "config": named(depth(shapes), heads_of(width), width, patch),
-        "channels": channels,
-        "side": side * patch,
-        "classes": shape_of(shapes, LABELS, 2)[0] - 1,
-        "learned_sigma": outputs == 2 * channels,
-        "norm_eps": 1e-6,
-        "freq_shift": 0,
-    }
-
-
-def configs(shapes: Mapping[str, Sequence[int]]) -> dict[str, dict[str, Any]]:
-    """The JSON files of a diffusers folder that a published file stands for, but for the autoencoder's.
-
-    Noise levels are the paper's. Raises ModelError as `config_of` does.
-    """
-    found = config_of(shapes)
-    layers, heads, head = found["config"].shape
-    channels = found["channels"]
-    transformer = {
-        "_class_name": "DiTTransformer2DModel",
-        "num_layers": layers,
-        "num_attention_heads": heads,
-        "attention_head_dim": head,
-        "patch_size": found["config"].patch_size,
-        "in_channels": channels,
-        "out_channels": channels * (1 + found["learned_sigma"]),
-        "sample_size": found["side"],
-        "num_embeds_ada_norm": found["classes"],
-        "norm_eps": found["norm_eps"],
-        "freq_shift": found["freq_shift"],
-    }
+    transformer = {"_class_name": "DiTTransformer2DModel", "num_layers": depth(shapes), "num_attention_heads": heads}
+    transformer |= {"attention_head_dim": width // heads, "patch_size": patch, "in_channels": channels}
+    transformer |= {"out_channels": outputs, "sample_size": side * patch}
+    transformer |= {"num_embeds_ada_norm": shape_of(shapes, LABELS, 2)[0] - 1, "norm_eps": 1e-6, "freq_shift": 0}
     scheduler = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear"}
     scheduler |= {"beta_start": 1e-4, "beta_end": 0.02, "prediction_type": "epsilon", "clip_sample": False}
-    index = {
-        "_class_name": "DiTPipeline",
-        "_no_diffusers_pipeline": "diffusers' DiT embeds time at other frequencies (freq_shift 1), and draws other images",
-        "id2label": {},
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "transformer": ["diffusers", "DiTTransformer2DModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
+    reason = "diffusers' DiT embeds time at other frequencies (freq_shift 1), and draws other images"
+    index = {"_class_name": "DiTPipeline", "_no_diffusers_pipeline": reason, "id2label": {}}
+    classes = {"scheduler": "DDIMScheduler", "transformer": "DiTTransformer2DModel", "vae": "AutoencoderKL"}
+    index |= {folder: ["diffusers", name] for folder, name in classes.items()}
     return {"model_index": index, "scheduler": scheduler, "transformer": transformer}
 
 
 def shape_of(shapes: Mapping[str, Sequence[int]], name: str, dimensions: int) -> tuple[int, ...]:
     shape = tuple(shapes.get(name, ()))
     if len(shape) != dimensions or not all(shape):
-        found = f"has shape {shape}" if shape else "missing"
-        raise ModelError(f"{name}: {found}; this is no whole DiT, fetch it again")
+        problem = f"has shape {shape}" if shape else "missing"
+        raise ModelError(f"{name}: {problem}; this is no whole DiT, fetch it again")
     return shape
 
 
@@ -112,21 +80,14 @@ def heads_of(width: int) -> int:
     return known.get(width, width // 64)
 
 
-def named(layers: int, heads: int, width: int, patch: int) -> DiT:
-    """The configuration of these sizes, by the paper's name where it has one."""
-    sizes = layers, heads, width // heads
-    name = next((name for name, known in SIZES.items() if known == sizes), None)
-    return DiT(name, patch) if name else DiT("custom", patch, *sizes)
-
-
 def published(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """The tensors of a published file under our names, as views; a name it should not have stays as it is.
 
     Raises ModelError where the places of tokens are not the sines and cosines that `models.dit` computes.
     """
-    left = dict(tensors)
-    check_places(left.pop(PLACES), config_of({k: tuple(v.shape) for k, v in tensors.items()}))
-    result, taken = {}, set()
+    left, result = dict(tensors), dict[str, Any]()
+    check_places(left.pop(PLACES), configs({k: tuple(v.shape) for k, v in tensors.items()})["transformer"])
+    taken = set()
     for theirs, ours in pairs(depth(tensors)):
         for kind in ("weight", "bias"):
             if (name := f"{theirs}.{kind}") in left:
@@ -150,20 +111,10 @@ def split(name: str, tensor: Any) -> dict[str, Any]:
     return {name.replace("to_qkv", f"to_{part}"): tensor[i * n : (i + 1) * n] for i, part in enumerate("qkv")}
 
 
-def check_places(stored: Any, sizes: dict[str, Any]) -> None:
+def check_places(stored: Any, table: dict[str, Any]) -> None:
     from tinydiff.models.dit import positions
 
-    side = sizes["side"] // sizes["config"].patch_size
+    side = table["sample_size"] // table["patch_size"]
     wanted = positions(side, side, side, stored.shape[2], stored.device)
     if not (stored[0].float() - wanted).abs().max() < 1e-2:  # what bfloat16 rounds off
         raise ModelError(f"{PLACES}: not the sines and cosines of DiT; learned places of tokens are not supported")
-
-
-def is_shared(tensors: Mapping[str, Any]) -> bool:
-    """Whether all blocks embed time and class by equal tensors (our names), so that one module can hold them."""
-    for name, tensor in tensors.items():
-        _, found, rest = name.partition(".norm1.emb.")
-        first = tensors.get(f"{EMB.replace('*', '0')}.{rest}") if found else tensor
-        if first is not tensor and not (first is not None and first.shape == tensor.shape and (first == tensor).all()):
-            return False
-    return True

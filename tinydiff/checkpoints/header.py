@@ -1,6 +1,6 @@
-"""The header of a `.safetensors` file: names, types and shapes of its tensors, read without the tensors and without torch.
+"""The header of a .safetensors file: names, types and shapes of tensors, read without their data and without torch.
 
-What is something else says so in one line: a pickle is named, with the command that converts it, and never opened.
+Another kind of file is refused in one line; a pickle is never opened, but the message has a command to convert it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import numpy as np
 from tinydiff.errors import ModelError
 from tinydiff.files import LFS_POINTER, RESTORE, shown
 
-MAX_HEADER = 16 * 2**20  # the format allows more; the largest models need a hundredth, and JSON takes tenfold in memory
-MAX_COMMAS = 120_000  # in a header, where a convolution's kernel takes eight: six times the tensors of SDXL
-MAX_AXES = 64  # of a tensor, as in torch
+MAX_HEADER = 16 * 2**20  # bytes; the largest models need a hundredth of it, and parsed JSON takes ten times the memory
+MAX_COMMAS = 120_000  # in a header, eight for a convolution's kernel: six times the tensors of SDXL
+MAX_AXES = 64  # the most dimensions of a tensor, as in torch
 NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-# Training leaves a few objects beside the tensors; a stub stands for each, so that none of their code runs.
+# Training scripts pickle a few other objects with the tensors; each is replaced by a stub, so none of their code runs.
 CONVERT = (
     "import sys, torch; from safetensors.torch import save_file; "
     'stub = type("stub", (), dict.fromkeys(("__init__", "__setstate__"), lambda *a: None)); '
@@ -36,7 +36,7 @@ CONVERT = (
 
 
 class Stored(NamedTuple):
-    """A tensor in the file; its bytes are from `start` to `end`."""
+    """A tensor's type, shape, and the offsets of its bytes in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -46,12 +46,14 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class Header:
+    """The tensors in a safetensors file, by name, and its metadata."""
+
     path: Path
     tensors: dict[str, Stored]
     metadata: dict[str, str]
 
     def values(self, name: str) -> np.ndarray:
-        """A small tensor in float64, without torch. Raises KeyError if it is not one of numbers."""
+        """A tensor as float64, without torch. Raises KeyError if it is missing or not of a floating-point type."""
         dtype, _, start, end = self.tensors[name]
         with open(self.path, "rb") as file:
             file.seek(start)
@@ -60,7 +62,7 @@ class Header:
 
 
 def header(path: str | Path) -> Header:
-    """Names, types and shapes in a safetensors file, and its metadata. ModelError says what else it is, and the fix."""
+    """A safetensors file's header. Raises ModelError, with the fix, if it is missing, damaged or of another kind."""
     path, start = Path(path), b""
     if not path.is_file():
         raise ModelError(f"{shown(path)}: no such file; check the path")
@@ -86,14 +88,14 @@ def header(path: str | Path) -> Header:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Raises ValueError where it has a name twice, of which readers would take one or the other."""
-    if len(found := dict(pairs)) < len(pairs):
+    """A JSON object. Raises ValueError for a duplicate name, of which readers would use one or the other."""
+    if len(table := dict(pairs)) < len(pairs):
         raise ValueError("a name twice")
-    return found
+    return table
 
 
 def _check_places(tensors: dict[str, Stored], start: int, length: int) -> None:
-    """Raises ValueError unless the tensors fill the file from `start` to its end, without a hole and without overlap."""
+    """Raise ValueError unless the tensors fill the file from `start` to its end without gaps and overlaps."""
     for tensor in sorted(tensors.values(), key=lambda tensor: tensor[2:]):
         if tensor.start != start:
             raise ValueError("tensors overlap or leave a hole")
@@ -103,7 +105,7 @@ def _check_places(tensors: dict[str, Stored], start: int, length: int) -> None:
 
 
 def _stored(entry: Any, offset: int) -> Stored:
-    """One entry of a header. Raises ValueError, KeyError or TypeError where it makes no sense."""
+    """One entry of a header. Raises ValueError, KeyError or TypeError if it is malformed."""
     (start, end), dtype, shape = entry["data_offsets"], entry["dtype"], tuple(entry["shape"])
     if len(shape) > MAX_AXES or not all(type(n) is int and 0 <= n < 2**63 for n in (start, end, *shape)):
         raise ValueError("no shape")
@@ -115,7 +117,7 @@ def _stored(entry: Any, offset: int) -> Stored:
 
 
 def _misfit(path: Path, start: bytes) -> str:
-    """What a file without a safetensors header is, and what to do about it."""
+    """What a file without a valid safetensors header is, and the fix."""
     if start.startswith(LFS_POINTER):
         return "a Git LFS pointer, not the file itself; run `git lfs pull`"
     if start.startswith((b"PK\3\4", b"\x80")) or path.suffix.lower() in PICKLES:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tinydiff.networks.unet import CROSS, PLAIN, UNet, plan
 from tinydiff.text.tokenizer import EOS
 
 # ---- names ----------------------------------------------------------------------------------------------------------
@@ -20,67 +21,44 @@ from tinydiff.text.tokenizer import EOS
 Pairs = Iterable[tuple[str, str]]
 Layout = dict[str, Any]  # how many blocks there are: keys of a diffusers configuration
 
-UNET = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "conv_in": "input_blocks.0.0",
-    "mid_block.attentions.0": "middle_block.1",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
-RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
+UNET_NAMES = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
+UNET_NAMES |= {"conv_in": "input_blocks.0.0", "mid_block.attentions.0": "middle_block.1"}
+UNET_NAMES |= {"conv_norm_out": "out.0", "conv_out": "out.2"}
+RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1"}
+RESNET |= {"norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
 VAE = ("encoder", "decoder", "quant_conv", "post_quant_conv")
-VAE_HALF = {
-    "conv_in": "conv_in",
-    "mid_block.resnets.0": "mid.block_1",
-    "mid_block.resnets.1": "mid.block_2",
-    "mid_block.attentions.0.group_norm": "mid.attn_1.norm",
-    "mid_block.attentions.0.to_q": "mid.attn_1.q",
-    "mid_block.attentions.0.to_k": "mid.attn_1.k",
-    "mid_block.attentions.0.to_v": "mid.attn_1.v",
-    "mid_block.attentions.0.to_out.0": "mid.attn_1.proj_out",
-    "conv_norm_out": "norm_out",
-    "conv_out": "conv_out",
-}
+VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+VAE_HALF = (
+    {"conv_in": "conv_in", "mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2"}
+    | {f"mid_block.attentions.0.{ours}": f"mid.attn_1.{theirs}" for ours, theirs in VAE_ATTENTION.items()}
+    | {"conv_norm_out": "norm_out", "conv_out": "conv_out"}
+)
+CLIP = ("embeddings", "encoder", "final_layer_norm")
+RESBLOCKS = r"transformer\.resblocks\.(\d+)\."
 OPEN_CLIP = {
     "text_model.embeddings.token_embedding": "token_embedding",
     "text_model.embeddings.position_embedding.weight": "positional_embedding",
     "text_model.final_layer_norm": "ln_final",
 }
-OPEN_CLIP_LAYER = {
-    "layer_norm1": "ln_1",
-    "self_attn.out_proj": "attn.out_proj",
-    "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-}
+OPEN_CLIP_LAYER = {"layer_norm1": "ln_1", "self_attn.out_proj": "attn.out_proj", "layer_norm2": "ln_2"}
+OPEN_CLIP_LAYER |= {"mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
 
 
 def unet_pairs(layout: Layout) -> Pairs:
     """Their blocks are numbered through all levels; halving the size is one of them, doubling is part of one."""
-    n, kinds = layout["layers_per_block"], layout["down_block_types"]
+    kinds = tuple(layout["down_block_types"])
+    levels = plan(UNet((1,) * len(kinds), kinds, layout["layers_per_block"]))
     resnets = [(f"mid_block.resnets.{i}", f"middle_block.{2 * i}") for i in range(2)]
-    yield from UNET.items()
-    for level, kind in enumerate(kinds):
-        down = f"down_blocks.{level}"
-        for j in range(n):
-            block = f"input_blocks.{level * (n + 1) + j + 1}"
-            resnets.append((f"{down}.resnets.{j}", f"{block}.0"))
-            yield f"{down}.attentions.{j}", f"{block}.1"
-        yield f"{down}.downsamplers.0.conv", f"input_blocks.{(level + 1) * (n + 1)}.0.op"
-        up, block = f"up_blocks.{len(kinds) - 1 - level}", ""
-        for j in range(n + 1):
-            block = f"output_blocks.{(len(kinds) - 1 - level) * (n + 1) + j}"
-            resnets.append((f"{up}.resnets.{j}", f"{block}.0"))
-            yield f"{up}.attentions.{j}", f"{block}.1"
-        yield f"{up}.upsamplers.0.conv", f"{block}.{2 if kind.startswith('Cross') else 1}.conv"
+    yield from UNET_NAMES.items()
+    for i, level in enumerate(levels):
+        above, below = i * len(level.up), (len(levels) - 1 - i) * len(level.up)  # blocks before it, on either way
+        down, up = f"down_blocks.{i}", f"up_blocks.{len(levels) - 1 - i}"
+        downs = [(f"{down}.resnets.{j}", f"input_blocks.{above + j + 1}.0") for j in range(len(level.down))]
+        ups = [(f"{up}.resnets.{j}", f"output_blocks.{below + j}.0") for j in range(len(level.up))]
+        resnets += downs + ups
+        yield from ((a.replace("resnets", "attentions"), f"{b[:-1]}1") for a, b in downs + ups)
+        yield f"{down}.downsamplers.0.conv", f"input_blocks.{above + len(level.up)}.0.op"
+        yield f"{up}.upsamplers.0.conv", f"output_blocks.{below + len(level.up) - 1}.{2 if level.depth else 1}.conv"
     yield from ((f"{ours}.{a}", f"{theirs}.{b}") for ours, theirs in resnets for a, b in RESNET.items())
 
 
@@ -113,25 +91,12 @@ def unet_layout(names: Collection[str]) -> Layout:
     levels = count(names, r"(input_blocks\.\d+\.0\.op\.)") + 1
     n = count(names, r"input_blocks\.(\d+)\.") // levels - 1
     cross = [f"input_blocks.{level * (n + 1) + 1}.1.norm.weight" in names for level in range(levels)]
-    return {"layers_per_block": n, "down_block_types": ["CrossAttnDownBlock2D" if c else "DownBlock2D" for c in cross]}
+    return {"layers_per_block": n, "down_block_types": [CROSS if c else PLAIN for c in cross]}
 
 
 def vae_layout(names: Collection[str]) -> Layout:
     levels, n = count(names, r"encoder\.down\.(\d+)\."), count(names, r"encoder\.down\.0\.block\.(\d+)\.")
     return {"layers_per_block": n, "down_block_types": ["DownEncoderBlock2D"] * levels}
-
-
-def open_clip_layout(names: Collection[str]) -> Layout:
-    return {"num_hidden_layers": count(names, r"transformer\.resblocks\.(\d+)\.")}
-
-
-def no_layout(names: Collection[str]) -> Layout:
-    return {}
-
-
-def alike(*pairs: tuple[str, str]) -> Callable[[Layout], Pairs]:
-    """A table that is the same whatever the layout."""
-    return lambda layout: pairs
 
 
 def count(names: Iterable[str], pattern: str) -> int:
@@ -142,9 +107,9 @@ def count(names: Iterable[str], pattern: str) -> int:
 TABLES: dict[str, tuple[Callable[[Collection[str]], Layout], Callable[[Layout], Pairs]]] = {
     "unet": (unet_layout, unet_pairs),
     "vae": (vae_layout, vae_pairs),
-    "vae_of_diffusers": (no_layout, alike(*((name, name) for name in VAE))),
-    "clip": (no_layout, alike(*((f"text_model.{x}", x) for x in ("embeddings", "encoder", "final_layer_norm")))),
-    "open_clip": (open_clip_layout, open_clip_pairs),
+    "vae_of_diffusers": (lambda names: {}, lambda layout: ((name, name) for name in VAE)),
+    "clip": (lambda names: {}, lambda layout: ((f"text_model.{name}", name) for name in CLIP)),
+    "open_clip": (lambda names: {"num_hidden_layers": count(names, RESBLOCKS)}, open_clip_pairs),
 }
 TOWERS = ("cond_stage_model.", "conditioner.embedders.0.")  # LDM's, and its successor sgm's (SD-Turbo)
 HOMES = {  # where a network can be: what its names begin with, one of them, and their table; written to a table's first
@@ -227,11 +192,8 @@ KINDS = {
 
 def sizes(shapes: Mapping[str, Shapes], kind: Kind) -> dict[str, dict[str, Any]]:
     """The configurations of three networks from their shapes. Raises KeyError, ValueError or IndexError where they lack some."""
-    unet, vae, text = (
-        _unet(shapes["unet"], kind),
-        autoencoder(shapes["vae"]),
-        _text_encoder(shapes["text_encoder"], kind),
-    )
+    unet, vae = _unet(shapes["unet"], kind), autoencoder(shapes["vae"])
+    text = _text_encoder(shapes["text_encoder"], kind)
     latents, extra = vae["latent_channels"], unet["in_channels"] - unet["out_channels"]
     if unet["out_channels"] != latents or extra not in (0, latents + 1):
         raise ValueError(f"{unet['in_channels']} channels in and {unet['out_channels']} out, latents have {latents}")
@@ -245,53 +207,35 @@ def sizes(shapes: Mapping[str, Shapes], kind: Kind) -> dict[str, dict[str, Any]]
 def _unet(shapes: Shapes, kind: Kind) -> dict[str, Any]:
     levels, middle = count(shapes, r"down_blocks\.(\d+)\."), "mid_block.attentions.0"
     widths = [shapes[f"down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(levels)]
-    cross = [f"down_blocks.{i}.attentions.0.norm.weight" in shapes for i in range(levels)]
-    return {
-        "_class_name": "UNet2DConditionModel",
-        "in_channels": shapes["conv_in.weight"][1],
-        "out_channels": shapes["conv_out.weight"][0],
-        "block_out_channels": widths,
-        "down_block_types": ["CrossAttnDownBlock2D" if c else "DownBlock2D" for c in cross],
-        "up_block_types": ["CrossAttnUpBlock2D" if c else "UpBlock2D" for c in reversed(cross)],
-        "layers_per_block": count(shapes, r"down_blocks\.0\.resnets\.(\d+)\."),
-        "transformer_layers_per_block": count(shapes, rf"{middle}\.transformer_blocks\.(\d+)\."),
-        "attention_head_dim": kind.heads(widths),
-        "cross_attention_dim": shapes[f"{middle}.transformer_blocks.0.attn2.to_k.weight"][1],
-        "norm_num_groups": 32,
-        "use_linear_projection": len(shapes[f"{middle}.proj_in.weight"]) == 2,
-    }
+    downs = [CROSS if f"down_blocks.{i}.attentions.0.norm.weight" in shapes else PLAIN for i in range(levels)]
+    table: dict[str, Any] = {"_class_name": "UNet2DConditionModel", "in_channels": shapes["conv_in.weight"][1]}
+    table |= {"out_channels": shapes["conv_out.weight"][0], "block_out_channels": widths, "down_block_types": downs}
+    table |= {"up_block_types": [name.replace("Down", "Up") for name in reversed(downs)]}
+    table |= {"layers_per_block": count(shapes, r"down_blocks\.0\.resnets\.(\d+)\.")}
+    table |= {"transformer_layers_per_block": count(shapes, rf"{middle}\.transformer_blocks\.(\d+)\.")}
+    table |= {"attention_head_dim": kind.heads(widths)}
+    table |= {"cross_attention_dim": shapes[f"{middle}.transformer_blocks.0.attn2.to_k.weight"][1]}
+    return table | {"norm_num_groups": 32, "use_linear_projection": len(shapes[f"{middle}.proj_in.weight"]) == 2}
 
 
 def autoencoder(shapes: Shapes) -> dict[str, Any]:
     levels = count(shapes, r"encoder\.down_blocks\.(\d+)\.")
-    return {
-        "_class_name": "AutoencoderKL",
-        "in_channels": shapes["encoder.conv_in.weight"][1],
-        "out_channels": shapes["decoder.conv_out.weight"][0],
-        "block_out_channels": [shapes[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(levels)],
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "layers_per_block": count(shapes, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
-        "latent_channels": shapes["post_quant_conv.weight"][1],
-        "norm_num_groups": 32,
-        "act_fn": "silu",
-        "mid_block_add_attention": "decoder.mid_block.attentions.0.group_norm.weight" in shapes,
-    }
+    table: dict[str, Any] = {"_class_name": "AutoencoderKL", "in_channels": shapes["encoder.conv_in.weight"][1]}
+    table |= {"out_channels": shapes["decoder.conv_out.weight"][0]}
+    widths = [shapes[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(levels)]
+    table |= {"block_out_channels": widths, "down_block_types": ["DownEncoderBlock2D"] * levels}
+    table |= {"up_block_types": ["UpDecoderBlock2D"] * levels}
+    table |= {"layers_per_block": count(shapes, r"encoder\.down_blocks\.0\.resnets\.(\d+)\.")}
+    table |= {"latent_channels": shapes["post_quant_conv.weight"][1], "norm_num_groups": 32, "act_fn": "silu"}
+    return table | {"mid_block_add_attention": "decoder.mid_block.attentions.0.group_norm.weight" in shapes}
 
 
 def _text_encoder(shapes: Shapes, kind: Kind) -> dict[str, Any]:
     vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
-    return {
-        "architectures": ["CLIPTextModel"],
-        "model_type": "clip_text_model",
-        "vocab_size": vocabulary,
-        "hidden_size": width,
-        "intermediate_size": shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
-        "num_hidden_layers": count(shapes, r"text_model\.encoder\.layers\.(\d+)\."),
-        "num_attention_heads": max(1, width // 64),
-        "max_position_embeddings": shapes["text_model.embeddings.position_embedding.weight"][0],
-        "hidden_act": kind.hidden_act,
-        "bos_token_id": VOCABULARY - 2,
-        "eos_token_id": VOCABULARY - 1,
-        "pad_token_id": 0 if kind.pad == "!" else VOCABULARY - 1,
-    }
+    table = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "vocab_size": vocabulary}
+    table |= {"hidden_size": width, "intermediate_size": shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0]}
+    table |= {"num_hidden_layers": count(shapes, r"text_model\.encoder\.layers\.(\d+)\.")}
+    table |= {"num_attention_heads": max(1, width // 64)}
+    table |= {"max_position_embeddings": shapes["text_model.embeddings.position_embedding.weight"][0]}
+    table |= {"hidden_act": kind.hidden_act, "bos_token_id": VOCABULARY - 2, "eos_token_id": VOCABULARY - 1}
+    return table | {"pad_token_id": 0 if kind.pad == "!" else VOCABULARY - 1}

@@ -1,12 +1,12 @@
-"""The files of weights in a model folder: which there are, what their headers say, and their tensors as memory maps.
+"""The weight files of a model's component: finding them, reading their headers, and mapping their tensors.
 
-Headers are read without torch, so that what is damaged, missing or no safetensors at all is told at once. It knows no
-network: a component is a folder with a name.
+Headers are read without torch, so that a damaged or missing file is reported at once. This module knows no network: a
+component is a folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +21,9 @@ STEMS = ("diffusion_pytorch_model", "model")
 
 
 def files(folder: Path) -> list[Path]:
-    """The one file of a component's weights, or its shards; of several variants the plain one, else fp16.
+    """The weight file of a component, or its shards; of several variants the plain one, else fp16, else any.
 
-    Raises ModelError where there is none, naming a pickle that stands in its place, or where a shard is missing.
+    Raises ModelError if there is none, with a command to convert a pickle if there is one, or if a shard is missing.
     """
     for stem in STEMS:
         for variant in ("", ".fp16", *_variants(folder, stem)):
@@ -32,7 +32,7 @@ def files(folder: Path) -> list[Path]:
             if (index := folder / f"{stem}.safetensors.index{variant}.json").is_file():
                 return _shards(index)
     if pickles := sorted(p for p in folder.glob("*") if p.suffix in PICKLES):
-        header(pickles[0])  # says how to convert it
+        header(pickles[0])  # raises ModelError with the command to convert it
     raise ModelError(f"{shown(folder)}: holds no weights; copy the whole model folder")
 
 
@@ -43,7 +43,7 @@ def _variants(folder: Path, stem: str) -> Iterator[str]:
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files that an index names. Raises ModelError for one that is missing, or lies elsewhere."""
+    """The files that an index names. Raises ModelError for one that is missing or in another folder."""
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not table:
         raise ModelError(f"{shown(index)}: has no weight_map; {RESTORE}")
@@ -55,23 +55,23 @@ def _shards(index: Path) -> list[Path]:
 
 
 def headers(folder: Path) -> dict[str, Stored]:
-    """The tensors of a component, all its shards together."""
+    """Type, shape and offsets of every tensor of a component, from all its shards."""
     return {name: stored for path in files(folder) for name, stored in header(path).tensors.items()}
 
 
-def tensors(paths: list[Path]) -> dict[str, Tensor]:
-    """All tensors of some safetensors files, mapped: pages are read when they are used, and never written.
+def tensors(paths: list[Path], check: Callable[[Path], object] = header) -> dict[str, Tensor]:
+    """All tensors of some safetensors files, memory-mapped: read when used. Raises ModelError for a damaged file.
 
-    Raises ModelError where a file is missing or damaged.
+    `check` reads a file's header first.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    found: dict[str, Any] = {}
+    mapped: dict[str, Any] = {}
     for path in paths:
-        header(path)
+        check(path)
         try:
-            found |= load_file(path)
+            mapped |= load_file(path)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{shown(path)}: damaged ({error}); fetch or train it again") from None
-    return found
+    return mapped

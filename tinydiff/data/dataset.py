@@ -1,7 +1,7 @@
-"""From a source of captioned images to what a training step reads: sizes, keyed order, pixels.
+"""From a source of captioned images to the pixels of a batch: bucket sizes, the seeded order, decoding.
 
-Images of like shape share a bucket, a size they are scaled and cropped to, and a batch is of one bucket. This module knows
-sources and configuration, no network. What step s shows is a function of (seed, s).
+Images of similar aspect ratio share a bucket: one size that they are scaled and cropped to. A batch is from one bucket,
+and the images of step s are a function of (seed, s). This module knows sources and configuration, no network.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ THREADS = min(8, os.cpu_count() or 1)
 
 
 class Source(Protocol):
-    """Captioned images, by index.
+    """Captioned images by index.
 
-    `size`: (width, height) in pixels. `digest`: 32 hexadecimal digits of a SHA-256 of what the pixels come from, but for
-    the background, so the key of a cache holds that too.
+    `size`: (width, height) in pixels. `digest`: 32 hexadecimal digits of a SHA-256 of what the pixels come from. It
+    leaves out the background colour, which cache keys add. `skipped`: (name, reason) of what is left out.
     """
 
     skipped: list[tuple[Any, str]]
@@ -49,7 +49,7 @@ class Source(Protocol):
 def open_source(data: Data, seed: int = 0, progress: Callable[[int, int], None] | None = None) -> Source:
     """The source that `data.path` names: the built-in shapes, tar shards, or a folder.
 
-    `progress` hears of shards done and shards in all, while those that are new are indexed.
+    `progress(shards done, shards in all)` is called while shards are indexed.
     """
     if data.path == "shapes":
         from tinydiff.data.shapes import ShapesSource
@@ -65,39 +65,38 @@ def open_source(data: Data, seed: int = 0, progress: Callable[[int, int], None] 
 
 
 def buckets(resolution: int, max_ratio: float, step: int) -> list[tuple[int, int]]:
-    """The sizes (width, height) that images are brought to, narrowest first: multiples of `step` of about equal area.
+    """Bucket sizes (width, height), narrowest first: multiples of `step`, of about equal area, the square among them.
 
-    For every width the largest height with which the area is at most that of the square of `resolution`, and the same
-    turned by 90 degrees, where the longest side is at most `max_ratio` times the shortest. The square is one of them.
+    For each width, the largest height for which the area is at most `resolution`², and the same turned by 90 degrees,
+    if the longer side is at most `max_ratio` times the shorter.
     """
     if max_ratio == 1:
         return [(resolution, resolution)]
-    area, found = resolution**2, set()
+    area, sizes = resolution**2, set()
     for width in range(step, int(resolution * max_ratio**0.5) + step, step):
         height = area // width // step * step
         if max(width, height) <= max_ratio * min(width, height):
-            found |= {(width, height), (height, width)}
-    return sorted(found, key=lambda size: size[0] / size[1])
+            sizes |= {(width, height), (height, width)}
+    return sorted(sizes, key=lambda size: size[0] / size[1])
 
 
 def nearest(sizes: Sequence[tuple[int, int]], width: np.ndarray, height: np.ndarray) -> np.ndarray:
-    """Of `sizes`, narrowest first, the one nearest to each image (N,) in the logarithm of width / height: int16 (N,).
+    """For each image (N,), the index into `sizes`, narrowest first, nearest in log(width / height): int16 (N,).
 
-    Two sizes meet where the squared ratio is the product of theirs. That is compared without logarithms or quotients,
-    which are not the same to the last bit on every machine; an image between two takes the narrower.
+    The border between two sizes is where the squared ratio is the product of theirs; on it the narrower is taken. No
+    logarithm or quotient is used, because their last bit differs between machines.
     """
     wide, high = width.astype(np.float64) ** 2, height.astype(np.float64) ** 2
-    found = np.zeros(len(width), np.int16)
+    index = np.zeros(len(width), np.int16)
     for (w0, h0), (w1, h1) in pairwise(sizes):
-        found += wide * (h0 * h1) > high * (w0 * w1)
-    return found
+        index += wide * (h0 * h1) > high * (w0 * w1)
+    return index
 
 
 class Stream:
-    """Images without end: each epoch a keyed permutation in which image i appears about `weight(i)` times, `ids[i]` to us.
+    """The endless sequence of a bucket's images: each epoch a permutation seeded by (seed, bucket, epoch).
 
-    Copies within an epoch are systematic samples of the cumulative weights, so equal weights mean each image once. Weights
-    are positive. `bucket` is part of the key.
+    Image ids[i] appears in an epoch in proportion to weights[i] > 0 (systematic sampling): once if all are equal.
     """
 
     def __init__(self, ids: np.ndarray, weights: np.ndarray, seed: int, bucket: int):
@@ -111,42 +110,35 @@ class Stream:
         return rng.permutation(np.minimum(np.searchsorted(self.ends, points, side="right"), len(self.ends) - 1))
 
     def take(self, start: int, count: int) -> np.ndarray:
-        """Elements start .. start + count - 1, which may lie in several epochs: (count,)."""
+        """Elements start to start + count - 1, across epochs: (count,)."""
         epochs = range(start // self.length, (start + count - 1) // self.length + 1)
         first = start - epochs.start * self.length
         return self.ids[np.concatenate([self.epoch(e) for e in epochs])[first : first + count]]
 
 
 class Order:
-    """Which images step s shows: `order(s)` is (batch_size,) indices of one bucket, and needs no step before it.
+    """Which images each step reads: `order(step)` is (batch_size,) indices from one bucket, computed from step alone.
 
-    `weights` (N,) say how often, 0 is never; `bucket` (N,) is each image's bucket. Batches of a bucket are its `Stream` cut
-    into pieces, whatever epoch they fall into. Which bucket comes is a keyed permutation in which each has its share of
-    the batches, but one at least.
+    `weights` (N,): how often each image is drawn, 0 is never. `bucket` (N,): each image's bucket. Successive batches of
+    a bucket continue its `Stream`, across epochs. The order of buckets is a seeded permutation, in which a bucket has
+    batches in proportion to its weight, at least one.
     """
 
     def __init__(self, weights: np.ndarray, seed: int, bucket: np.ndarray | None = None, batch_size: int = 1):
         drawn = np.flatnonzero(weights > 0)
         assert len(drawn), "no image has a weight"
         kinds = np.zeros(len(drawn), np.int64) if bucket is None else bucket[drawn]
-        self.seed, self.batch_size = seed, batch_size
-        self.buckets = np.unique(kinds)
-        groups = [drawn[kinds == b] for b in self.buckets]
-        self.streams = [Stream(ids, weights[ids], seed, int(b)) for ids, b in zip(groups, self.buckets, strict=True)]
+        groups = {int(b): drawn[kinds == b] for b in np.unique(kinds)}
+        self.batch_size = batch_size
+        self.streams = [Stream(ids, weights[ids], seed, b) for b, ids in groups.items()]
         total = float(weights[drawn].sum())
         batches = max(1, round(total / float(weights.max()) / batch_size))
-        self.counts = [max(1, round(float(weights[ids].sum()) / total * batches)) for ids in groups]
+        self.counts = [max(1, round(float(weights[ids].sum()) / total * batches)) for ids in groups.values()]
         self.length = sum(self.counts)
-        self.turns = lru_cache(2)(self._turns)
-
-    def _turns(self, epoch: int) -> np.ndarray:
-        """Which of the streams each step of an epoch takes from: (length,)."""
-        turns = np.repeat(np.arange(len(self.counts), dtype=np.int16), self.counts)
-        return keyed(self.seed, "buckets", epoch).permutation(turns)
+        turns = np.repeat(np.arange(len(self.counts), dtype=np.int16), self.counts)  # an epoch's streams, in order
+        self.turns = lru_cache(2)(lambda epoch: keyed(seed, "buckets", epoch).permutation(turns))
 
     def __call__(self, step: int) -> np.ndarray:
-        if len(self.streams) == 1:
-            return self.streams[0].take(step * self.batch_size, self.batch_size)
         epoch, place = divmod(step, self.length)
         turns = self.turns(epoch)
         which = int(turns[place])
@@ -155,51 +147,42 @@ class Order:
 
 
 class Images:
-    """uint8 images of a source, each in the size of its bucket, kept in memory while all fit.
+    """A source's images, uint8 in the size of their bucket, cached if all fit in memory. Thread-safe.
 
-    `sizes`: (width, height) of the buckets in use; `bucket` (N,): each image's. With data.flip the second half of the
-    indices are the mirror images of the first. `broken`: what could be read no more, by its number in the source, and
-    why. Any thread may call.
+    `sizes`: (width, height) of the buckets in use. `bucket` (N,): each image's index into them. With data.flip, the
+    second half of the indices are mirror images of the first. `broken`: {index in the source: why it cannot be read}.
     """
 
     def __init__(self, source: Source, data: Data):
         self.source, self.data = source, data
-        self.sizes, base = self._assign()
+        self.sizes = buckets(data.resolution, data.max_aspect_ratio, data.bucket_step)
+        base = np.zeros(len(source), np.int16)
+        if len(self.sizes) > 1:
+            width, height = np.array([source.size(i) for i in range(len(source))]).reshape(-1, 2).T
+            used, bucket = np.unique(nearest(self.sizes, width, height), return_inverse=True)
+            self.sizes, base = [self.sizes[i] for i in used.tolist()], bucket.astype(np.int16)
         self.bucket = np.tile(base, 2) if data.flip else base
-        self.broken: dict[int, str] = {}
-        self.lock = threading.Lock()
-        self.pool: ThreadPoolExecutor | None = None
+        self.broken, self.cache = dict[int, str](), dict[int, np.ndarray]()
         area = np.array([w * h for w, h in self.sizes])
-        fits = data.path != "shapes" and int(np.bincount(base) @ area) * 3 <= PIXEL_CACHE_BYTES
-        self.cache: dict[int, np.ndarray] | None = {} if fits else None
-
-    def _assign(self) -> tuple[list[tuple[int, int]], np.ndarray]:
-        """The buckets in use, and which of them each image of the source is in."""
-        d, count = self.data, len(self.source)
-        sizes = buckets(d.resolution, d.max_aspect_ratio, d.bucket_step)
-        if len(sizes) == 1:
-            return sizes, np.zeros(count, np.int16)
-        width, height = np.array([self.source.size(i) for i in range(count)]).reshape(count, 2).T
-        used, bucket = np.unique(nearest(sizes, width, height), return_inverse=True)
-        return [sizes[i] for i in used.tolist()], bucket.astype(np.int16)
+        self.cached = data.path != "shapes" and int(np.bincount(base) @ area) * 3 <= PIXEL_CACHE_BYTES
+        self.lock, self.pool = threading.Lock(), ThreadPoolExecutor(THREADS)
 
     def __len__(self) -> int:
         return len(self.bucket)
 
     def __getitem__(self, i: int) -> np.ndarray:
-        """uint8 (h, w, 3). Raises DataError when the image cannot be read."""
+        """uint8 (h, w, 3). Raises DataError if the image cannot be read."""
         base = i % len(self.source)
-        image = self.cache.get(base) if self.cache is not None else None
-        if image is None:
+        if (image := self.cache.get(base)) is None:
             image = images.fit(self.source.image(base), self.sizes[int(self.bucket[base])])
-            if self.cache is not None:
+            if self.cached:
                 self.cache[base] = image
         return image if i == base else image[:, ::-1]
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """uint8 (B, h, w, 3) of indices of one bucket. In place of what cannot be read comes the next image of its bucket.
+        """uint8 (B, h, w, 3) for indices of one bucket. An unreadable image is replaced by the next one of its bucket.
 
-        Raises DataError when more than data.max_bad_fraction of the source cannot be read, or nothing of a bucket.
+        Raises DataError if more than data.max_bad_fraction of the source, or all of a bucket, cannot be read.
         """
         pixels, readable = self.read(indices)
         for row in np.flatnonzero(~readable).tolist():
@@ -207,37 +190,26 @@ class Images:
         return pixels
 
     def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 (B, h, w, 3) of indices of one bucket, zero where an image cannot be read, and where it can: bool (B,)."""
-        found = self._map([int(i) for i in indices])
-        width, height = self.sizes[int(self.bucket[indices[0]])]
-        pixels = np.zeros((len(found), height, width, 3), np.uint8)
-        for row, image in enumerate(found):
-            if image is not None:
-                pixels[row] = image
-        return pixels, np.array([image is not None for image in found])
-
-    def _map(self, indices: list[int]) -> list[np.ndarray | None]:
-        """Each image or None, decoded side by side where there is something to decode: drawing shapes holds Python's lock."""
-        kept = self.cache is not None and all(i % len(self.source) in self.cache for i in indices)
-        if kept or len(indices) == 1 or THREADS == 1 or self.data.path == "shapes":
-            return [self._readable(i) for i in indices]
-        with self.lock:
-            self.pool = self.pool or ThreadPoolExecutor(THREADS)
-        return list(self.pool.map(self._readable, indices))
+        """Pixels, uint8 (B, h, w, 3), for indices of one bucket, and which could be read, bool (B,); else zeros."""
+        chosen = [int(i) for i in indices]
+        cached = all(i % len(self.source) in self.cache for i in chosen)
+        serial = cached or len(chosen) == 1 or THREADS == 1 or self.data.path == "shapes"  # drawing those holds the GIL
+        rows = list((map if serial else self.pool.map)(self._readable, chosen))
+        blank = np.zeros((*reversed(self.sizes[int(self.bucket[chosen[0]])]), 3), np.uint8)
+        return np.stack([blank if row is None else row for row in rows]), np.array([row is not None for row in rows])
 
     def _readable(self, i: int) -> np.ndarray | None:
-        """An image, or None; what could not be read once is not tried again."""
+        """An image, or None if it cannot be read; after one failure it is not tried again."""
         base = i % len(self.source)
-        if base in self.broken:
-            return None
-        try:
-            return self[i]
-        except DataError as error:
-            self.give_up(base, str(error).split("; ")[0])
-            return None
+        if base not in self.broken:
+            try:
+                return self[i]
+            except DataError as error:
+                self.give_up(base, str(error).split("; ")[0])
+        return None
 
     def give_up(self, base: int, reason: str) -> None:
-        """Record that an image of the source cannot be read. Raises DataError when there are too many."""
+        """Record why image `base` of the source cannot be read. Raises DataError if there are too many such images."""
         with self.lock:
             self.broken.setdefault(base, reason)
             if len(self.broken) <= self.data.max_bad_fraction * len(self.source):
@@ -247,7 +219,7 @@ class Images:
         raise DataError(f"cannot read {share}: {first}; mend them, or raise data.max_bad_fraction")
 
     def _instead(self, i: int) -> np.ndarray:
-        """The next image of i's bucket that can be read, mirrored if i is."""
+        """The next readable image of i's bucket, mirrored if i is."""
         count = len(self.source)
         base, bucket = i % count, int(self.bucket[i])
         others = np.flatnonzero(self.bucket[:count] == bucket)
@@ -258,11 +230,10 @@ class Images:
         raise DataError(f"{self.broken[base]}; nor can any other image of {width}x{height} be read; mend them")
 
     def weights(self) -> np.ndarray:
-        """How often each is drawn, relative to the others: float64 (N,)."""
-        count = len(self.source)
-        one = np.fromiter(map(self.source.weight, range(count)), np.float64, count)
+        """How often each image is drawn, relative to the others: float64 (N,)."""
+        one = np.array([self.source.weight(i) for i in range(len(self.source))], np.float64)
         return np.tile(one, 2) if self.data.flip else one
 
     def names(self, indices: Sequence[int] | np.ndarray) -> list[str]:
-        """What messages call some images."""
+        """The names of images, for messages."""
         return [self.source.identity(int(i) % len(self.source)) for i in indices]

@@ -1,18 +1,17 @@
 """A folder of images with captions as a data source.
 
-Three layouts, told apart by what is there: metadata.jsonl or metadata.csv in the folder; a caption file beside each
-image (a.png, a.txt); or one subfolder for each class, its name the caption. What is unusable is left out by a rule that
-depends on the files alone, listed in `skipped`, and an error when there is too much of it. Every image is decoded once
-at the start, so that training meets no surprises. This module knows no model, tokens or resolution.
+Three layouts are recognised: metadata.jsonl or metadata.csv in the folder; a caption file next to each image (a.png,
+a.txt); or one subfolder per class, whose name is the caption. Every image is decoded once at the start, so training
+does not fail on one later. This module knows no model, tokens or resolution.
 
-The rules. Hidden files are ignored. Links are followed to files inside the folder only, never to folders.
-metadata.jsonl goes before metadata.csv, a.txt before a.caption, and a.png before a.jpg, a.jpeg and a.webp when they
-share a caption file. Several lines, or repeated metadata rows, are several captions. Captions are UTF-8, NFC, on one
-line, of at most 4,096 characters.
+Rules: hidden files are ignored. Links to files inside the folder are followed, links to folders or to the outside are
+not. metadata.jsonl is preferred to metadata.csv, a.txt to a.caption, and a.png to a.jpg, a.jpeg and a.webp that share a
+caption file. Several lines, or several metadata rows, are several captions.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -24,8 +23,7 @@ import stat
 import unicodedata
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -39,10 +37,9 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 SIDECARS = (".txt", ".caption")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 REFUSED = (".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jp2", ".jxl", ".psd", ".svg")
-MAX_CAPTION_FILE = 2**20
-MAX_LINE = 2**20
+MAX_CAPTION_FILE = MAX_LINE = 2**20
 MAX_CAPTION = 4096
-BATCH = 4096  # images checked at once, which bounds the memory of the check
+BATCH = 4096  # images checked at once, to bound memory
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 
@@ -50,25 +47,25 @@ SURROGATE = re.compile(r"[\ud800-\udfff]")
 class FolderSource:
     """The captioned images of a folder, ordered by name.
 
-    `background` shows through transparent pixels. `skipped` holds (path, reason) for everything left out. Raises
-    DataError when the folder is missing, holds no captioned image, or when more than `max_bad_fraction` of its images
-    are unusable.
+    `background`: the colour under transparent pixels. `skipped`: (path, reason) for everything left out. Raises
+    DataError if the folder is missing, holds no captioned image, or more than `max_bad_fraction` of its images are bad.
     """
 
     def __init__(self, path: str | Path, background: str = "#ffffff", max_bad_fraction: float = 0.01) -> None:
-        self.path, self.background = Path(path), background
-        skips = _Skips()
-        names = _walk(self.path, skips)
-        entries = sorted(_entries(self.path, names, skips), key=lambda entry: entry.name)
-        self._entries, self._checks = self._decodable(entries, skips)
+        self.path, self.background, skips = Path(path), background, _Skips()
+        entries = _entries(self.path, _walk(self.path, skips), skips)
+        self._entries = self._decodable(sorted(entries, key=lambda entry: entry.name), skips)
         self.skipped: list[tuple[str, str]] = sorted(skips.bad + skips.notes)
-        _judge(self.path, len(self._entries), skips, max_bad_fraction)
+        bad = sorted(skips.bad)
+        if not self._entries:
+            raise DataError(f"{shown(self.path)}: none of its {len(bad)} images can be used: {summary(bad)}; mend them")
+        judge(self.path, len(self), len(bad), max_bad_fraction, summary(bad))
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def image(self, i: int) -> np.ndarray:
-        """uint8 (H, W, 3) in its own size. Raises DataError if the file has changed for the worse since the start."""
+        """uint8 (H, W, 3) in its own size. Raises DataError if the file can no longer be read."""
         return open_image(self.path / self._entries[i].name, self.background)
 
     def captions(self, i: int) -> list[str]:
@@ -81,100 +78,79 @@ class FolderSource:
 
     def size(self, i: int) -> tuple[int, int]:
         """(width, height) in pixels."""
-        return self._checks[i].size
+        return self._entries[i].size
 
     def digest(self, i: int) -> str:
         """The first 32 hexadecimal digits of the SHA-256 of the image's file."""
-        return self._checks[i].digest[:32]
+        return self._entries[i].digest[:32]
 
     def identity(self, i: int) -> str:
-        """The path of image i below the folder, with forward slashes."""
+        """The path of image i relative to the folder, with forward slashes."""
         return self._entries[i].name
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over names, file contents, captions, weights and the background."""
+        """SHA-256 (hex) of names, file contents, captions, weights and the background."""
         total = hashlib.sha256(json.dumps(["folder 1", self.background]).encode())
-        for entry, check in zip(self._entries, self._checks, strict=True):
-            total.update(json.dumps([entry.name, check.digest, entry.captions, entry.weight]).encode())
+        for entry in self._entries:
+            total.update(json.dumps([entry.name, entry.digest, entry.captions, entry.weight]).encode())
         return total.hexdigest()
 
     def report(self) -> str:
         """One line: how many images, how many left out, and the first reasons."""
-        line = f"{shown(self.path)}: {len(self)} images"
-        return f"{line}, {_some(self.skipped)}" if self.skipped else line
+        return f"{shown(self.path)}: {len(self)} images" + (f", {summary(self.skipped)}" if self.skipped else "")
 
-    def _decodable(self, entries: list[_Entry], skips: _Skips) -> tuple[list[_Entry], list[_Check]]:
-        """The entries whose image decodes, and what was seen of each."""
-        good: list[_Entry] = []
-        checks: list[_Check] = []
+    def _decodable(self, entries: list[_Entry], skips: _Skips) -> list[_Entry]:
+        """The entries whose image decodes, with its hash and size."""
+        batches = (entries[start : start + BATCH] for start in range(0, len(entries), BATCH))
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for batch in _batches(entries):
-                for entry, found in zip(batch, pool.map(self._check, batch), strict=True):
-                    if isinstance(found, str):
-                        skips.bad.append((shown(entry.name), found))
-                    else:
-                        good.append(entry)
-                        checks.append(found)
-        return good, checks
+            return [entry for batch in batches for entry in pool.map(partial(self._decoded, skips), batch) if entry]
 
-    def _check(self, entry: _Entry) -> _Check | str:
-        """What decoding shows, or why it does not decode."""
+    def _decoded(self, skips: _Skips, entry: _Entry) -> _Entry | None:
         path = self.path / entry.name
         try:
             height, width = open_image(path, self.background).shape[:2]
-            return _Check(hashlib.sha256(path.read_bytes()).hexdigest(), (width, height))
+            return entry._replace(digest=hashlib.sha256(path.read_bytes()).hexdigest(), size=(width, height))
         except DataError as error:
-            return str(error).removeprefix(f"{shown(path)}: ").split("; ")[0]
+            reason = str(error).removeprefix(f"{shown(path)}: ").split("; ")[0]
         except OSError as error:
-            return error.strerror or "cannot be read"
+            reason = error.strerror or "cannot be read"
+        skips.bad.append((shown(entry.name), reason))
+        return None
 
 
-class _Check(NamedTuple):
-    """SHA-256 of an image's file, and (width, height)."""
+class _Entry(NamedTuple):
+    """An image; `digest`, the SHA-256 of its file, and `size`, (width, height), are known once it is decoded."""
 
-    digest: str
-    size: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class _Entry:
     name: str
     captions: tuple[str, ...]
     weight: float = 1.0
+    digest: str = ""
+    size: tuple[int, int] = (0, 0)
 
 
-@dataclass
 class _Skips:
-    """What is left out: `bad` counts against the allowed fraction, `notes` are only reported. (path, reason) each."""
+    """What is left out, as (path, reason): `bad` counts against the allowed fraction, `notes` are only reported."""
 
-    bad: list[tuple[str, str]] = field(default_factory=list)
-    notes: list[tuple[str, str]] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.bad, self.notes = list[tuple[str, str]](), list[tuple[str, str]]()
 
     def add(self, name: str, reason: str) -> None:
-        """Files that are images are bad, anything else is a note."""
-        (self.bad if _kind(name) in IMAGES else self.notes).append((shown(name), reason))
+        """An image is bad, any other file is a note."""
+        (self.bad if _kind(name) in (*IMAGES, *REFUSED) else self.notes).append((shown(name), reason))
 
 
-def _judge(path: Path, usable: int, skips: _Skips, allowed: float) -> None:
-    total = usable + len(skips.bad)
-    if not usable:
-        raise DataError(f"{shown(path)}: none of its {total} images can be used: {_some(sorted(skips.bad))}; mend them")
-    if len(skips.bad) > allowed * total:
-        share = f"{len(skips.bad)} of {total} images are unusable, over the allowed {allowed:g}"
-        reasons = _some(sorted(skips.bad))
-        raise DataError(f"{shown(path)}: {share}: {reasons}; mend or remove them, or raise data.max_bad_fraction")
+def judge(path: str | Path, usable: int, bad: int, allowed: float, left_out: str) -> None:
+    """Raise DataError if more than the fraction `allowed` of a source's images are bad."""
+    if bad > allowed * (usable + bad):
+        share = f"{bad} of {usable + bad} images are unusable, over the allowed {allowed:g}"
+        raise DataError(f"{shown(path)}: {share}: {left_out}; mend or remove them, or raise data.max_bad_fraction")
 
 
-def _some(skipped: list[tuple[str, str]], most: int = 3) -> str:
-    reasons = ", ".join(f"{path} ({reason})" for path, reason in skipped[:most])
-    more = f" and {len(skipped) - most} more" if len(skipped) > most else ""
-    return f"{len(skipped)} left out: {reasons}{more}"
-
-
-def _batches(entries: list[_Entry]) -> Iterator[list[_Entry]]:
-    rest = iter(entries)
-    while batch := list(islice(rest, BATCH)):
-        yield batch
+def summary(skipped: list[tuple[str, str]], count: int = 0) -> str:
+    """How many files are left out, and the first three reasons; `count` if `skipped` does not list all."""
+    count = count or len(skipped)
+    reasons = ", ".join(f"{path} ({reason})" for path, reason in skipped[:3])
+    return f"{count} left out: {reasons}{f' and {count - 3} more' if count > 3 else ''}"
 
 
 def _kind(name: str) -> str:
@@ -185,33 +161,31 @@ def _stem(name: str) -> str:
     return posixpath.splitext(name)[0]
 
 
-# ---- what is there -------------------------------------------------------------------------------------------------
+# ---- listing the files ---------------------------------------------------------------------------------------------
 
 
 def _walk(root: Path, skips: _Skips) -> list[str]:
-    """Names below `root`, sorted, of the regular visible files that lie inside it."""
+    """Sorted paths, relative to `root`, of its regular files that are not hidden."""
     if not os.path.isdir(root):
         problem = "is not a folder" if os.path.exists(root) else "does not exist"
         raise DataError(f"data folder {shown(root)} {problem}; set data.path to a folder of captioned images")
-    inside = os.path.realpath(root)
-    names: list[str] = []
-    for folder, folders, files in os.walk(root, onerror=lambda error: _note_folder(root, error, skips)):
+
+    def unreadable(error: OSError) -> None:
+        if error.filename == os.fspath(root):
+            raise DataError(f"data folder {shown(root)}: {error.strerror}; make it readable") from None
+        skips.notes.append((shown(error.filename), error.strerror or "cannot be read"))
+
+    inside, names = os.path.realpath(root), list[str]()
+    for folder, folders, files in os.walk(root, onerror=unreadable):
         prefix = "" if folder == os.fspath(root) else Path(folder).relative_to(root).as_posix() + "/"
         folders[:] = [name for name in folders if _enter(prefix + name, Path(folder, name), skips)]
-        for name in files:
-            if not name.startswith(".") and _admit(prefix + name, Path(folder, name), inside, skips):
-                names.append(prefix + name)
+        files = [prefix + name for name in files if not name.startswith(".")]
+        names += [name for name in files if _admit(name, root / name, inside, skips)]
     return sorted(names)
 
 
-def _note_folder(root: Path, error: OSError, skips: _Skips) -> None:
-    if error.filename == os.fspath(root):
-        raise DataError(f"data folder {shown(root)}: {error.strerror}; make it readable") from None
-    skips.notes.append((shown(error.filename), error.strerror or "cannot be read"))
-
-
 def _enter(name: str, path: Path, skips: _Skips) -> bool:
-    """Whether a subfolder is walked."""
+    """Whether to list a subfolder."""
     hidden = path.name.startswith(".") or path.name == "__MACOSX"
     reason = "" if hidden else "link to a folder" if path.is_symlink() else _bad_name(name)
     if reason:
@@ -220,12 +194,9 @@ def _enter(name: str, path: Path, skips: _Skips) -> bool:
 
 
 def _admit(name: str, path: Path, inside: str, skips: _Skips) -> bool:
-    """Whether a file may be opened at all; the reason goes to `skips` when it is of a kind that matters."""
-    if _kind(name) in REFUSED:
-        skips.bad.append((shown(name), "not a PNG, JPEG or WEBP image"))
-        return False
-    reason = _bad_name(name) or _bad_file(path, inside)
-    if reason and _kind(name) in (*IMAGES, *SIDECARS, ".jsonl", ".csv"):
+    """Whether a file may be opened; if not, `skips` gets the reason for an image, caption or metadata file."""
+    reason = "not a PNG, JPEG or WEBP image" if _kind(name) in REFUSED else _bad_name(name) or _bad_file(path, inside)
+    if reason and _kind(name) in (*IMAGES, *REFUSED, *SIDECARS, ".jsonl", ".csv"):
         skips.add(name, reason)
     return not reason
 
@@ -250,9 +221,8 @@ def _bad_file(path: Path, inside: str) -> str:
 
 
 def _entries(root: Path, names: list[str], skips: _Skips) -> list[_Entry]:
-    """Every image that has captions. Raises DataError when the layout is none of the three."""
-    tables = [name for name in METADATA if name in names]
-    if tables:
+    """Every image that has captions. Raises DataError if the layout is none of the three."""
+    if tables := [name for name in METADATA if name in names]:
         skips.notes += [(name, f"{tables[0]} is used") for name in tables[1:]]
         return _from_metadata(root, tables[0], names, skips)
     below = [shown(posixpath.dirname(name)) for name in names if posixpath.basename(name) in METADATA]
@@ -261,75 +231,45 @@ def _entries(root: Path, names: list[str], skips: _Skips) -> list[_Entry]:
         raise DataError(f"{shown(root)} has its metadata in subfolders ({places}); set data.path to one of them")
     images = [name for name in names if _kind(name) in IMAGES]
     if not images:
-        raise DataError(f"data folder {shown(root)} holds no images; put PNG, JPEG or WEBP files there{_also(skips)}")
-    sidecars = _sidecars(names, skips)
-    if any(_stem(name) in sidecars for name in images):
+        reasons = f" ({summary(sorted(skips.bad))})" if skips.bad else ""
+        raise DataError(f"data folder {shown(root)} holds no images; put PNG, JPEG or WEBP files there{reasons}")
+    sidecars, stems = _by_stem(names, SIDECARS, "{} is used", skips), set(map(_stem, images))
+    skips.notes += [(shown(name), "caption without an image") for stem, name in sidecars.items() if stem not in stems]
+    if stems & sidecars.keys():
         return _from_sidecars(root, images, sidecars, skips)
-    skips.notes += [(shown(name), "caption without an image") for name in sidecars.values()]
     if any("/" in name for name in images):
         return _from_classes(images, skips)
-    raise _no_captions(root, images, sidecars)
-
-
-def _also(skips: _Skips) -> str:
-    return f" ({_some(sorted(skips.bad))})" if skips.bad else ""
-
-
-def _no_captions(root: Path, images: list[str], sidecars: dict[str, str]) -> DataError:
     first = shown(_stem(images[0]))
     if sidecars:
-        orphan = shown(next(iter(sidecars.values())))
-        return DataError(
-            f"{shown(root)}: no caption file matches an image (as {orphan}); name them {first}.txt and so on"
-        )
+        problem = f"no caption file matches an image (as {shown(next(iter(sidecars.values())))})"
+        raise DataError(f"{shown(root)}: {problem}; name them {first}.txt and so on")
     fix = f"write {first}.txt and so on, a metadata.jsonl, or sort them into subfolders"
-    return DataError(f"{shown(root)}: its {len(images)} images have no captions; {fix}")
+    raise DataError(f"{shown(root)}: its {len(images)} images have no captions; {fix}")
 
 
-def _sidecars(names: list[str], skips: _Skips) -> dict[str, str]:
-    """{stem: caption file}."""
-    found: dict[str, str] = {}
-    for kind in SIDECARS:
+def _by_stem(names: list[str], kinds: tuple[str, ...], note: str, skips: _Skips) -> dict[str, str]:
+    """{stem: its file of the first of `kinds`}; `skips` gets the other files, with `note` about the first."""
+    chosen: dict[str, str] = {}
+    for kind in kinds:
         for name in names:
-            if _kind(name) == kind and found.setdefault(_stem(name), name) != name:
-                skips.notes.append((shown(name), f"{shown(found[_stem(name)])} is used"))
-    return found
+            if _kind(name) == kind and (first := chosen.setdefault(_stem(name), name)) != name:
+                skips.notes.append((shown(name), note.format(shown(first))))
+    return chosen
 
 
 def _from_sidecars(root: Path, images: list[str], sidecars: dict[str, str], skips: _Skips) -> list[_Entry]:
-    first: dict[str, str] = {}
     entries = []
-    for name in sorted(images, key=lambda name: (IMAGES.index(_kind(name)), name)):
-        stem = _stem(name)
-        if first.setdefault(stem, name) != name:
-            skips.notes.append((shown(name), f"shares its caption with {shown(first[stem])}"))
-        elif stem not in sidecars:
+    for stem, name in _by_stem(images, IMAGES, "shares its caption with {}", skips).items():
+        if stem not in sidecars:
             skips.add(name, "no caption file")
-        elif entry := _captioned(name, root / sidecars[stem], skips):
-            entries.append(entry)
-    orphans = sorted(set(sidecars) - set(first))
-    skips.notes += [(shown(sidecars[stem]), "caption without an image") for stem in orphans]
+            continue
+        try:
+            with open(root / sidecars[stem], "rb") as file:
+                lines = caption_text(file.read(MAX_CAPTION_FILE + 1)).splitlines()
+            entries.append(_Entry(name, tuple(clean_captions(lines))))
+        except (ValueError, OSError) as error:
+            skips.add(name, (error.strerror or "caption unreadable") if isinstance(error, OSError) else str(error))
     return entries
-
-
-def _captioned(name: str, path: Path, skips: _Skips) -> _Entry | None:
-    """The entry of an image and its caption file, or None with the reason in `skips`."""
-    try:
-        return _Entry(name, tuple(clean_captions(_read_caption_file(path).splitlines())))
-    except (ValueError, OSError) as error:
-        skips.add(name, (error.strerror or "caption unreadable") if isinstance(error, OSError) else str(error))
-    return None
-
-
-def _read_caption_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        data = file.read(MAX_CAPTION_FILE + 1)
-    if len(data) > MAX_CAPTION_FILE:
-        raise ValueError("caption file over 1 MiB")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError("caption is not UTF-8") from None
 
 
 def _from_classes(images: list[str], skips: _Skips) -> list[_Entry]:
@@ -343,42 +283,38 @@ def _from_classes(images: list[str], skips: _Skips) -> list[_Entry]:
     return entries
 
 
-# ---- metadata ------------------------------------------------------------------------------------------------------
+# ---- rows and captions ---------------------------------------------------------------------------------------------
 
 
 def _from_metadata(root: Path, table: str, names: list[str], skips: _Skips) -> list[_Entry]:
-    """Entries of metadata.jsonl or metadata.csv; rows that name the same file add captions to it."""
-    known = set(names)
-    found: dict[str, _Entry] = {}
-    rows = 0
+    """Entries of metadata.jsonl or metadata.csv; the captions of rows that name the same file are joined."""
+    known, number = set(names), 0
+    entries: dict[str, _Entry] = {}
     for number, row in _rows(root / table):
-        rows += 1
         try:
             entry = _entry(row, known)
+            old = entries.get(entry.name, entry)
+            entries[entry.name] = old._replace(captions=tuple(dict.fromkeys(old.captions + entry.captions)))
         except ValueError as error:
             skips.bad.append((f"{table}:{number}", str(error)))
-            continue
-        old = found.get(entry.name, entry)
-        found[entry.name] = _Entry(entry.name, tuple(dict.fromkeys(old.captions + entry.captions)), old.weight)
-    if not rows:
+    if not number:
         raise DataError(f"{shown(root / table)} is empty; write a row with file_name and text for each image")
-    unnamed = [name for name in names if _kind(name) in IMAGES and name not in found]
+    unnamed = [name for name in names if _kind(name) in IMAGES and name not in entries]
     skips.notes += [(shown(name), f"not used by {table}") for name in unnamed]
-    return list(found.values())
+    return list(entries.values())
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """(line number, row, or the reason why there is none). Bytes that are not UTF-8 become surrogates, caught later."""
+    """(line number, row or what is wrong with it). Bytes that are not UTF-8 become surrogates, refused later."""
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            lines = _lines(file)
-            yield from _csv_rows(path, lines) if path.suffix == ".csv" else _json_rows(lines)
+            yield from _csv_rows(path, _lines(file)) if path.suffix == ".csv" else _json_rows(_lines(file))
     except OSError as error:
         raise DataError(f"{shown(path)}: {error.strerror}; make it readable") from None
 
 
 def _lines(file: TextIO) -> Iterator[str]:
-    """The lines of a file; of one longer than MAX_LINE only the beginning, which is one character longer than that."""
+    """The lines of a file; of a line longer than MAX_LINE, its first MAX_LINE + 1 characters."""
     while line := file.readline(MAX_LINE + 1):
         rest = line
         while len(rest) > MAX_LINE and not rest.endswith("\n"):
@@ -409,7 +345,7 @@ def _csv_rows(path: Path, file: Iterable[str]) -> Iterator[tuple[int, dict[str, 
 
 
 def _entry(row: dict[str, Any] | str, known: set[str]) -> _Entry:
-    """The entry of one row. Raises ValueError with the reason."""
+    """The entry of one row. Raises ValueError if the row is unusable."""
     if isinstance(row, str):
         raise ValueError(row)
     name, captions = row.get("file_name"), row.get("captions") or []
@@ -427,33 +363,36 @@ def _entry(row: dict[str, Any] | str, known: set[str]) -> _Entry:
 
 def clean_weight(value: Any) -> float:
     """A weight from JSON or CSV. Raises ValueError unless it is a positive number."""
-    try:
-        weight = float("nan") if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        weight = float("nan")
-    if not (math.isfinite(weight) and weight > 0):
-        raise ValueError("weight is not a positive number")
-    return weight
-
-
-# ---- captions ------------------------------------------------------------------------------------------------------
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if not isinstance(value, bool) and 0 < (weight := float(value)) < math.inf:
+            return weight
+    raise ValueError("weight is not a positive number")
 
 
 def clean_captions(texts: Iterable[str]) -> list[str]:
-    """Captions as they are trained on: NFC, one line, single spaces, capped, without empty ones and repetitions.
+    """Captions as they are trained on: NFC, one line, single spaces, at most MAX_CAPTION characters, no duplicates.
 
-    Raises ValueError with the reason when a caption holds NUL or bytes that are not UTF-8, or when none is left.
+    Raises ValueError if a caption holds NUL or bytes that are not UTF-8, or if all are empty.
     """
-    captions = [text for text in map(_clean, texts) if text]
+    captions: dict[str, None] = {}
+    for text in texts:
+        if "\0" in text:
+            raise ValueError("caption holds NUL; save it as UTF-8")
+        if SURROGATE.search(text):
+            raise ValueError("caption is not UTF-8")
+        words = unicodedata.normalize("NFC", CONTROL.sub(" ", text)).split()
+        captions.setdefault(" ".join(words)[:MAX_CAPTION].rstrip())
+    captions.pop("", None)
     if not captions:
         raise ValueError("empty caption")
-    return list(dict.fromkeys(captions))
+    return list(captions)
 
 
-def _clean(text: str) -> str:
-    if "\0" in text:
-        raise ValueError("caption holds NUL; save it as UTF-8")
-    if SURROGATE.search(text):
-        raise ValueError("caption is not UTF-8")
-    text = unicodedata.normalize("NFC", CONTROL.sub(" ", text))
-    return " ".join(text.split())[:MAX_CAPTION].rstrip()
+def caption_text(data: bytes) -> str:
+    """The text of a caption file, of which a longer one need not be read whole. Raises ValueError for a bad one."""
+    if len(data) > MAX_CAPTION_FILE:
+        raise ValueError("caption file over 1 MiB")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("caption is not UTF-8") from None

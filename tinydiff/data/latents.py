@@ -1,7 +1,7 @@
 """The latent cache: every image's latent distribution, keyed by image content, size and autoencoder.
 
-The images of a bucket, and their mirror images apart, go in chunks of `cache.ROWS`. Any number of processes may fill one
-folder together; when all are done each opens it. What an image is, and when it cannot be read, `dataset.Images` knows.
+A chunk holds images of one bucket, either all mirrored or none. Several processes may fill a folder together; when all
+are done, each opens it. Reading images, and giving up on unreadable ones, is the job of `dataset.Images`.
 """
 
 from __future__ import annotations
@@ -34,23 +34,22 @@ def digest(module: nn.Module) -> str:
 def fill(
     folder: Path, images: Images, vae: Autoencoder, progress: cache.Progress, rank: int = 0, world: int = 1
 ) -> None:
-    """Encode what the folder lacks, in float32 on the autoencoder's device: every `world`-th chunk from `rank` on.
+    """Encode the images that the folder lacks, in float32 on the autoencoder's device.
 
-    `progress(images encoded, images to encode)` counts those of this process and may raise to stop. An image that cannot
-    be read has a row of zeros, and is tried again by the next call. Raises DataError when there are too many of these.
+    Process `rank` of `world` takes every `world`-th chunk; `progress(images encoded, images to encode)` counts its own
+    and may raise to stop. An unreadable image gets zeros, and the next call tries it again; DataError if too many are.
     """
-    mine = list(_chunks(folder, images, digest(vae)))[rank::world]
-    missing = [chunk for chunk in mine if not _filled(chunk, images)]
+    missing = [c for c in list(_chunks(folder, images, digest(vae)))[rank::world] if not _filled(c, images)]
     cache.fill(missing, lambda indices: encode(indices, images, vae), progress, _notes)
 
 
 def open_cache(folder: Path, images: Images, vae: Autoencoder) -> Latents:
-    """The latents that `fill` computed. Raises DataError where a file is missing, or too many images could not be read."""
+    """The latents that `fill` computed. Raises DataError if a file is missing or too many images were unreadable."""
     return Latents(list(_chunks(folder, images, digest(vae))), images)
 
 
 def _chunks(folder: Path, images: Images, vae_digest: str) -> Iterator[cache.Chunk]:
-    """Indices of one bucket each, all mirrored or none, with the file that they go in."""
+    """The chunks of every bucket, its images apart from their mirror images."""
     count = len(images.source)
     digests = [images.source.digest(i) for i in range(count)]
     for bucket, size in enumerate(images.sizes):
@@ -58,12 +57,13 @@ def _chunks(folder: Path, images: Images, vae_digest: str) -> Iterator[cache.Chu
         for mirrored, half in enumerate((members[members < count], members[members >= count])):
             for start in range(0, len(half), cache.ROWS):
                 items = half[start : start + cache.ROWS]
-                which = [digests[i] for i in (items % count).tolist()]
-                yield cache.chunk(folder, "latents", items, [vae_digest, images.data.background, size, mirrored, which])
+                contents = [digests[i] for i in (items % count).tolist()]
+                inputs = [vae_digest, images.data.background, size, mirrored, contents]
+                yield cache.chunk(folder, "latents", items, inputs)
 
 
 def _filled(chunk: cache.Chunk, images: Images) -> bool:
-    """Whether a chunk is there, and what it lacks still cannot be read."""
+    """Whether a chunk is computed and its absent images are still unreadable."""
     if not cache.whole(chunk):
         return False
     absent = cache.notes_of(chunk)["absent"]
@@ -72,7 +72,7 @@ def _filled(chunk: cache.Chunk, images: Images) -> bool:
 
 @torch.no_grad()
 def encode(indices: np.ndarray, images: Images, vae: Autoencoder) -> cache.Arrays:
-    """The columns "mean" and "std" (B, C, h, w) of images of one bucket; zeros where one cannot be read."""
+    """The columns "mean" and "std" (B, C, h, w) of images of one bucket; zeros for an unreadable image."""
     pixels, readable = images.read(indices)
     x = torch.from_numpy(to_pixels(pixels)).to(next(vae.parameters()).device, memory_format=torch.channels_last)
     mean, std = (t.float().cpu().contiguous().numpy() for t in mean_and_std(vae.encode(x)))
@@ -81,7 +81,7 @@ def encode(indices: np.ndarray, images: Images, vae: Autoencoder) -> cache.Array
 
 
 def _notes(rows: cache.Arrays) -> dict[str, list]:
-    """Which rows are of no image (no standard deviation is zero), and of the others: how many values, and sums of them."""
+    """Which rows have no image (their std is zero); over the others, the number of values and sums of them."""
     mean, std = rows["mean"], rows["std"]
     absent = np.flatnonzero(~std.any((1, 2, 3)))
     sums = [mean.sum(dtype=np.float64), np.square(mean, dtype=np.float64).sum(), np.square(std, dtype=np.float64).sum()]
@@ -89,10 +89,10 @@ def _notes(rows: cache.Arrays) -> dict[str, list]:
 
 
 class Latents:
-    """Every image's latent distribution, in mapped files.
+    """Every image's latent distribution, memory-mapped from the files `paths`.
 
-    `valid` (N,): which images could be read. `scaling_factor`: 1 / the standard deviation of all latents that can be
-    drawn, each channel alike; it depends on the images alone, not on who computed them. `paths`: the files.
+    `valid` (N,): which images could be read. `scaling_factor`: 1 / the standard deviation of all sampled latents, over
+    all channels together; it depends on the images, not on how processes divided the work.
     """
 
     def __init__(self, chunks: list[cache.Chunk], images: Images):
@@ -111,11 +111,8 @@ class Latents:
 
     def rows(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of images of one bucket: (B, C, h, w) float32 each, zero where not `valid`."""
-        files, rows = self.file[indices], self.row[indices]
-        return (
-            torch.from_numpy(self.stored.gather("mean", files, rows)),
-            torch.from_numpy(self.stored.gather("std", files, rows)),
-        )
+        mean, std = (self.stored.gather(name, self.file[indices], self.row[indices]) for name in ("mean", "std"))
+        return torch.from_numpy(mean), torch.from_numpy(std)
 
     def shape(self, bucket: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents of a bucket."""
@@ -123,7 +120,7 @@ class Latents:
 
 
 def _scaling_factor(sums: list[list[float]]) -> float:
-    """From each file's count and sums of mean, mean^2 and std^2; fsum rounds once, so their order does not matter."""
+    """1 / std of all latents, from each file's `sums`; fsum rounds once, so the order of files does not matter."""
     count, mean, squares, variance = (math.fsum(column) for column in zip(*sums, strict=True))
     if not count:
         raise DataError("none of the images could be read when they were to be encoded; mend them")

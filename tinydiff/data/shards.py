@@ -1,7 +1,7 @@
-"""Tar shards, named as WebDataset names them, as a data source: an index for each, made once, then random access.
+"""WebDataset tar shards as a data source: each shard is indexed once, then read by random access.
 
-What a sample is stands in shard_index.py. Nothing is ever extracted: an image is a range of bytes. What does not decode is
-found when it is drawn. This module knows no model, tokens or resolution.
+shard_index.py defines what a sample is. Nothing is extracted: an image is a range of bytes, decoded only when it is
+drawn. This module knows no model, tokens or resolution.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinydiff.data.folder import IMAGES, METADATA
+from tinydiff.data.folder import IMAGES, METADATA, judge, summary
 from tinydiff.data.shard_index import MAX_SKIPPED, ROW, Row, Skips, cache_folder, indexed, reopened
 from tinydiff.errors import DataError
 from tinydiff.files import shown
@@ -30,9 +30,9 @@ NOT_EXPANDED = re.compile(r"^(pipe:|\w{2,}:/)|[{}*?]")
 
 
 def find_shards(path: str) -> list[Path]:
-    """The archive at `path`, or those in the folder by name; none where it is for FolderSource to read or refuse.
+    """The archive at `path`, or all in that folder by name; none if FolderSource is to read or refuse `path`.
 
-    Compressed ones are named where there are no others, to be refused. DataError for a pattern of archives.
+    Compressed ones are returned, to be refused, if there are no others. Raises DataError for a pattern, URL or no .tar.
     """
     if not os.path.exists(path) and (path.lower().endswith(".tar") or NOT_EXPANDED.search(path)):
         hint = "braces, wildcards, pipe: and URLs are not expanded; " if NOT_EXPANDED.search(path) else ""
@@ -41,7 +41,7 @@ def find_shards(path: str) -> list[Path]:
         return [Path(path)] if path.lower().endswith((".tar", *PACKED)) else []
     names = _visible(path)
     if any(name.lower().endswith((*IMAGES, *METADATA)) for name in names):
-        return []  # images lie there unpacked; an archive beside them is what they came in
+        return []  # unpacked images; an archive next to them is what they came in
     shards = [name for name in names if name.lower().endswith(".tar")]
     if not shards and not any(os.path.isdir(os.path.join(path, name)) for name in names):
         shards = [name for name in names if name.lower().endswith(PACKED)]
@@ -56,11 +56,11 @@ def _visible(path: str) -> list[str]:
 
 
 class ShardSource:
-    """The captioned images of one .tar file, or of all in a folder by name, in the order of the archives.
+    """The captioned images of one .tar file, or of all in a folder sorted by name, in the order of the archives.
 
-    Indexes are made once and kept in `index_dir`; `progress` hears of shards done and shards in all.
-    `skipped` holds the first thousand (shard/member, reason) of what is left out. Raises DataError where there are no
-    shards, one is damaged, or more than `max_bad_fraction` of the images are unusable.
+    Indexes are made once and kept in `index_dir`; meanwhile `progress(shards done, shards in all)` is called.
+    `skipped`: the first thousand (shard/member, reason) of what is left out. Raises DataError if there are no shards,
+    one is damaged, or more than `max_bad_fraction` of the images are unusable.
     """
 
     def __init__(
@@ -78,16 +78,20 @@ class ShardSource:
         self._shards, skipped = indexed(paths, index_dir or cache_folder(), progress)
         notes = [(shown(name), "not a .tar file") for name in sorted(others)]
         self.skipped: Skips = (skipped + notes)[:MAX_SKIPPED]
-        self._left_out = len(notes) + sum(shard.left_out for shard in self._shards)
+        left_out = len(notes) + sum(shard.left_out for shard in self._shards)
+        self._left_out = summary(self.skipped, left_out) if left_out else ""
         self._ends = list(accumulate(shard.samples for shard in self._shards))
         self._file = lru_cache(MAX_OPEN)(partial(reopened, self._shards))
-        self._judge(max_bad_fraction)
+        if not len(self):
+            problem = "no sample can be used" + (f": {self._left_out}" if self._left_out else "")
+            raise DataError(f"{shown(self.path)}: {problem}; put an image and a caption of one name into the shards")
+        judge(self.path, len(self), sum(shard.bad for shard in self._shards), max_bad_fraction, self._left_out)
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def image(self, i: int) -> np.ndarray:
-        """uint8 (H, W, 3) in its own size. Raises DataError naming shard and member if it does not decode."""
+        """uint8 (H, W, 3) in its own size. Raises DataError, naming shard and member, if it does not decode."""
         number, row = self._row(i)
         data = self._file(number, False).read(row.start, row.bytes)
         try:
@@ -105,7 +109,7 @@ class ShardSource:
         return self._row(i)[1].weight
 
     def size(self, i: int) -> tuple[int, int]:
-        """(width, height) in pixels, upright, by the image's header."""
+        """(width, height) in pixels, upright, from the image's header."""
         row = self._row(i)[1]
         return row.width, row.height
 
@@ -114,23 +118,23 @@ class ShardSource:
         return self._row(i)[1].digest.hex()
 
     def identity(self, i: int) -> str:
-        """The shard's file name and the image's name in it: train-0007.tar/dogs/12.jpg."""
+        """The shard's file name and the image's name in it, as train-0007.tar/dogs/12.jpg."""
         number, row = self._row(i)
         shard = self._shards[number]
         return f"{shard.path.name}/{self._text(number, shard.names_at + row.name, row.name_bytes)}"
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over shard names, and names, images, captions and weights in them, and the background."""
+        """SHA-256 (hex) of the shards' names and contents (names, images, captions, weights) and the background."""
         shards = [[shard.path.name, shard.content] for shard in self._shards]
         return hashlib.sha256(json.dumps(["shards 1", self.background, shards]).encode()).hexdigest()
 
     def report(self) -> str:
         """One line: how many images, how many left out, and the first reasons."""
         line = f"{shown(self.path)}: {len(self)} images in {len(self._shards)} shards"
-        return f"{line}, {self._some(self._left_out)}" if self._left_out else line
+        return f"{line}, {self._left_out}" if self._left_out else line
 
     def _row(self, i: int) -> tuple[int, Row]:
-        """(shard, row) of image i."""
+        """Image i's shard, as an index into the shards, and its row there."""
         if not 0 <= i < len(self):
             raise IndexError(f"image {i} of {len(self)}")
         number = bisect_right(self._ends, i)
@@ -140,18 +144,3 @@ class ShardSource:
 
     def _text(self, number: int, at: int, size: int) -> str:
         return self._file(number, True).read(at, size).decode()
-
-    def _some(self, count: int, most: int = 3) -> str:
-        reasons = ", ".join(f"{name} ({reason})" for name, reason in self.skipped[:most])
-        return f"{count} left out: {reasons}{f' and {count - most} more' if count > most else ''}"
-
-    def _judge(self, allowed: float) -> None:
-        bad = sum(shard.bad for shard in self._shards)
-        if not len(self):
-            found = f": {self._some(self._left_out)}" if self._left_out else ""
-            fix = "put an image and a caption of one name into the shards"
-            raise DataError(f"{shown(self.path)}: no sample can be used{found}; {fix}")
-        if bad > allowed * (len(self) + bad):
-            share = f"{bad} of {len(self) + bad} images are unusable, over the allowed {allowed:g}"
-            fix = "mend or remove them, or raise data.max_bad_fraction"
-            raise DataError(f"{shown(self.path)}: {share}: {self._some(self._left_out)}; {fix}")

@@ -1,7 +1,7 @@
-"""Where the members of a tar archive lie: headers of ustar, GNU and PAX archives, read by offset, strictly.
+"""A strict reader of tar headers (ustar, GNU, PAX): the name, offset and size of each member. Nothing is extracted.
 
-Nothing is extracted. Python's `tarfile` is not used, as it loops for ever on a negative size (CVE-2025-8194) and follows
-names and links. This module knows no samples and no images.
+Python's `tarfile` is not used: it loops for ever on a negative size (CVE-2025-8194) and follows names and links. This
+module knows no samples and no images.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 from tinydiff.errors import DataError
 from tinydiff.files import LFS_POINTER, shown
 
-MAX_MEMBERS = 2**21  # of one archive, which bounds the memory that an index of it takes to make
-MAX_EXTENDED = 64 * 2**10  # bytes of a GNU or PAX header
+MAX_MEMBERS = 2**21  # in one archive, to bound the memory of indexing it
+MAX_EXTENDED = 64 * 2**10  # bytes in a GNU or PAX header
 MAX_RECORDS = 256  # in a PAX header
 MAX_CHAIN = 8  # GNU and PAX headers before one member
 MAX_NAME = 1024
@@ -36,7 +36,7 @@ MISFITS = {
 
 
 class File:
-    """A regular file open for reading; closed when nobody holds it, so no thread loses it while it reads."""
+    """A regular file open for reading. It is closed when the last reference goes, so never while a thread reads it."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.fd = path, -1
@@ -50,6 +50,7 @@ class File:
         self.size, self.mtime = status.st_size, status.st_mtime_ns
 
     def read(self, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes from `offset`. Raises DataError if the file is shorter or cannot be read."""
         try:
             data = os.pread(self.fd, size, offset)
         except OSError as error:
@@ -64,7 +65,7 @@ class File:
 
 
 class Member(NamedTuple):
-    """A file in the archive: `size` bytes from `start`. `problem`: why it is not for use, or ""."""
+    """A file in the archive: `size` bytes from offset `start`. `problem`: why it cannot be used, or ""."""
 
     name: str
     start: int
@@ -73,31 +74,29 @@ class Member(NamedTuple):
 
 
 def members(file: File) -> Iterator[Member]:
-    """Everything in an archive but folders, from front to back. DataError names the member's offset and the fix.
+    """Every member of an archive except folders, in order. Raises DataError with the member's offset and the fix.
 
-    Each turn moves on by a block or more and never past the end, so any bytes at all are done with in linear time.
+    Every iteration advances by at least one block and never past the end, so any input takes linear time.
     """
-    offset, count, chain, said = 0, 0, 0, {}  # said: what the chain of GNU and PAX headers tells of the next member
+    offset, count, chain, override = 0, 0, 0, {}  # override: the next member's name and size by GNU or PAX headers
     while count < MAX_MEMBERS:
         try:
-            block = _block(file, offset)
-            if block is None:
+            if (block := _block(file, offset)) is None:
                 return
-            kind, size = block[156:157], _number(block[124:136])
-            start = offset + BLOCK
+            kind, size, start = block[156:157], _number(block[124:136]), offset + BLOCK
             if kind in b"LKxXg":
                 chain += 1
                 if size > MAX_EXTENDED or chain > MAX_CHAIN:
                     raise ValueError(f"GNU or PAX headers over {MAX_EXTENDED >> 10} KiB, or too many; {REMAKE}")
-                said |= _said(kind, file.read(start, size))
+                override |= _override(kind, file.read(start, size))
             else:
-                size = 0 if kind in b"123456" else said.get("size", size)  # links, devices and folders have no data
+                size = 0 if kind in b"123456" else override.get("size", size)  # links, devices and folders have no data
                 if start + size > file.size:
                     raise ValueError(f"cut short, {size} bytes where the file ends after {file.size - start}; {AGAIN}")
-                name = said.get("name") or _name(block)
+                name = (override.get("name") or _name(block)).decode("utf-8", "surrogateescape")
                 if kind != b"5" and not name.endswith("/"):
                     yield Member(name, start, size, _problem(name, kind))
-                count, chain, said = count + 1, 0, {}
+                count, chain, override = count + 1, 0, {}
         except ValueError as error:
             raise DataError(f"{shown(file.path)}: member at offset {offset}: {error}") from error
         offset = start + -(-size // BLOCK) * BLOCK
@@ -105,7 +104,7 @@ def members(file: File) -> Iterator[Member]:
 
 
 def _block(file: File, offset: int) -> bytes | None:
-    """The header at `offset`, its checksum verified, or None at the end mark. Raises ValueError."""
+    """The header at `offset`, or None at the end mark. Raises ValueError if its checksum is wrong or it is missing."""
     block = file.read(offset, max(0, min(BLOCK, file.size - offset)))
     if block.count(0) == BLOCK:
         return None
@@ -121,20 +120,19 @@ def _block(file: File, offset: int) -> bytes | None:
 
 
 def _number(field: bytes) -> int:
-    """A number in octal digits or in GNU's base 256. Raises ValueError unless it is one from zero up."""
+    """A number in octal digits or GNU's base 256. Raises ValueError if it is negative or damaged."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
-    match = re.fullmatch(rb" *([0-7]*) *(\0.*)?", field, re.DOTALL)
-    if not match:
+    if not (match := re.fullmatch(rb" *([0-7]*) *(\0.*)?", field, re.DOTALL)):
         raise ValueError(f"a number in its header is negative or damaged; {REMAKE}")
     return int(match[1] or b"0", 8)
 
 
-def _said(kind: bytes, payload: bytes) -> dict[str, Any]:
-    """The name or size of the next member, by a GNU long name or by PAX records "LENGTH KEY=VALUE\\n" (POSIX.1-2001)."""
+def _override(kind: bytes, payload: bytes) -> dict[str, Any]:
+    """The next member's name or size, from a GNU long name or PAX records "LENGTH KEY=VALUE\\n" (POSIX.1-2001)."""
     if kind in b"LKg":
-        return {"name": _decoded(payload.split(b"\0")[0])} if kind == b"L" else {}
-    said, at, records, length = dict[str, Any](), 0, 0, len(payload.rstrip(b"\0"))
+        return {"name": payload.split(b"\0")[0]} if kind == b"L" else {}
+    override, at, records, length = dict[str, Any](), 0, 0, len(payload.rstrip(b"\0"))
     while at < length:
         match, records = RECORD.match(payload, at), records + 1
         end = at + int(match[1]) if match else 0
@@ -144,30 +142,22 @@ def _said(kind: bytes, payload: bytes) -> dict[str, Any]:
         if key.startswith(b"GNU.sparse"):
             raise ValueError(SPARSE)
         if key == b"size":
-            said["size"] = _pax_size(value)
+            if not re.fullmatch(rb"\d{1,20}", value):
+                raise ValueError(f"a size in its PAX header is negative or damaged; {REMAKE}")
+            override["size"] = int(value)
         elif key == b"path":
-            said["name"] = _decoded(value)
-    return said
+            override["name"] = value
+    return override
 
 
-def _pax_size(value: bytes) -> int:
-    if not re.fullmatch(rb"\d{1,20}", value):
-        raise ValueError(f"a size in its PAX header is negative or damaged; {REMAKE}")
-    return int(value)
-
-
-def _name(block: bytes) -> str:
+def _name(block: bytes) -> bytes:
     name, prefix = block[:100].split(b"\0")[0], block[345:500].split(b"\0")[0]
-    posix = block[257:263] == b"ustar\0"  # GNU keeps times in the place of the prefix
-    return _decoded(prefix + b"/" + name if prefix and posix else name)
-
-
-def _decoded(name: bytes) -> str:
-    return name.decode("utf-8", "surrogateescape")
+    posix = block[257:263] == b"ustar\0"  # GNU archives store times where POSIX has the prefix
+    return prefix + b"/" + name if prefix and posix else name
 
 
 def _problem(name: str, kind: bytes) -> str:
-    """Why a member is not for use, or "". Raises ValueError for what hides where the next one is."""
+    """Why a member cannot be used, or "". Raises ValueError for a sparse one: where the next one starts is unknown."""
     if kind == b"S":
         raise ValueError(SPARSE)
     if kind not in b"0\0" + b"7":

@@ -1,6 +1,6 @@
-"""Guidance: denoisers made of denoisers, and how strong it is at which level. It knows neither networks nor prompts.
+"""Guidance: combining denoisers' x0 estimates, with a scale that may vary by level. No networks and no prompts.
 
-Since x0 is an affine function of the network's output at a fixed x, guiding x0 equals guiding eps, v or flow.
+At a fixed x, x0 is an affine function of the network's output, so guiding x0 equals guiding eps, v or flow.
 """
 
 from __future__ import annotations
@@ -12,30 +12,26 @@ from tinydiff.diffusion.predictions import Prediction
 from tinydiff.diffusion.samplers import Denoise
 from tinydiff.diffusion.schedules import Level
 
-Scale = (
-    float | Callable[[Level], Any]
-)  # a number, or what gives one, or an array that broadcasts against x, for a level
-Both = Callable[[Any, Level], tuple[Any, Any]]
+Scale = float | Callable[[Level], Any]  # a number, or level -> a number or an array that broadcasts against x
+Both = Callable[[Any, Level], tuple[Any, Any]]  # (x, level) -> unconditional and conditional x0
 Adjust = Callable[[Any, Any, Any, Level], Any]  # (guided, c, x, level) -> x0
 
 
 def unadjusted(guided: Any, c: Any, x: Any, level: Level) -> Any:
+    """No adjustment of the guided x0."""
     return guided
 
 
-def classifier_free(
-    both: Both, scale: Scale, conditional: Denoise | None = None, adjust: Adjust = unadjusted
-) -> Denoise:
-    """u + scale (c - u) on the two x0 estimates of `both(x, level) -> (u, c)` (Ho & Salimans 2022, equation 6).
+def classifier_free(both: Both, scale: Scale, single: Denoise | None = None, adjust: Adjust = unadjusted) -> Denoise:
+    """u + scale (c - u) for the two x0 estimates u, c = both(x, level) (Ho & Salimans 2022, equation 6).
 
-    scale 1 is the conditional model, for which `conditional` is asked instead where there is one: half the work. 0 is the
-    unconditional model.
+    scale = 0 gives the unconditional model, 1 the conditional one, by `single` if that is given: half the work.
     """
 
     def denoise(x: Any, level: Level) -> Any:
         strength = at(scale, level)
-        if conditional and isinstance(strength, float | int) and strength == 1:
-            return conditional(x, level)
+        if single and isinstance(strength, float | int) and strength == 1:
+            return single(x, level)
         u, c = both(x, level)
         return adjust(u + (c - u) * strength, c, x, level)
 
@@ -43,56 +39,49 @@ def classifier_free(
 
 
 def at(scale: Scale, level: Level) -> Any:
+    """The scale at a level."""
     return scale(level) if callable(scale) else scale
 
 
 def composed(u: Any, conditions: Sequence[tuple[float, Any]]) -> Any:
-    """One condition of several: u + sum of weight (c - u) (Liu et al. 2022, "Compositional visual generation", eq. 11)."""
-    total = u
-    for weight, c in conditions:
-        total = total + (c - u) * weight
-    return total
+    """Several conditions: u + sum of weight (c - u) (Liu et al. 2022, "Compositional visual generation", eq. 11)."""
+    return sum(((c - u) * weight for weight, c in conditions), u)
 
 
 def growing(base: Any, most: float, count: int) -> Scale:
-    """`base` at pure noise, `most` at the clean end, a line of t between: base + (most - base)(1 - t/T)."""
+    """`base` at pure noise, `most` at the clean end, linear in t between: base + (most - base)(1 - t/T)."""
     return lambda level: base + (most - base) * (1 - level.t / count)
 
 
 def within(scale: Scale, low: float, high: float, count: int) -> Scale:
-    """`scale` where t/T lies in [low, high], else none: 1 (Kynkäänniemi et al. 2024)."""
+    """`scale` where t/T is in [low, high], elsewhere 1: no guidance (Kynkäänniemi et al. 2024)."""
     return lambda level: at(scale, level) if low <= level.t / count <= high else 1.0
 
 
 def rescale(prediction: Prediction, share: float) -> Adjust:
-    """The network's guided output brought back, by `share`, to the deviation of the conditional one, image by image
-    (Lin et al. 2023, equations 15 and 16). For arrays with `std` and `reshape`: numpy and torch."""
+    """Scale each guided output by a `share` to the conditional one's standard deviation (Lin et al. 2023, eq. 15, 16)."""
 
     def output(x0: Any, x: Any, level: Level) -> Any:
         return prediction.target(x0, (x - x0 * level.alpha) / level.sigma, level.alpha, level.sigma)
 
     def adjust(guided: Any, c: Any, x: Any, level: Level) -> Any:
-        out = output(guided, x, level)
-        wanted, found = (each.reshape(len(x), -1).std(-1) for each in (output(c, x, level), out))
-        factor = (wanted / found * share + (1 - share)).reshape(-1, *[1] * (x.ndim - 1))
+        out = output(guided, x, level)  # std and reshape: for numpy's and torch's arrays
+        wanted, actual = (each.reshape(len(x), -1).std(-1) for each in (output(c, x, level), out))
+        factor = (wanted / actual * share + (1 - share)).reshape(-1, *[1] * (x.ndim - 1))
         return prediction.to_x0(out * factor, x, level.alpha, level.sigma)
 
     return adjust
 
 
 def complexity(words: Sequence[str]) -> float:
-    """How much a prompt asks for, in [0, 1): n / (n + 6) for n different words of more than two letters.
-
-    "red heart" is 0.25, a sentence of six such words 0.5. Content-adaptive guidance goes from one scale to another by it.
-    """
+    """How much a prompt asks for, for content-adaptive guidance: n / (n + 6) for n different words of over 2 letters."""
     n = len({word.lower() for word in words if len(word) > 2})
     return n / (n + 6)
 
 
 def keeping(denoise: Denoise, known: Any, mask: Any) -> Denoise:
-    """x0 where `mask` is 1, and `known` where it is 0: inpainting with any model and any solver.
+    """x0 where `mask` is 1 and `known` where it is 0: inpainting with any model and any solver.
 
-    What is known holds for x0 at every level (as Song et al. 2021, section 5, hold it for x): the solver's noise there
-    then follows by itself.
+    Song et al. 2021 (section 5) replace the known part of x at every level; replacing it in x0 leaves x to the solver.
     """
     return lambda x, level: known + (denoise(x, level) - known) * mask

@@ -1,8 +1,7 @@
-"""What a network is asked to predict, and how an estimate of x0 follows from it.
+"""What a network predicts (eps, x0, v or flow), and how an estimate of x0 follows from it.
 
-Each prediction is an inverse pair: `target(x0, eps, alpha, sigma)` makes the training target and
-`to_x0(output, x, alpha, sigma)` reads x0 back. Training and sampling use the same two functions.
-Amplitudes may be floats or arrays that broadcast against x.
+A prediction is a pair of inverse functions, used by both training and sampling. The amplitudes are floats or arrays
+that broadcast against x.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 
 
 class Prediction(NamedTuple):
-    """`target(x0, eps, alpha, sigma)` and its inverse `to_x0(output, x, alpha, sigma)`."""
+    """The training target, `target(x0, eps, alpha, sigma)`, and its inverse, `to_x0(output, x, alpha, sigma)`."""
 
     target: Callable[[Any, Any, Any, Any], Any]
     to_x0: Callable[[Any, Any, Any, Any], Any]

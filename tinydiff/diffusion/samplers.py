@@ -1,17 +1,18 @@
-"""Solvers that walk from noise to an image along a list of levels.
+"""Solvers that go from noise to an image along a list of levels.
 
-A sampler takes `denoise(x, level) -> x0`, the start x at levels[0], the levels (noisiest first, the last one usually
-clean) and `noise(i) -> array like x`, standard normal, a different one for every i. It is a generator of (x, x0) after
-each step; the last x is the image. Only + - * / touch x, so numpy, torch and anything else with those four run the very
-same lines. In comments rho is sigma/alpha, lambda is -log rho and h is the lambda that a step gains.
+A sampler takes `denoise(x, level) -> x0`, the initial x at levels[0], the levels (noisiest first, the last one usually
+clean) and `noise(i)`, standard normal like x and different for each i. It is a generator that yields (x, x0) after each
+step; the last x is the image. Only + - * / are applied to x, so the same code runs on numpy, torch and anything with
+these four. In comments rho is sigma / alpha, lambda is -log rho, and h is a step's increase of lambda.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import partial, reduce
 from itertools import pairwise
+from operator import add, mul
 from typing import Any
 
 from tinydiff.diffusion.schedules import Level, Levels, log_snr
@@ -19,29 +20,29 @@ from tinydiff.diffusion.schedules import Level, Levels, log_snr
 Denoise = Callable[[Any, Level], Any]
 Noise = Callable[[int], Any]
 Sampler = Callable[[Denoise, Any, Levels, Noise], Iterator[tuple[Any, Any]]]
-Weights = Callable[[list[float], float], list[float]]
+Rule = Callable[[list[float], float], list[float]]
 
-STEEPEST = 100.0  # the largest fall of rho in one step that is more than a first-order step by x0
-FEW = 15  # below this many steps, multistep methods lower their order towards the end, as diffusers has them
+STEEPEST = 100.0  # a step in which rho falls by more than this factor is first order in x0
+FEW = 15  # with fewer steps, multistep methods lower their order towards the end, as in diffusers
 
 
 def move(x: Any, x0: Any, here: Level, there: Level) -> Any:
-    """Along the line through x and x0: the eps of `here` kept, its amplitude that of `there` (DDIM, equation 12)."""
+    """A DDIM step: the eps of x and x0 at `here`, with the amplitudes of `there` (Song et al. 2021, equation 12)."""
     return x * (there.sigma / here.sigma) + x0 * (there.alpha - here.alpha * there.sigma / here.sigma)
 
 
 def move_by(x: Any, eps: Any, here: Level, there: Level) -> Any:
-    """`move` for an estimate of eps: no estimate of x0 may be had from it where alpha is 0."""
+    """`move` given eps instead of x0; `here.alpha` must not be 0."""
     return (x - eps * here.sigma) * (there.alpha / here.alpha) + eps * there.sigma
 
 
 def steep(here: Level, there: Level) -> bool:
-    """Whether rho falls so far that eps tells nothing of x0, as from pure noise and on the cosine schedule's first step."""
+    """Whether rho falls too far to estimate x0 from eps, as from pure noise or on the cosine schedule's first step."""
     return here.alpha == 0 or here.sigma * there.alpha > STEEPEST * here.alpha * there.sigma > 0
 
 
 def redraw(x: Any, x0: Any, here: Level, there: Level, eta: float, noise: Callable[[], Any]) -> Any:
-    """`move`, with a share `eta` of the noise that the step may redraw drawn anew (DDIM, equation 16)."""
+    """`move` with new noise: eta = 0 adds none, eta = 1 as much as DDPM (Song et al. 2021, equation 16)."""
     kept = (there.sigma * here.alpha) / (there.alpha * here.sigma) if there.alpha > 0 else 1.0  # exp(-h)
     fresh = eta * math.sqrt(max(0.0, 1 - kept * kept))
     x = move(x, x0, here, Level(there.alpha, there.sigma * math.sqrt(1 - fresh * fresh), there.t))
@@ -49,7 +50,7 @@ def redraw(x: Any, x0: Any, here: Level, there: Level, eta: float, noise: Callab
 
 
 def ancestral(denoise: Denoise, x: Any, levels: Levels, noise: Noise, eta: float) -> Iterator:
-    """DDIM (Song et al. 2021): at eta = 0 also Euler's method in rho, at eta = 1 DDPM and Euler ancestral."""
+    """DDIM (Song et al. 2021): eta = 0 is also Euler's method in rho, eta = 1 is DDPM and Euler ancestral."""
     for step, (here, there) in enumerate(pairwise(levels)):
         x0 = denoise(x, here)
         x = redraw(x, x0, here, there, eta, lambda step=step: noise(step))
@@ -57,24 +58,21 @@ def ancestral(denoise: Denoise, x: Any, levels: Levels, noise: Noise, eta: float
 
 
 def lcm(denoise: Denoise, x: Any, levels: Levels, noise: Noise) -> Iterator:
-    """Latent consistency sampling (Luo et al. 2023, algorithm 3): x0 with wholly new noise. For models distilled so."""
+    """Latent consistency sampling (Luo et al. 2023, algorithm 3): x0 plus all new noise. For distilled models only."""
     for step, (here, there) in enumerate(pairwise(levels)):
         x0 = denoise(x, here)
         x = x0 * there.alpha + noise(step) * there.sigma if there.sigma > 0 else x0 * there.alpha
         yield x, x0
 
 
-# ---- single step: further network calls inside a step -----------------------------------------------------------------
+# ---- single step: more network calls inside a step -------------------------------------------------------------------
 
 
 def heun(denoise: Denoise, x: Any, levels: Levels, noise: Noise) -> Iterator:
-    """Heun's second-order method in rho (Karras et al. 2022, algorithm 1): two network calls a step.
-
-    Where the step is steep, half the slope at its end would outweigh everything; Euler's step stands.
-    """
+    """Heun's second-order method in rho (Karras et al. 2022, algorithm 1): two network calls a step."""
     for here, there in pairwise(levels):
         x0 = denoise(x, here)
-        if there.sigma > 0 and not steep(here, there):
+        if there.sigma > 0 and not steep(here, there):  # in a steep step the slope at its end would outweigh all else
             ratio = (here.sigma * there.alpha) / (here.alpha * there.sigma)
             x0 = x0 + (denoise(move(x, x0, here, there), there) - x0) * (ratio / 2)
         x = move(x, x0, here, there)
@@ -82,7 +80,7 @@ def heun(denoise: Denoise, x: Any, levels: Levels, noise: Noise) -> Iterator:
 
 
 def dpm2(denoise: Denoise, x: Any, levels: Levels, noise: Noise) -> Iterator:
-    """The midpoint rule in rho, the middle taken in lambda (Karras et al. 2022's ODE, DPM-Solver-2's point): two calls."""
+    """The midpoint rule in rho with DPM-Solver-2's midpoint, the mean lambda: two network calls a step."""
     for here, there in pairwise(levels):
         x0 = denoise(x, here)
         if there.sigma > 0 and not steep(here, there):
@@ -96,29 +94,26 @@ def dpm2(denoise: Denoise, x: Any, levels: Levels, noise: Noise) -> Iterator:
 
 
 def dpm_solver(denoise: Denoise, x: Any, levels: Levels, noise: Noise, order: int) -> Iterator:
-    """DPM-Solver-1, -2 and -3 (Lu et al. 2022a, algorithms 1, 4, 5), whose inner points are levels of the list itself.
+    """DPM-Solver-1, -2 and -3 (Lu et al. 2022a, algorithms 1, 4, 5), the inner points being levels of the list.
 
-    So each level costs one call, whatever the order: `order` levels make one step of the paper, started over from its
-    first. The step to a clean level is first order, and so is a steep one.
+    One call a level: `order` levels make one step of the paper, each reached from the first of them.
     """
-    steps = list(pairwise(levels))
     start, calls = (x, levels[0]), []  # calls: (lambda, eps) since the start
-    for step, (here, there) in enumerate(steps):
+    for step, (here, there) in enumerate(pairwise(levels)):
         x0 = denoise(x, here)
-        if not calls:
-            start = x, here
-        if there.sigma == 0 or steep(here, there):
+        start = start if calls else (x, here)
+        if there.sigma == 0 or steep(here, there):  # first order
             x, calls = move(x, x0, here, there), []
         else:
             calls = [*calls, (log_snr(here), (x - x0 * here.alpha) / here.sigma)]
             x = move_by(start[0], _inner(calls, log_snr(there)), start[1], there)
-            last_but_one = step == len(steps) - 2  # where diffusers starts over, so as to end on a step of first order
+            last_but_one = step == len(levels) - 3  # diffusers starts over here, so that its last step is first order
             calls = [] if len(calls) == order or (len(calls) == order - 1 and last_but_one) else calls
         yield x, x0
 
 
 def _inner(calls: list[tuple[float, Any]], end: float) -> Any:
-    """The eps that takes a step from the first of `calls` to lambda = `end`, of as many orders as there are calls."""
+    """The eps of a step from the first of `calls` to lambda = `end`; its order is the number of calls."""
     (start, eps), (last, latest) = calls[0], calls[-1]
     if len(calls) == 1:
         return eps
@@ -128,15 +123,12 @@ def _inner(calls: list[tuple[float, Any]], end: float) -> Any:
 
 
 def dpmpp_sde(denoise: Denoise, x: Any, levels: Levels, noise: Noise) -> Iterator:
-    """DPM-Solver++ SDE (Lu et al. 2022b; k-diffusion's single step): the middle's x0 for the whole step, two calls.
-
-    The noise up to the middle is part of the whole step's, as a Brownian path over rho has it.
-    """
+    """DPM-Solver++ SDE (Lu et al. 2022b; k-diffusion's single step): the midpoint's x0 for the whole step, two calls."""
     for step, (here, there) in enumerate(pairwise(levels)):
         x0 = denoise(x, here)
         if math.isfinite(log_snr(here)) and math.isfinite(log_snr(there)):
             middle = levels.at((log_snr(here) + log_snr(there)) / 2)
-            early, late = noise(2 * step), noise(2 * step + 1)
+            early, late = noise(2 * step), noise(2 * step + 1)  # before and after it, on a Brownian path over rho
             x0 = denoise(redraw(x, x0, here, middle, 1.0, lambda early=early: early), middle)
             a, b, c = (level.sigma / level.alpha for level in (here, middle, there))
             whole = early * math.sqrt((a - b) / (a - c)) + late * math.sqrt((b - c) / (a - c))
@@ -146,11 +138,11 @@ def dpmpp_sde(denoise: Denoise, x: Any, levels: Levels, noise: Noise) -> Iterato
         yield x, x0
 
 
-# ---- multistep: one network call a step, the earlier ones remembered --------------------------------------------------
+# ---- multistep: one network call a step, earlier ones are reused -----------------------------------------------------
 
 
 def dpmpp(denoise: Denoise, x: Any, levels: Levels, noise: Noise, order: int, eta: float) -> Iterator:
-    """DPM-Solver++ 2M (Lu et al. 2022b, algorithm 2), and its SDE forms with eta = 1 (k-diffusion): one call a step."""
+    """DPM-Solver++ 2M (Lu et al. 2022b, algorithm 2); with eta = 1, k-diffusion's SDE variants. One call a step."""
     count, past = len(levels) - 1, []  # past: (lambda, x0), newest first
     for step, (here, there) in enumerate(pairwise(levels)):
         x0 = denoise(x, here)
@@ -160,10 +152,7 @@ def dpmpp(denoise: Denoise, x: Any, levels: Levels, noise: Noise, order: int, et
 
 
 def _extrapolated(past: list[tuple[float, Any]], end: float, speed: float) -> Any:
-    """The x0 that stands for a whole step to lambda = `end`, from up to three of the past, newest first.
-
-    `speed` is 1 for the ODE and 2 for the SDE, whose noise is forgotten twice as fast.
-    """
+    """The x0 for a step to lambda = `end` from 1 to 3 `past` (lambda, x0), newest first; `speed`: 1 ODE, 2 SDE."""
     past = [past[0], *(p for p in past[1:] if math.isfinite(p[0]))]
     (now, x0), (before, x1) = past[0], past[min(1, len(past) - 1)]
     if len(past) < 2 or not math.isfinite(end):
@@ -181,7 +170,7 @@ def _extrapolated(past: list[tuple[float, Any]], end: float, speed: float) -> An
 
 
 def unipc(denoise: Denoise, x: Any, levels: Levels, noise: Noise) -> Iterator:
-    """UniPC-2 with B(h) = exp(h) - 1 (Zhao et al. 2023, algorithms 1 and 2): the next call corrects the last step."""
+    """UniPC-2 with B(h) = exp(h) - 1 (Zhao et al. 2023, algorithms 1 and 2): each call also corrects the last step."""
     count, order, start = len(levels) - 1, 0, x
     past: list[tuple[Level, Any]] = []  # (level, x0), newest first
     for step, (here, there) in enumerate(pairwise(levels)):
@@ -196,7 +185,7 @@ def unipc(denoise: Denoise, x: Any, levels: Levels, noise: Noise) -> Iterator:
 
 
 def _corrected(past: list[tuple[Level, Any]], here: Level, x0: Any) -> Any:
-    """UniC's x0 for the step that led to `here`, now that x0 there is known."""
+    """UniC's x0 for the step that ended at `here`, now that the network's `x0` there is known."""
     (before, x1), h = past[0], log_snr(here) - log_snr(past[0][0])
     if not math.isfinite(h):
         return x1
@@ -211,11 +200,11 @@ def _corrected(past: list[tuple[Level, Any]], here: Level, x0: Any) -> Any:
 
 
 def adams(
-    denoise: Denoise, x: Any, levels: Levels, noise: Noise, order: int, weights: Weights, few: int = 0
+    denoise: Denoise, x: Any, levels: Levels, noise: Noise, order: int, rule: Rule, few: int = 0, repeat: bool = False
 ) -> Iterator:
-    """Linear multistep methods on eps: `weights(rhos, end)` for the past ones, newest first, and a step to rho = `end`.
+    """Linear multistep methods on eps. `rule(rhos, end)`: weights of past eps, newest first, in a step to rho = end.
 
-    Below `few` steps in all the order falls towards the end.
+    With fewer than `few` steps in all, the order falls towards the end. `repeat` takes the first step twice.
     """
     count, past = len(levels) - 1, []  # (rho, eps), newest first
     for step, (here, there) in enumerate(pairwise(levels)):
@@ -225,70 +214,48 @@ def adams(
         else:
             past = [(here.sigma / here.alpha, (x - x0 * here.alpha) / here.sigma), *past][:order]
             used = past[: count - step] if count < few else past
-            each = weights([rho for rho, _ in used], there.sigma / there.alpha)
-            x = move_by(x, weighted(each, [eps for _, eps in used]), here, there)
+            weights = rule([rho for rho, _ in used], there.sigma / there.alpha)
+            eps = reduce(add, map(mul, [eps for _, eps in used], weights))
+            if repeat and len(past) == 1 and there.sigma > 0:  # with the mean eps of its two ends: one more call
+                ahead = move_by(x, eps, here, there)
+                eps = (eps + (ahead - denoise(ahead, there) * there.alpha) / there.sigma) * 0.5
+            x = move_by(x, eps, here, there)
         yield x, x0
 
 
-def weighted(weights: Sequence[float], values: Sequence[Any]) -> Any:
-    total = values[0] * weights[0]
-    for weight, value in zip(weights[1:], values[1:], strict=False):
-        total = total + value * weight
-    return total
-
-
 def in_rho(rhos: list[float], end: float) -> list[float]:
-    """LMS (Karras et al.'s k-diffusion): the polynomial through eps at the rhos, averaged over the step in rho."""
+    """LMS (k-diffusion): the mean over the step, in rho, of the polynomial in rho through the past eps."""
     return _averages(rhos, rhos[0], end, lambda rho: rho)
 
 
 def in_log_rho(rhos: list[float], end: float) -> list[float]:
-    """DEIS (Zhang & Chen 2023, section 3.3), polynomial in log rho: averaged over the step in rho."""
+    """DEIS (Zhang & Chen 2023, section 3.3): the mean over the step, in rho, of the polynomial in log rho."""
     return _averages([math.log(rho) for rho in rhos], rhos[0], end, math.log) if end > 0 else [1.0]
 
 
-# Gauss-Legendre quadrature with 8 points: exact for LMS, and to rounding for DEIS on any step that makes sense
+ADAMS = ([1.0], [1.5, -0.5], [23 / 12, -16 / 12, 5 / 12], [55 / 24, -59 / 24, 37 / 24, -9 / 24])
+
+
+def in_index(rhos: list[float], end: float) -> list[float]:
+    """PNDM without its Runge-Kutta start (Liu et al. 2022, equation 12): Adams-Bashforth in the level's index."""
+    return ADAMS[len(rhos) - 1]
+
+
+# Gauss-Legendre quadrature with 8 points: exact for LMS, and within rounding for DEIS on steps of ordinary length
 NODES = (0.1834346424956498, 0.5255324099163290, 0.7966664774136267, 0.9602898564975363)
 SHARES = (0.3626837833783620, 0.3137066458778873, 0.2223810344533745, 0.1012285362903763)
 
 
 def _averages(points: list[float], start: float, end: float, coordinate: Callable[[float], float]) -> list[float]:
-    """Mean over [start, end] of each Lagrange polynomial of `points`, as a function of `coordinate`."""
+    """The mean over rho in [start, end] of each Lagrange polynomial through `points`, a function of coordinate(rho)."""
     middle, half = (start + end) / 2, (end - start) / 2
-    at = [
-        (coordinate(middle + sign * node * half), w / 2)
-        for node, w in zip(NODES, SHARES, strict=True)
-        for sign in (-1, 1)
-    ]
+    nodes = [(sign * node, w / 2) for node, w in zip(NODES, SHARES, strict=True) for sign in (-1, 1)]
+    at = [(coordinate(middle + node * half), w) for node, w in nodes]
 
     def lagrange(j: int, u: float) -> float:
         return math.prod((u - p) / (points[j] - p) for k, p in enumerate(points) if k != j)
 
     return [sum(w * lagrange(j, u) for u, w in at) for j in range(len(points))]
-
-
-ADAMS = ((1.0,), (1.5, -0.5), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
-
-
-def plms(denoise: Denoise, x: Any, levels: Levels, noise: Noise) -> Iterator:
-    """PNDM without its Runge-Kutta start (Liu et al. 2022, equation 12): Adams-Bashforth in the level's number.
-
-    The first step is taken twice, with the mean of the eps at its two ends, so there is one call more than steps.
-    """
-    past: list[Any] = []
-    for here, there in pairwise(levels):
-        x0 = denoise(x, here)
-        if steep(here, there):
-            x = move(x, x0, here, there)
-        else:
-            past = [(x - x0 * here.alpha) / here.sigma, *past][:4]
-            mean = weighted(ADAMS[len(past) - 1], past)
-            ahead = move_by(x, mean, here, there)
-            if len(past) == 1 and there.sigma > 0:
-                after = (ahead - denoise(ahead, there) * there.alpha) / there.sigma
-                ahead = move_by(x, (mean + after) * 0.5, here, there)
-            x = ahead
-        yield x, x0
 
 
 SAMPLERS: dict[str, Sampler] = {
@@ -305,9 +272,9 @@ SAMPLERS: dict[str, Sampler] = {
     "dpmpp_2m_sde": partial(dpmpp, order=2, eta=1.0),
     "dpmpp_3m_sde": partial(dpmpp, order=3, eta=1.0),
     "dpmpp_sde": dpmpp_sde,
-    "plms": plms,
-    "lms": partial(adams, order=4, weights=in_rho),
-    "deis": partial(adams, order=3, weights=in_log_rho, few=FEW),
+    "plms": partial(adams, order=4, rule=in_index, repeat=True),
+    "lms": partial(adams, order=4, rule=in_rho),
+    "deis": partial(adams, order=3, rule=in_log_rho, few=FEW),
     "unipc": unipc,
     "lcm": lcm,
 }

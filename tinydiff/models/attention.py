@@ -42,7 +42,7 @@ class GEGLU(nn.Module):
 
 
 class GELU(nn.Module):
-    """Linear layer behind the tanh form of GELU: (B, T, D) -> (B, T, out) (Hendrycks & Gimpel 2016)."""
+    """Linear layer, then the tanh form of GELU: (B, T, D) -> (B, T, out) (Hendrycks & Gimpel 2016)."""
 
     def __init__(self, dim: int, out: int):
         super().__init__()

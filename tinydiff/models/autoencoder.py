@@ -6,14 +6,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tinydiff.config import Autoencoder as Config
 from tinydiff.models.attention import Attention, pixels, tokens
 from tinydiff.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
+from tinydiff.networks import AUTOENCODER, Table
+from tinydiff.networks.autoencoder import Autoencoder as Config
 
 EPS = 1e-6
 
@@ -119,11 +121,16 @@ class Autoencoder(nn.Module):
         self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1)
         self.post_quant_conv = nn.Conv2d(c, c, 1)
 
-    def encode(self, x: Tensor) -> Tensor:
-        return self.quant_conv(self.encoder(x))
+    @classmethod
+    def of(cls, table: Table, tensors: Mapping[str, Tensor] | None = None) -> Autoencoder:
+        """The network of a `config.json`."""
+        return cls(AUTOENCODER.pick(table))
 
-    def decode(self, z: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(z))
+    def encode(self, sample: Tensor) -> Tensor:
+        return self.quant_conv(self.encoder(sample))
+
+    def decode(self, latent_sample: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(latent_sample))
 
 
 def mean_and_std(moments: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,15 +8,18 @@ come from: the layout of the published files is in `checkpoints/dit.py`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tinydiff.config import DiT as Config
 from tinydiff.models.attention import Attention, FeedForward, tokens
 from tinydiff.models.layers import TimestepEmbedding, embedding, timestep_embedding
+from tinydiff.networks import DENOISERS, Table
+from tinydiff.networks.dit import DiT as Config
+from tinydiff.networks.dit import is_shared, settings_of
 
 FREQUENCIES = 256  # sines and cosines of time, at any width
 NOTHING = ("norm1.linear", "attn2.to_out", "proj_out_")  # attention to the text has no gate, so its own output is zero
@@ -24,14 +27,11 @@ SMALL = ("timestep_embedder", "embedding_table")
 
 
 def positions(h: int, w: int, base: int, width: int, device: torch.device) -> Tensor:
-    """Sines and cosines of each token's column, then of its row: (h w, width) float32.
-
-    However many tokens there are, they lie on the square of `base` a side that the network was trained on.
-    """
+    """Sines and cosines of each token's column, then of its row: (h w, width) float32."""
     rates = 10000 ** (torch.arange(width // 4, dtype=torch.float32, device=device) * (-4 / width))
 
     def along(n: int) -> Tensor:
-        places = torch.arange(n, dtype=torch.float32, device=device) / (n / base)
+        places = torch.arange(n, dtype=torch.float32, device=device) / (n / base)  # on the square that was trained on
         angles = places[:, None] * rates
         return torch.cat([angles.sin(), angles.cos()], dim=-1)  # (n, D/2)
 
@@ -70,6 +70,8 @@ class LabelEmbedding(nn.Module):
 
 class Condition(nn.Module):
     """Time, and the class where there are classes, as one vector: (B, FREQUENCIES) -> (B, D)."""
+
+    divided_alone = True  # blocks share it and call it nowhere, so that FSDP has to divide it as a unit of its own
 
     def __init__(self, dim: int, classes: int):
         super().__init__()
@@ -114,6 +116,15 @@ class DiTBlock(nn.Module):
             x = x + self.attn2(self.norm2(x), context)
         return x + gate2 * self.ff(modulate(self.norm3(x), shift, scale))
 
+    def share(self, processes: int) -> dict[str, str]:
+        """Leaves this process its part of the attention heads; the matrices that are then to be divided, and by what."""
+        plan = {"ff.net.0.proj": "columns", "ff.net.2": "rows"}
+        for name, attention in (("attn1", self.attn1), ("attn2", self.attn2)):
+            if attention is not None:
+                attention.heads //= processes
+                plan |= {f"{name}.to_{x}": "columns" for x in "qkv"} | {f"{name}.to_out.0": "rows"}
+        return plan
+
 
 class DiT(nn.Module):
     """Denoiser over latents of `channels` channels, trained at `side` x `side`, conditioned on a class or on text.
@@ -147,6 +158,22 @@ class DiT(nn.Module):
         self.proj_out_2 = nn.Linear(dim, patch * patch * outputs)
         if not self.proj_out_1.weight.is_meta:
             initialise(self)
+
+    @classmethod
+    def of(cls, table: Table, tensors: Mapping[str, Tensor] | None = None) -> DiT:
+        """The network of a `config.json`. `tensors` that are to be its weights tell whether its blocks share an embedding."""
+        channels = table["in_channels"]
+        return cls(
+            settings_of(table),
+            channels,
+            table["sample_size"],
+            classes=DENOISERS["dit"].classes(table),
+            context_dim=table.get("cross_attention_dim"),
+            learned_sigma=(table.get("out_channels") or channels) == 2 * channels,
+            shared=tensors is None or is_shared(tensors),
+            norm_eps=table["norm_eps"],
+            freq_shift=table["freq_shift"],
+        )
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         h, w = (n // self.patch for n in sample.shape[2:])

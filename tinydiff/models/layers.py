@@ -14,18 +14,15 @@ from torch.nn import functional as F
 
 
 def timestep_embedding(t: Tensor, width: int, shift: int = 0) -> Tensor:
-    """Sinusoids of time, cosines first: (B,) -> (B, width) float32 (Vaswani et al. 2017, section 3.5).
-
-    With `shift` 1 the slowest rate is 1/10000, not the step above it.
-    """
-    half = width // 2
+    """Sinusoids of time, cosines first: (B,) -> (B, width) float32 (Vaswani et al. 2017, section 3.5)."""
+    half = width // 2  # with `shift` 1 the slowest rate is 1/10000, not the step above it
     rates = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * -math.log(10000) / (half - shift))
     angles = t.float()[:, None] * rates
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 class TimestepEmbedding(nn.Module):
-    """Two-layer perceptron behind the sinusoids: (B, width) -> (B, 4 width)."""
+    """Two-layer perceptron after the sinusoids: (B, width) -> (B, 4 width)."""
 
     def __init__(self, width: int, out: int):
         super().__init__()

@@ -1,37 +1,21 @@
 """The encoder half of T5 (Raffel et al. 2020; v1.1: Shazeer 2020), under transformers' parameter names, at any size.
 
 `forward(input_ids (B, T) int64) -> (last_hidden_state (B, T, D), pooled (B, D))`, at any T: positions are relative.
-Every token attends to all that are no padding. Knows no files; `encoder_weights` says which tensors of a file it takes.
+Every token attends to all tokens but padding. Knows no files.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinydiff.models.layers import embedding
-
-
-@dataclass(frozen=True)
-class T5Config:
-    """The keys of transformers' `config.json` that shape the encoder, each with what its absence means there."""
-
-    vocab_size: int = 32128
-    d_model: int = 512
-    d_kv: int = 64
-    d_ff: int = 2048
-    num_layers: int = 6
-    num_heads: int = 8
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
-    layer_norm_epsilon: float = 1e-6
-    feed_forward_proj: str = "relu"
-    pad_token_id: int = 0
+from tinydiff.networks import Table
+from tinydiff.networks.text import TEXT_ENCODERS, T5Config
 
 
 class PositionBias(nn.Embedding):
@@ -97,7 +81,7 @@ FEED_FORWARDS = {"relu": ReluDense, "gated-gelu": GatedGeluDense}
 
 
 class Residual(nn.ModuleDict):
-    """A module behind a norm, its output added to its input; `name` is what transformers calls the module."""
+    """A module after a norm, its output added to its input; `name` is what transformers calls the module."""
 
     def __init__(self, config: T5Config, name: str, module: nn.Module):
         super().__init__({name: module, "layer_norm": nn.RMSNorm(config.d_model, config.layer_norm_epsilon)})
@@ -113,9 +97,8 @@ class Block(nn.Module):
     def __init__(self, config: T5Config, first: bool):
         super().__init__()
         attention, dense = SelfAttention(config, first), FEED_FORWARDS[config.feed_forward_proj](config)
-        self.layer = nn.ModuleList(
-            [Residual(config, "SelfAttention", attention), Residual(config, "DenseReluDense", dense)]
-        )
+        parts = {"SelfAttention": attention, "DenseReluDense": dense}
+        self.layer = nn.ModuleList([Residual(config, name, part) for name, part in parts.items()])
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         attention, dense = self.layer
@@ -139,7 +122,7 @@ class Encoder(nn.Module):
 
 
 class T5Encoder(nn.Module):
-    """Tokens to vectors; `pooled` is the mean of those that are no padding."""
+    """Tokens to vectors; `pooled` is the mean of all but padding."""
 
     def __init__(self, config: T5Config):
         super().__init__()
@@ -147,6 +130,11 @@ class T5Encoder(nn.Module):
         self.shared = embedding(config.vocab_size, config.d_model)
         self.encoder = Encoder(config)
         self.pad = config.pad_token_id
+
+    @classmethod
+    def of(cls, table: Table, tensors: Mapping[str, Tensor] | None = None) -> T5Encoder:
+        """The network of a `config.json`."""
+        return cls(TEXT_ENCODERS["t5"].pick(table))
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         keys = input_ids != self.pad
@@ -157,7 +145,7 @@ class T5Encoder(nn.Module):
 def relative_buckets(count: int, reach: int) -> Tensor:
     """The bucket of every offset (key less query) from -reach to reach: (2 reach + 1,) int64. Raises ValueError.
 
-    Half of the `count` buckets are for keys behind the query. Of each half, half are for one distance each and the rest
+    Half of the `count` buckets are for keys after the query. Of each half, half are for one distance each and the rest
     for ranges that widen up to `reach` (Raffel et al. 2020, section 2.1). A table rather than a formula in `forward`:
     between two buckets the last bit of a logarithm decides, and each runtime has its own.
     """
@@ -169,10 +157,3 @@ def relative_buckets(count: int, reach: int) -> Tensor:
     growth = torch.log(distance.clamp(min=1) / exact) / math.log(reach / exact)
     far = (exact + (growth * (half - exact)).long()).clamp(max=half - 1)
     return torch.where(distance < exact, distance, far) + half * (offset > 0)
-
-
-def encoder_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a T5 file that the encoder takes; its embedding table goes by either of two names, or both."""
-    kept = {key: value for key, value in tensors.items() if not key.startswith(("decoder.", "lm_head."))}
-    table = kept.pop("encoder.embed_tokens.weight", None)
-    return kept if table is None else {"shared.weight": table} | kept

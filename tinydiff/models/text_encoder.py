@@ -1,17 +1,21 @@
 """The text half of CLIP (Radford et al. 2021), under transformers' parameter names, at any width and depth.
 
 `forward(input_ids (B, T) int64) -> (last_hidden_state (B, T, D), pooler_output (B, D))`. Causal attention, no padding
-mask: tokens behind the end are part of the context, as Stable Diffusion has it.
+mask: tokens after the end are part of the context, as Stable Diffusion has it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tinydiff.config import TextEncoder as Config
 from tinydiff.models.layers import embedding
+from tinydiff.networks import Table
+from tinydiff.networks.text import TEXT_ENCODERS
+from tinydiff.networks.text import TextEncoder as Config
 
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
 
@@ -41,9 +45,8 @@ class SelfAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in projections)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, N, T, D/N)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
@@ -110,19 +113,12 @@ class TextEncoder(nn.Module):
         self.text_model = TextModel(config, vocab_size)
         self.end = end
 
+    @classmethod
+    def of(cls, table: Table, tensors: Mapping[str, Tensor] | None = None) -> TextEncoder:
+        """The network of a `config.json`, whose `eos_token_id` must be that of the tokenizer."""
+        return cls(TEXT_ENCODERS["clip"].pick(table), table["vocab_size"], table["eos_token_id"])
+
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         x = self.text_model(input_ids)
         first = (input_ids == self.end).int().argmax(dim=-1)
         return x, x[torch.arange(x.shape[0], device=x.device), first]
-
-
-class OneHot(nn.Module):
-    """Class numbers (B, 1) as rows (B, 1, size) in place of text vectors; it has no weights."""
-
-    def __init__(self, size: int):
-        super().__init__()
-        self.size = size
-
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        x = F.one_hot(input_ids, self.size).float()
-        return x, x[:, 0]

@@ -1,23 +1,23 @@
 """The Stable Diffusion U-Net (Rombach et al. 2022), under diffusers' parameter names, at any width and depth.
 
-`forward(sample (B, C, h, w), timestep () or (B,), encoder_hidden_states (B, T, D)) -> (B, C, h, w)`.
+`forward(sample (B, C, h, w), timestep () or (B,), encoder_hidden_states (B, T, D)) -> (B, C, h, w)`. What its levels are made
+of is `networks.unet.plan`.
 """
 
 from __future__ import annotations
 
-from functools import partial
-from itertools import pairwise
-from typing import cast
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tinydiff.config import Denoiser
 from tinydiff.models.attention import Transformer2DModel
 from tinydiff.models.layers import Downsample2D, ResnetBlock2D, TimestepEmbedding, Upsample2D, timestep_embedding, zero
-
-CROSS = "CrossAttnDownBlock2D"
+from tinydiff.networks import DENOISERS, Table
+from tinydiff.networks.unet import UNet as Config
+from tinydiff.networks.unet import plan
 
 
 class Block(nn.Module):
@@ -25,7 +25,7 @@ class Block(nn.Module):
 
     attentions: nn.ModuleList
 
-    def __init__(self, channels: list[tuple[int, int]], make_resnet, make_transformer):
+    def __init__(self, channels: Sequence[tuple[int, int]], make_resnet, make_transformer):
         super().__init__()
         self.resnets = nn.ModuleList([make_resnet(c, out) for c, out in channels])
         if make_transformer:
@@ -37,7 +37,7 @@ class Block(nn.Module):
 
 
 class DownBlock(Block):
-    """Returns the block's output and every skip it leaves behind."""
+    """Returns the block's output and its skips, one for each residual block and one for the halving."""
 
     downsamplers: nn.ModuleList
 
@@ -76,60 +76,57 @@ class MidBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Denoiser over latents of `channels` channels, conditioned on time and on text vectors of width `context_dim`.
+    """Denoiser over latents of `channels` channels, conditioned on time and on text vectors of width `context_dim`."""
 
-    `extra` channels are read beside the latents: nine in all in Stable Diffusion's inpainting models.
-    """
-
-    def __init__(self, config: Denoiser, channels: int, context_dim: int, extra: int = 0):
+    def __init__(self, config: Config, channels: int, context_dim: int, extra: int = 0):
         super().__init__()
-        widths, groups, time = config.block_out_channels, config.norm_num_groups, config.block_out_channels[0] * 4
+        levels, groups, linear = plan(config), config.norm_num_groups, config.use_linear_projection
+        first, lowest = levels[0].width, levels[-1]
 
         def resnet(c: int, out: int) -> ResnetBlock2D:
-            block = ResnetBlock2D(c, out, time, groups, 1e-5)
+            block = ResnetBlock2D(c, out, first * 4, groups, 1e-5)
             zero(block.conv2)
             return block
 
-        def transformer(heads: int, c: int) -> Transformer2DModel:
-            depth, linear = config.transformer_layers_per_block, config.use_linear_projection
-            return Transformer2DModel(c, heads, depth, context_dim, groups, linear)
+        def transformer(heads: int, depth: int) -> Any:
+            return depth and (lambda c: Transformer2DModel(c, heads, depth, context_dim, groups, linear))
 
-        makers = [partial(transformer, heads) for heads in config.heads()]
-
-        self.conv_in = nn.Conv2d(channels + extra, widths[0], 3, padding=1)
-        self.time_embedding = TimestepEmbedding(widths[0], time)
-        n, cross = config.layers_per_block, [kind == CROSS for kind in config.down_block_types]
-        self.down_blocks, left = nn.ModuleList(), [widths[0]]
-        for i, (before, width) in enumerate(pairwise((widths[0], *widths))):
-            pairs = [(before if j == 0 else width, width) for j in range(n)]
-            block = DownBlock(pairs, resnet, makers[i] if cross[i] else None)
-            left += [width] * n
-            if i < len(widths) - 1:
-                block.downsamplers = nn.ModuleList([Downsample2D(width, 1)])
-                left.append(width)
+        self.conv_in = nn.Conv2d(channels + extra, first, 3, padding=1)  # `extra`: 5 in Stable Diffusion's inpainting
+        self.time_embedding = TimestepEmbedding(first, first * 4)
+        self.down_blocks = nn.ModuleList()
+        for level in levels:
+            block = DownBlock(level.down, resnet, transformer(level.heads, level.depth))
+            if not level.last:
+                block.downsamplers = nn.ModuleList([Downsample2D(level.width, 1)])
             self.down_blocks.append(block)
-        self.mid_block = MidBlock(widths[-1], resnet, makers[-1])
-        self.up_blocks, x = nn.ModuleList(), widths[-1]
-        for i, width in reversed(list(enumerate(widths))):
-            pairs = [((x if j == 0 else width) + left.pop(), width) for j in range(n + 1)]
-            block, x = UpBlock(pairs, resnet, makers[i] if cross[i] else None), width
+        middle = transformer(lowest.heads, config.transformer_layers_per_block)
+        self.mid_block = MidBlock(lowest.width, resnet, middle)
+        self.up_blocks = nn.ModuleList()
+        for i, level in reversed(list(enumerate(levels))):
+            block = UpBlock(level.up, resnet, transformer(level.heads, level.depth))
             if i > 0:
-                block.upsamplers = nn.ModuleList([Upsample2D(width)])
+                block.upsamplers = nn.ModuleList([Upsample2D(level.width)])
             self.up_blocks.append(block)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[0], 1e-5)
-        self.conv_out = zero(nn.Conv2d(widths[0], channels, 3, padding=1))
+        self.conv_norm_out = nn.GroupNorm(groups, first, 1e-5)
+        self.conv_out = zero(nn.Conv2d(first, channels, 3, padding=1))
+
+    @classmethod
+    def of(cls, table: Table, tensors: Mapping[str, Tensor] | None = None) -> UNet:
+        """The network of a `config.json`."""
+        channels = int(table["out_channels"])
+        extra = int(table["in_channels"]) - channels
+        return cls(DENOISERS["unet"].pick(table), channels, table["cross_attention_dim"], extra)
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        width, context = self.conv_in.out_channels, encoder_hidden_states
-        time = timestep_embedding(timestep.reshape(-1).expand(sample.shape[0]), width)
-        time = self.time_embedding(time.to(sample.dtype))
+        time = timestep_embedding(timestep.reshape(-1).expand(sample.shape[0]), self.conv_in.out_channels)
+        time = self.time_embedding(time.to(sample.dtype))  # (B, 4 C0)
         x = self.conv_in(sample)
         skips = [x]
         for block in self.down_blocks:
-            x, more = block(x, time, context)
+            x, more = block(x, time, encoder_hidden_states)
             skips += more
-        x = self.mid_block(x, time, context)
-        for block in cast("list[UpBlock]", list(self.up_blocks)):
+        x = self.mid_block(x, time, encoder_hidden_states)
+        for block in cast("list[UpBlock]", list(self.up_blocks)):  # the last skip is taken first
             left = len(skips) - len(block.resnets)
-            x, skips = block(x, skips[left:], time, context), skips[:left]
+            x, skips = block(x, skips[left:], time, encoder_hidden_states), skips[:left]
         return self.conv_out(F.silu(self.conv_norm_out(x)))

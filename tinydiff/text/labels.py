@@ -1,6 +1,7 @@
-"""Class labels as prompts: what a class-conditional model has in place of a tokenizer; knows no network.
+"""Class labels as prompts: what a class-conditional model has instead of a tokenizer. It knows no network.
 
-A label is a name, one of the names it has between commas, or its number; the empty text is the null label of guidance.
+A label is a class's name, one part of a name with commas ("tabby, tabby cat"), or its number; empty text is the null
+label of classifier-free guidance.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import numpy as np
 
 from tinydiff.errors import UsageError
 from tinydiff.files import read_json
+from tinydiff.schema import nearest
 
 FILE = "labels.json"
-LEAST = 1000  # classes of a network: diffusers' pipeline takes label 1000 for none
+LEAST = 1000  # classes that a network has at least: diffusers' pipeline uses label 1000 as the null label
 
 
 class Labels:
-    """Names to class numbers, one a text; `vocab_size` counts the null label, which is the last."""
+    """Prompts to class numbers, one per prompt; `vocab_size` counts the null label, which is the last."""
 
     bos = None
     max_length = 1
@@ -28,26 +30,27 @@ class Labels:
         self.names = list(names)
         self.eos = self.pad = classes
         self.vocab_size = classes + 1
-        parts = {part.strip().lower(): i for i, name in enumerate(self.names) for part in name.split(",")}
-        self.numbers = parts | {name.strip().lower(): i for i, name in enumerate(self.names)}
+        synonyms = {part.strip().lower(): i for i, name in enumerate(self.names) for part in name.split(",")}
+        self.numbers = synonyms | {name.strip().lower(): i for i, name in enumerate(self.names)}
         self.numbers.pop("", None)  # a class without a name
 
     @classmethod
     def load(cls, folder: Path) -> Labels:
-        """What `save` wrote. Raises ModelError."""
+        """The labels that `save` wrote. Raises ModelError."""
         names = [str(name) for name in read_json(folder / FILE).values()]
         return cls(names, max(LEAST, len(names)))
 
     def save(self, folder: Path) -> None:
+        """Write labels.json, {number: name}."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FILE).write_text(json.dumps(self.table(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
     def table(self) -> dict[str, str]:
-        """Number to name, as `model_index.json` has it."""
+        """{number: name}, as in `model_index.json`."""
         return {str(i): name for i, name in enumerate(self.names)}
 
     def number(self, text: str) -> int:
-        """The class of a label. Raises UsageError with the nearest name for one that the model does not know."""
+        """The class of a label. Raises UsageError, with the most similar name, for an unknown one."""
         name = text.strip().lower()
         if not name:
             return self.pad
@@ -55,22 +58,22 @@ class Labels:
             return self.numbers[name]
         if name.isdecimal() and int(name) < self.pad:
             return int(name)
-        from tinydiff.config import nearest
-
         near = nearest(name, list(self.numbers)[:2000]) if self.numbers else ""
         raise UsageError(f"{text!r}: no class of this model{near}; give a label, or a number below {self.pad}")
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """(B, 1) int64."""
+        """Class numbers (B, 1) int64. Raises UsageError for an unknown label."""
         return np.array([[self.number(text)] for text in texts], np.int64).reshape(-1, 1)
 
     def spans(self, text: str) -> tuple[list[int], list[int]]:
+        """The one id of a label, and where it begins."""
         return [self.number(text)], [0]
 
     def cut(self, text: str) -> str:
+        """What `encode` drops: nothing."""
         return ""
 
 
 def one_hot(ids: np.ndarray, size: int) -> np.ndarray:
-    """(B, 1) int64 -> (B, 1, size) float32: what a class-conditional denoiser reads in place of text vectors."""
+    """(B, 1) int64 -> (B, 1, size) float32: what a class-conditional denoiser reads instead of text vectors."""
     return np.eye(size, dtype=np.float32)[ids]

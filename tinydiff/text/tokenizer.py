@@ -1,8 +1,8 @@
 """CLIP's byte-pair encoding: captions and prompts to token ids.
 
-The folder format is CLIP's (vocab.json, merges.txt), so a tokenizer trained here opens in transformers' CLIPTokenizer
-and Stable Diffusion's opens here, with equal ids. Text is put in NFC, its white space collapsed and lower-cased, split
-into words, and every byte is a symbol: no text is unknown. Prompt syntax (weights, AND, long prompts) is not known here.
+The folder format is CLIP's (vocab.json, merges.txt): tokenizers made here open in transformers' CLIPTokenizer and
+Stable Diffusion's open here, with equal ids. Text is put in NFC, lower-cased, its white space collapsed, and split into
+words. Every byte is a symbol, so no text is unknown. Prompt syntax (weights, AND, long prompts) is not known here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,44 @@ SMALLEST_VOCABULARY = 2 * 256 + 2
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
-class Tokenizer:
+class SubwordTokenizer:
+    """Text to ids by a backend of the tokenizers library. `bos` is None if nothing precedes the first token."""
+
+    _backend: BackendTokenizer
+    max_length: int
+    eos: int
+    pad: int
+    bos: int | None = None
+
+    def ids(self, text: str) -> list[int]:
+        """The ids of `text`, without BOS, EOS, padding or limit."""
+        return self._encoding(text).ids
+
+    def spans(self, text: str) -> tuple[list[int], list[int]]:
+        """`ids` of `text`, and the index of each one's first character."""
+        encoding = self._encoding(text)
+        return encoding.ids, [start for start, _ in encoding.offsets]
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """(B, max_length) int64: BOS if there is one, as many ids as fit, EOS, padding."""
+        head = [] if self.bos is None else [self.bos]
+        rows = np.full((len(texts), self.max_length), self.pad, dtype=np.int64)
+        for row, text in zip(rows, texts, strict=True):
+            ids = [*head, *self.ids(text)[: self.max_length - len(head) - 1], self.eos]
+            row[: len(ids)] = ids
+        return rows
+
+    def cut(self, text: str) -> str:
+        """The end of `text` that `encode` drops; "" if all of it fits."""
+        _, starts = self.spans(text)
+        room = self.max_length - 1 - (self.bos is not None)
+        return valid(text)[starts[room] :] if len(starts) > room else ""
+
+    def _encoding(self, text: str) -> Encoding:
+        return self._backend.encode(valid(text), add_special_tokens=False)
+
+
+class Tokenizer(SubwordTokenizer):
     """Text to ids. `max_length` counts BOS and EOS; `pad` is EOS unless a loaded folder says otherwise (SD 2 does)."""
 
     def __init__(
@@ -38,10 +75,7 @@ class Tokenizer:
         max_length: int = CLIP_LENGTH,
         special: dict[str, AddedToken] | None = None,
     ) -> None:
-        """`vocab` holds every symbol, merge and special token; raises KeyError or ValueError where it does not.
-
-        `special` has the keys of `SPECIAL`, whose tokens are the default.
-        """
+        """Raises KeyError or ValueError if `vocab` lacks a symbol, merge or token of `special` (keys as in `SPECIAL`)."""
         if max_length < 3:
             raise ValueError(f"max_length is {max_length}; it holds BOS, EOS and at least one token")
         self.vocab, self.merges, self.max_length = vocab, list(merges), max_length
@@ -53,9 +87,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
-        """Reads a CLIP tokenizer folder (vocab.json and merges.txt, or tokenizer.json). Raises ModelError."""
-        folder = Path(folder)
-        config = _config(folder)
+        """Read a CLIP tokenizer folder (vocab.json and merges.txt, or tokenizer.json). Raises ModelError."""
+        folder, config = Path(folder), {}
+        for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
+            config |= read_json(path) if path.is_file() else {}
         try:
             vocab, merges = _vocabulary(folder)
             length = int(config.get("model_max_length", CLIP_LENGTH))
@@ -64,16 +99,15 @@ class Tokenizer:
         except ModelError:
             raise
         except Exception as error:  # the tokenizers library raises bare Exception
-            reason = " ".join(str(error).split())[:200]
-            raise ModelError(
-                f"{folder}: not a CLIP tokenizer ({type(error).__name__}: {reason}); restore the folder"
-            ) from error
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise ModelError(f"{folder}: not a CLIP tokenizer ({reason}); restore the folder") from error
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int, max_length: int) -> Tokenizer:
-        """Learns merges from `captions`, equal input giving equal output; few captions give fewer than `vocab_size` ids.
+        """Learn merges from `captions`, deterministically; few captions give fewer than `vocab_size` ids.
 
-        Ids are in CLIP's order: 256 byte symbols, the same ending a word, merges, BOS, EOS. Raises UsageError.
+        Ids are in CLIP's order: 256 byte symbols, the same at the end of a word, merges, BOS, EOS. Raises UsageError if
+        `vocab_size` or `max_length` is too small.
         """
         if vocab_size < SMALLEST_VOCABULARY:
             raise UsageError(f"vocab_size is {vocab_size}; a byte-level vocabulary needs {SMALLEST_VOCABULARY} or more")
@@ -83,27 +117,22 @@ class Tokenizer:
         alphabet = symbols + [symbol + END_OF_WORD for symbol in symbols]
         backend = _backend(models.BPE(end_of_word_suffix=END_OF_WORD))
         # As "special" tokens the alphabet gets its ids first, in this order; ties between merges are broken by id.
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size - 2,
-            min_frequency=2,
-            special_tokens=alphabet,
-            end_of_word_suffix=END_OF_WORD,
-            show_progress=False,
-        )
-        backend.train_from_iterator(map(_valid, captions), trainer)
+        settings = {"min_frequency": 2, "special_tokens": alphabet, "end_of_word_suffix": END_OF_WORD}
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size - 2, show_progress=False, **settings)
+        backend.train_from_iterator(map(valid, captions), trainer)
         state = json.loads(backend.to_str())["model"]
         tokens = [*sorted(state["vocab"], key=state["vocab"].__getitem__), BOS, EOS]
         vocab = {token: index for index, token in enumerate(tokens)}
         return cls(vocab, [(left, right) for left, right in state["merges"]], max_length)
 
     def save(self, folder: str | Path) -> None:
-        """Writes the four files that transformers' CLIPTokenizer reads."""
+        """Write the four files that transformers' CLIPTokenizer reads."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tokens = dict(sorted(self.vocab.items(), key=lambda item: item[1]))
-        names = {index: token for token, index in tokens.items()}
-        bos, eos, pad = names[self.bos], names[self.eos], names[self.pad]
-        special = {"bos_token": bos, "eos_token": eos, "pad_token": pad, "unk_token": EOS}
+        names: dict[int | None, str] = {index: token for token, index in tokens.items()}
+        special = {"bos_token": names[self.bos], "eos_token": names[self.eos], "pad_token": names[self.pad]}
+        special["unk_token"] = EOS
         config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.max_length, **special}
         merges = ["#version: 0.2", *(f"{left} {right}" for left, right in self.merges)]
         _write(folder / "vocab.json", json.dumps(tokens, ensure_ascii=False))
@@ -111,70 +140,30 @@ class Tokenizer:
         _write(folder / "tokenizer_config.json", json.dumps(config, indent=2))
         _write(folder / "special_tokens_map.json", json.dumps(special, indent=2))
 
-    def ids(self, text: str) -> list[int]:
-        """The ids of `text` alone: no BOS, EOS, padding or limit."""
-        return self._encoding(text).ids
-
-    def spans(self, text: str) -> tuple[list[int], list[int]]:
-        """`ids` of `text`, and for each the index of its first character."""
-        encoding = self._encoding(text)
-        return encoding.ids, [start for start, _ in encoding.offsets]
-
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """(B, max_length) int64: BOS, as many ids as fit, EOS, padding."""
-        rows = np.full((len(texts), self.max_length), self.pad, dtype=np.int64)
-        for row, text in zip(rows, texts, strict=True):
-            ids = [self.bos, *self.ids(text)[: self.max_length - 2], self.eos]
-            row[: len(ids)] = ids
-        return rows
-
-    def length(self, text: str) -> int:
-        """How many tokens `text` has, BOS and EOS counted, whether or not they fit `max_length`."""
-        return len(self.ids(text)) + 2
-
-    def cut(self, text: str) -> str:
-        """The tail of `text` that `encode` drops, as typed; "" when all of it fits."""
-        _, starts = self.spans(text)
-        kept = self.max_length - 2
-        return _valid(text)[starts[kept] :] if len(starts) > kept else ""
-
-    def _encoding(self, text: str) -> Encoding:
-        return self._backend.encode(_valid(text), add_special_tokens=False)
-
 
 def byte_symbols() -> list[str]:
-    """The 256 characters that stand for bytes, in CLIP's order: the printable bytes, then U+0100 and up for the rest."""
+    """The 256 characters that represent bytes, in CLIP's order: printable bytes, then U+0100 and up for the rest."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     return [chr(code) for code in [*printable, *range(256, 512 - len(printable))]]
 
 
 def _backend(model: models.BPE) -> BackendTokenizer:
-    """`model` behind CLIP's normalisation and word split."""
+    """`model` after CLIP's normalisation and word split."""
     backend = BackendTokenizer(model)
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
+    collapse = normalizers.Replace(Regex(r"\s+"), " ")
+    backend.normalizer = normalizers.Sequence([normalizers.NFC(), collapse, normalizers.Lowercase()])
     words = pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True)
     backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     return backend
 
 
-def _valid(text: str) -> str:
-    """`text` with each lone surrogate, which no encoding can hold, replaced by "?"."""
+def valid(text: str) -> str:
+    """`text` with each lone surrogate, which UTF-8 cannot encode, replaced by "?"."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    """special_tokens_map.json overlaid with tokenizer_config.json, either of which may be missing."""
-    merged: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            merged.update(read_json(folder / name))
-    return merged
-
-
 def _vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges; transformers 5 writes only tokenizer.json, everything before it the two files."""
+    """Vocabulary and merges: from tokenizer.json, all that transformers 5 writes, or older versions' two files."""
     if not (folder / "vocab.json").exists() and (folder / "tokenizer.json").is_file():
         model = read_json(folder / "tokenizer.json")["model"]
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
@@ -186,14 +175,14 @@ def _vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def _special(config: dict[str, Any]) -> dict[str, AddedToken]:
-    """The special tokens that `config` names, each as transformers adds it: `added_tokens_decoder` has the last word."""
+    """The special tokens that `config` names, as transformers adds them: `added_tokens_decoder` takes precedence."""
     tokens = {key: config.get(key) or text for key, text in SPECIAL.items()}
     listed = {token["content"]: token for token in config.get("added_tokens_decoder", {}).values()}
     return {key: _added(listed.get(_added(token).content, token)) for key, token in tokens.items()}
 
 
 def _added(token: str | dict[str, Any]) -> AddedToken:
-    """A special token as the folder describes it: a string, or transformers' AddedToken as a dict."""
+    """A special token from its description in the folder: a string, or transformers' AddedToken as a dict."""
     if isinstance(token, str):
         return AddedToken(token, special=True, normalized=False)
     flags = {key: bool(token[key]) for key in ("lstrip", "rstrip", "single_word", "normalized") if key in token}

@@ -1,4 +1,4 @@
-"""What the two stages minimise. Plain functions of tensors; they know no loop, no data, no optimiser."""
+"""The losses of both stages, as plain functions of tensors."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tinydiff.config import AutoencoderStage
+from tinydiff.stages import AutoencoderStage as Settings
 
 
-def autoencoder_loss(
-    pixels: Tensor, output: Tensor, mean: Tensor, std: Tensor, cfg: AutoencoderStage
-) -> dict[str, Tensor]:
-    """Named terms, already weighted, whose sum is the loss: absolute and squared error, edges, and KL to N(0, 1).
+def autoencoder_loss(pixels: Tensor, output: Tensor, mean: Tensor, std: Tensor, cfg: Settings) -> dict[str, Tensor]:
+    """Weighted terms, whose sum is the loss: absolute and squared error, error of edges, and KL to N(0, 1).
 
-    pixels, output (B, 3, H, W) in [-1, 1]; mean, std (B, C, h, w). KL is per latent value (Kingma & Welling 2014, appendix B).
+    pixels, output (B, 3, H, W) in [-1, 1]; mean, std (B, C, h, w). KL is the mean over latent values (Kingma & Welling
+    2014, appendix B).
     """
     error = output - pixels
     kl = 0.5 * (mean**2 + std**2 - 1) - std.log()
@@ -30,38 +29,38 @@ def autoencoder_loss(
 
 
 def denoising_losses(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Weighted mean squared error of each image, (B,): output, target (B, C, h, w), weight (B,)."""
+    """Each image's weighted mean squared error (B,), from output, target (B, C, h, w) and weight (B,)."""
     return F.mse_loss(output.float(), target, reduction="none").mean(dim=(1, 2, 3)) * weight
 
 
 def snr_weight(alpha: np.ndarray, sigma: np.ndarray, prediction: str, gamma: float) -> np.ndarray:
-    """Min-SNR-gamma weights (Hang et al. 2023, section 3.4) of a loss on `prediction`; ones where gamma is 0.
+    """Min-SNR-gamma weights (Hang et al. 2023, section 3.4) for a loss on `prediction`; ones if gamma is 0.
 
-    The weight of the squared error of x0 becomes min(SNR, gamma), whatever weight the prediction's own loss gives it.
+    They give the squared error of x0 the weight min(SNR, gamma), whatever the prediction.
     """
     if not gamma:
         return np.ones_like(alpha)
     snr = (alpha / sigma) ** 2
-    own = {
+    implied = {  # the weight of the squared error of x0 in a plain loss on the prediction
         "epsilon": snr,
         "sample": np.ones_like(snr),
         "v": ((alpha**2 + sigma**2) / sigma) ** 2,
         "flow": ((alpha + sigma) / sigma) ** 2,
     }[prediction]
-    return np.minimum(snr, gamma) / np.maximum(own, 1e-12)
+    return np.minimum(snr, gamma) / np.maximum(implied, 1e-12)
 
 
 def pick_level(u: float, normal: float, density: str, count: int) -> int:
-    """An index into the training levels from a uniform and a normal number.
+    """An index into `count` training levels, from a uniform number `u` and a standard `normal` one.
 
-    `high_noise` has the density 2t on t in [0, 1]: three quarters of the levels are from the noisier half, where the layout
-    of an image is decided. `logit_normal` is sigmoid(N(0, 1)) (Esser et al. 2024, section 3.1).
+    "high_noise" has density 2t on t in [0, 1]: three quarters of the draws are in the noisier half, which decides an
+    image's layout. "logit_normal" is sigmoid(N(0, 1)) (Esser et al. 2024, section 3.1).
     """
     share = {"uniform": u, "high_noise": u**0.5, "logit_normal": 1 / (1 + math.exp(-normal))}[density]
     return min(int(share * count), count - 1)
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of images in [-1, 1], clipped as they would be saved."""
+    """Peak signal-to-noise ratio in dB of images in [-1, 1], clipped as when saved."""
     mse = torch.mean((a.clamp(-1, 1) - b.clamp(-1, 1)) ** 2).item()
     return 10 * math.log10(4 / max(mse, 1e-12))

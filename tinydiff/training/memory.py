@@ -1,7 +1,7 @@
-"""The C allocator, told to keep what training frees.
+"""Make the C allocator keep the memory that training frees.
 
-By default glibc hands every large activation back to the kernel and faults it in again at the next step: up to a third of
-a CPU training step. This imports no torch, since torch reads the environment when it is loaded.
+By default glibc returns every large activation to the kernel, and page faults at the next step cost up to a third of a
+CPU training step. This does not import torch, which reads the environment when it is loaded.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
 def keep_pages() -> None:
-    """Serve large blocks from the heap, keep freed memory, ask for huge pages. Does nothing where libc is not glibc."""
+    """Allocate large blocks on the heap, keep freed memory, ask for huge pages. Without glibc, only the last."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt

@@ -17,6 +17,7 @@ from typing import Any
 
 from tinydiff import files, images
 from tinydiff.errors import UsageError
+from tinydiff.metrics import parse
 
 EVERY = 10  # updates from one line to the next
 DECAY = 0.98  # of `recent`
@@ -91,23 +92,6 @@ def cut(path: Path, stage: str, start: int) -> None:
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     kept = [line for line in lines if (row := parse(line)) and (row["stage"] != stage or row["step"] <= start)]
     files.write_file(path, b"".join(line + b"\n" for line in kept), force=True)
-
-
-def logged(run_dir: Path) -> set[str]:
-    """The stages that the log of a run has lines of."""
-    path = run_dir / "metrics.jsonl"
-    rows = map(parse, path.read_bytes().split(b"\n")) if path.exists() else ()
-    return {row["stage"] for row in rows if row}
-
-
-def parse(line: bytes | str) -> dict[str, Any] | None:
-    """A line of metrics, or None where it is none: half of one that a kill left, or something else."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    good = isinstance(row, dict) and isinstance(row.get("stage"), str) and type(row.get("step")) is int
-    return row if good and 0 <= row["step"] < 2**53 else None
 
 
 def board(folder: Path, start: int) -> Any:

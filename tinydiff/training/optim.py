@@ -1,4 +1,4 @@
-"""AdamW with warm-up and cosine decay, and the averaged weights, both as plain functions of the step."""
+"""AdamW, its learning rate (warm-up and cosine decay), and averaged weights. All depend on the step alone."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from tinydiff.config import Stage
+from tinydiff.stages import Stage
 
 
 def learning_rate(step: int, cfg: Stage) -> float:
-    """Linear warm-up, then a half cosine to `final_lr` of the peak at the last step."""
+    """Linear warm-up, then half a cosine down to `final_lr` times the peak at the last step."""
     warm = min(1.0, (step + 1) / cfg.warmup) if cfg.warmup else 1.0
     done = min(1.0, max(0.0, (step - cfg.warmup) / max(1, cfg.steps - 1 - cfg.warmup)))
     return cfg.lr * warm * (cfg.final_lr + (1 - cfg.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def adamw(parameters: Iterable[Tensor], cfg: Stage) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019); matrices and kernels decay, vectors (biases, norms) do not."""
+    """AdamW (Loshchilov & Hutter 2019), with weight decay on matrices and kernels, not on vectors (biases, norms)."""
     parameters = list(parameters)
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": cfg.weight_decay},
@@ -29,12 +29,9 @@ def adamw(parameters: Iterable[Tensor], cfg: Stage) -> torch.optim.AdamW:
 
 
 class Average:
-    """Exponential moving average of parameters (or blocks of them), warmed up as (1 + step)/(10 + step) until `decay`.
+    """Exponential moving average of parameters (or shards of them), its decay min(`decay`, (1 + step)/(10 + step))."""
 
-    It is taken every `EVERY` steps with the decay of as many: reading all weights each step costs more than it is worth.
-    """
-
-    EVERY = 4
+    EVERY = 4  # steps between updates, each with the decay of as many: reading all weights at every step costs too much
 
     def __init__(self, parameters: Iterable[Tensor], decay: float):
         self.decay = decay
@@ -43,7 +40,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int, last: bool = False) -> None:
-        """Take in the weights after `step`; the `last` step of a stage always counts."""
+        """Update after `step` if it is one of every `EVERY`, or the `last` step of a stage."""
         since = step % self.EVERY + 1
         if last or since == self.EVERY:
             decay = min(self.decay, (1 + step) / (10 + step)) ** since
@@ -51,15 +48,15 @@ class Average:
 
     @torch.no_grad()
     def exchange(self) -> None:
-        """Averages become the parameters, and these are kept in their place; a second call takes it back."""
-        for p, mine in zip(self.source, self.tensors, strict=True):
-            kept = p.clone()
-            p.copy_(mine)
-            mine.copy_(kept)
+        """Swap parameters and averages, in place; a second call swaps them back."""
+        for parameter, average in zip(self.source, self.tensors, strict=True):
+            old = parameter.clone()
+            parameter.copy_(average)
+            average.copy_(old)
 
 
 @torch.no_grad()
 def clip(gradients: list[Tensor], norm: float, largest: float) -> None:
-    """Scale gradients of a finite joint `norm` down to `largest` (0: leave them)."""
+    """Scale gradients, whose total norm is `norm`, down to a norm of `largest` if that is less; 0 is no limit."""
     if largest and largest < norm:
         torch._foreach_mul_(gradients, largest / norm)  # pyright: ignore[reportPrivateImportUsage]

@@ -7,13 +7,13 @@ no loop: a network is a module, and what is saved or averaged of it is a list of
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from itertools import chain
-from typing import cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,22 +25,17 @@ from torch.utils.checkpoint import checkpoint
 from tinydiff import processes
 from tinydiff.config import Train
 from tinydiff.errors import ResourceError, UsageError
-from tinydiff.models.dit import Condition, DiT, DiTBlock
 
 
 class World:
-    """The processes of a run, and this one's place: `rank` of `size`, of them `data` groups that read different rows.
-
-    The `tensor` processes of a group share each matrix and read the same rows.
-    """
+    """The processes of a run, and this one's place: `rank` of `size`. Groups of `tensor` share matrices and read equal rows."""
 
     def __init__(self, device: torch.device, timeout: int, tensor: int = 1):
         self.rank, self.size = processes.rank(), processes.world()
         self.device, self.timeout, self.tensor = device, timeout, tensor if self.size > 1 else 1
         if self.size % self.tensor:
-            raise UsageError(
-                f"train.tensor_parallel: {tensor} does not divide the {self.size} processes that were started"
-            )
+            problem = f"{tensor} does not divide the {self.size} processes that were started"
+            raise UsageError(f"train.tensor_parallel: {problem}")
         self.mesh: DeviceMesh | None = None
         self.savers: dist.ProcessGroup | None = None
 
@@ -57,10 +52,10 @@ class World:
         timeout = timedelta(seconds=self.timeout)
         dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", timeout=timeout)
         mesh = torch.arange(self.size).view(-1, self.tensor)  # (data, tensor)
-        groups = [mine(dist.new_subgroups_by_enumeration(m.tolist(), timeout)) for m in (mesh.T, mesh)]
+        subgroups: Any = dist.new_subgroups_by_enumeration  # first of what it returns is the group of this process
+        groups = [subgroups(m.tolist(), timeout)[0] for m in (mesh.T, mesh)]
         self.mesh = DeviceMesh.from_group(groups, self.device.type, mesh=mesh, mesh_dim_names=("data", "tensor"))
-        everyone = [mesh.flatten().tolist()]
-        self.savers = mine(dist.new_subgroups_by_enumeration(everyone, timeout, backend="gloo"))
+        self.savers = subgroups([mesh.flatten().tolist()], timeout, backend="gloo")[0]
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.mesh and kind is None:  # after an error the others may be gone, and would be waited for
@@ -102,9 +97,7 @@ class World:
         """Rank 0's text, on all."""
         if self.size == 1:
             return text
-        data = torch.zeros(4096, dtype=torch.uint8)
-        encoded = text.encode()
-        data[: len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8) if encoded else 0
+        data = torch.frombuffer(bytearray(text.encode().ljust(4096, b"\0")), dtype=torch.uint8)
         dist.broadcast(data, 0, group=group)
         return bytes(data.tolist()).rstrip(b"\0").decode()
 
@@ -116,15 +109,26 @@ class World:
         dist.all_reduce(votes, dist.ReduceOp.MIN, group=group)
         return bool(votes.item())
 
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of all processes (B, ...), in the order of the batch; gradients flow back to whose they are.
+
+        For a loss of the whole batch, which every process then computes; DDP's mean over processes makes it right.
+        """
+        if self.mesh is None:
+            return rows
+        from torch.distributed.nn.functional import all_gather
+
+        return torch.cat(all_gather(rows, group=self.mesh.get_group("data")))
+
+    def copy(self, tensors: Iterable[Tensor]) -> None:
+        """Rank 0's values, on all."""
+        for tensor in tensors if self.size > 1 else ():
+            dist.broadcast(tensor, 0)
+
     def rows(self, batch: int, shared: bool) -> range:
         """This process's part of a batch; where matrices are `shared`, a group has the same part."""
         parts, part = (self.size // self.tensor, self.rank // self.tensor) if shared else (self.size, self.rank)
         return range(part * batch // parts, (part + 1) * batch // parts)
-
-
-def mine(groups: tuple) -> dist.ProcessGroup:
-    """Of the groups that torch made, the one that this process is in."""
-    return groups[0]
 
 
 # ---- networks --------------------------------------------------------------------------------------------------------
@@ -144,7 +148,7 @@ def divides(parts: Sequence[nn.Module], world: World, cfg: Train) -> bool:
 def spread(
     network: nn.Module, parts: Sequence[nn.Module], world: World, cfg: Train, dtype: torch.dtype | None
 ) -> nn.Module:
-    """What the loop calls in place of `network`. Its `parts` are divided among the processes where `cfg` says fsdp.
+    """What the loop calls instead of `network`. Its `parts` are divided among the processes where `cfg` says fsdp.
 
     Master weights and their gradients' sums stay float32; `dtype` is what is multiplied.
     """
@@ -163,7 +167,8 @@ def spread(
         return network
     if world.mesh is not None:
         with world.together():
-            return DistributedDataParallel(network, gradient_as_bucket_view=True)
+            network = DistributedDataParallel(network, gradient_as_bucket_view=True)
+            network.broadcast_buffers = False  # the loop does it, after each update
     return network
 
 
@@ -178,29 +183,25 @@ def divide(network: nn.Module, world: World, dtype: torch.dtype | None) -> None:
         cast_forward_inputs=False,  # bfloat16 knows no timestep between 512 and 514
     )
     network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  FSDP slices nothing else
-    alone = (m for m in network.modules() if isinstance(m, Condition))  # blocks share it, and none calls it
+    alone = (m for m in network.modules() if getattr(m, "divided_alone", False))
     for unit in dict.fromkeys(chain(alone, blocks(network), [network])):
         fully_shard(unit, mesh=world.mesh["data"], mp_policy=policy, reshard_after_forward=True)
 
 
 def share_matrices(network: nn.Module, world: World) -> None:
-    """Tensor parallelism of a DiT's blocks (Shoeybi et al. 2019, section 3): heads and hidden units are divided."""
-    from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+    """Tensor parallelism (Shoeybi et al. 2019, section 3) of the blocks that say which of their matrices can be shared."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    if not isinstance(network, DiT):
-        return
     assert world.mesh is not None
-    for block in cast("list[DiTBlock]", list(network.transformer_blocks)):
-        plan: dict[str, ParallelStyle] = {"ff.net.0.proj": ColwiseParallel(), "ff.net.2": RowwiseParallel()}
-        for name, attention in (("attn1", block.attn1), ("attn2", block.attn2)):
-            if attention is not None:
-                attention.heads //= world.tensor
-                plan |= {f"{name}.to_{x}": ColwiseParallel() for x in "qkv"} | {f"{name}.to_out.0": RowwiseParallel()}
-        parallelize_module(block, world.mesh["tensor"], plan)
+    styles = {"columns": ColwiseParallel, "rows": RowwiseParallel}
+    for block in blocks(network):
+        if share := getattr(block, "share", None):
+            plan = {name: styles[by]() for name, by in share(world.tensor).items()}
+            parallelize_module(block, world.mesh["tensor"], plan)
 
 
 def synced(network: nn.Module, parts: Sequence[nn.Module], last: bool) -> AbstractContextManager:
-    """Around each part of a batch: gradients are summed over the processes behind the `last` of them alone."""
+    """Around each part of a batch: gradients are summed over the processes after the `last` part only."""
     from torch.distributed.fsdp import FSDPModule
 
     for part in parts:
@@ -236,9 +237,9 @@ class Piece:
         return self.tensor.grad
 
 
-def pieces(module: nn.Module, world: World) -> list[Piece]:
-    """What this process holds of a module's parameters."""
-    return [piece(name, p, world) for name, p in module.named_parameters()]
+def pieces(module: nn.Module, world: World, prefix: str = "") -> list[Piece]:
+    """What this process holds of a module's parameters that learn."""
+    return [piece(prefix + name, p, world) for name, p in module.named_parameters() if p.requires_grad]
 
 
 def piece(name: str, p: nn.Parameter, world: World) -> Piece:

@@ -11,8 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinydiff import config
 from tinydiff.errors import UsageError, UserError
+from tinydiff.progress import Progress
 from tinydiff.training.parallel import World
-from tinydiff.training.progress import Progress
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -37,17 +37,14 @@ class Runtime:
         self.caught = 0
 
     def pick_device(self) -> torch.device:
-        cuda = torch.cuda.is_available()
-        if self.cfg.device == "cuda" and not cuda:
+        if self.cfg.device == "cuda" and not torch.cuda.is_available():
             raise UsageError("train.device: torch sees no CUDA device here; use 'auto' or 'cpu'")
-        if not cuda or self.cfg.device == "cpu":
+        if self.cfg.device == "cpu" or not torch.cuda.is_available():
             return torch.device("cpu")
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        if local >= torch.cuda.device_count():
-            found = torch.cuda.device_count()
-            raise UsageError(
-                f"--nproc-per-node: more processes than the {found} CUDA devices here; start {found} of them"
-            )
+        local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= count:
+            problem = f"more processes than the {count} CUDA devices here"
+            raise UsageError(f"--nproc-per-node: {problem}; start {count} of them")
         return torch.device("cuda", local)
 
     def fast(self) -> torch.dtype | None:

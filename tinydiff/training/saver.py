@@ -1,6 +1,6 @@
-"""Threads beside the training loop: one writes a checkpoint while the next steps are computed, one makes their batches.
+"""Threads of the training loop: one writes checkpoints while training goes on, one makes the next batches.
 
-Both are daemons: what a dying process leaves undone is invisible (saves) or made again (batches).
+Both are daemons: if the process dies, an unfinished save is never visible, and batches are made again.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from tinydiff.errors import HungError
-from tinydiff.training.state import Snapshot, Training, snapshot
+from tinydiff.training.state import KINDS, Snapshot, Training, snapshot
 
-TRIES = 10  # parts of a time-out; the time that a process is stopped, and its threads with it, is over in one of them
+TRIES = 10  # waits that a timeout is divided into; if the process is stopped meanwhile, only one of them runs out
 
 
 class Saver:
-    """Saves in the background, one checkpoint at a time. An error of the thread is raised by the call that comes next."""
+    """Saves one checkpoint at a time in a thread. An error in the thread is raised by the next call."""
 
     def __init__(self) -> None:
         self.memory: Snapshot = {}
@@ -29,53 +29,51 @@ class Saver:
         self.copied.set()
 
     def begin(self, training: Training, write: Callable[[Snapshot], None]) -> None:
-        """Copy the training's state and `write` the copy. The state must not change before `settle`."""
+        """Copy the training state and `write` the copy, in a thread. The state must not change before `settle`."""
         self.wait()
+        snapshot(training, self.memory, ["buffers"])  # at once: a forward pass may change them
         self.copied.clear()
         self.thread = threading.Thread(target=self.work, args=(training, write), daemon=True)
         self.thread.start()
 
     def work(self, training: Training, write: Callable[[Snapshot], None]) -> None:
+        """The thread: copy, then write."""
         try:
-            snapshot(training, self.memory)
+            snapshot(training, self.memory, KINDS[:-1])
             self.copied.set()
             write(self.memory)
         except BaseException as error:
             self.error = error
-        finally:
             self.copied.set()
 
     def settle(self) -> None:
-        """Until the state may change again; a forward and a backward pass may be made meanwhile."""
+        """Wait until the state is copied and may change. Forward and backward passes need not wait."""
         self.copied.wait()
         self.check()
 
     def check(self) -> None:
-        """Raise what the thread has met."""
+        """Raise the thread's error, if any."""
         if self.error is not None:
             error, self.error = self.error, None
             raise error
 
     def wait(self) -> None:
-        """Until the checkpoint stands."""
+        """Wait until the checkpoint is written."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
         self.check()
 
     def close(self) -> None:
-        """At an early end: let a checkpoint be finished that is being written, if that is a matter of seconds.
-
-        Who interrupts a second time does not want to wait: a checkpoint that is not finished is then invisible.
-        """
+        """At an early end, wait some seconds for a checkpoint to be written, but not after a second Ctrl-C."""
         if self.thread is not None and not isinstance(sys.exc_info()[1], KeyboardInterrupt):
             self.thread.join(25.0)  # torchrun kills after 30
 
 
 class Ahead:
-    """`make(n)` for n in a range, the next `depth` of them made in a thread while the newest is used.
+    """Iterates over (n, make(n)) for n in `numbers`; a thread makes up to `depth` of them ahead.
 
-    Raises what `make` raises, in its place, and HungError where one takes more than `timeout` seconds.
+    An error in `make(n)` is raised at item n. Raises HungError if an item takes more than `timeout` seconds.
     """
 
     def __init__(self, make: Callable[[int], Any], numbers: range, timeout: float, depth: int = 2):
@@ -83,17 +81,16 @@ class Ahead:
         self.make, self.numbers, self.timeout, self.stopped = make, numbers, timeout, threading.Event()
 
     def work(self) -> None:
+        """The thread: make items until the last, an error or a stop."""
         for n in self.numbers:
             try:
                 item: tuple[Any, BaseException | None] = (self.make(n), None)
             except BaseException as error:
                 item = (None, error)
             while not self.stopped.is_set():
-                try:
+                with contextlib.suppress(queue.Full):
                     self.made.put(item, timeout=0.1)
                     break
-                except queue.Full:
-                    continue
             if self.stopped.is_set() or item[1]:
                 return
 
@@ -108,6 +105,7 @@ class Ahead:
             thread.join(1.0)
 
     def next(self, n: int) -> Any:
+        """Item n from the thread."""
         for _ in range(TRIES):
             with contextlib.suppress(queue.Empty):
                 value, error = self.made.get(timeout=self.timeout / TRIES)

@@ -18,27 +18,40 @@ from uuid import uuid4
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from tinydiff import processes
 from tinydiff.checkpoints import weights
 from tinydiff.checkpoints.header import header
 from tinydiff.errors import ModelError, ResourceError
 from tinydiff.files import MANIFEST, VersionError, committed, make_folder, named, read_json, shown, system_error, verify
-from tinydiff.training.optim import Average
-from tinydiff.training.parallel import Piece, World
+from tinydiff.stages import Stage
+from tinydiff.training.optim import Average, adamw
+from tinydiff.training.parallel import Piece, World, pieces
 
-FORMAT = 2
-KINDS = ("weights", "average", "exp_avg", "exp_avg_sq")
-MOMENTS = KINDS[2:]
+FORMAT = 3
+OLDER = 2  # a format that is still read: without buffers, of one player, whose name is the stage's
+MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = ("weights", "average", *MOMENTS, "buffers")
 
 
 @dataclass(frozen=True)
-class Training:
-    """What a stage's training is made of, besides the step: blocks of parameters, their average, AdamW's moments."""
+class Learner:
+    """The state of one player: its blocks of parameters, their average, AdamW's moments, and its module's buffers."""
 
+    name: str  # with which those of its tensors begin
+    settings: Stage
     pieces: Sequence[Piece]
     average: Average
     optimizer: torch.optim.Optimizer
+    buffers: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module, settings: Stage, world: World) -> Learner:
+        held = pieces(module, world, f"{name}.")
+        tensors, kept = [piece.tensor for piece in held], module.state_dict(keep_vars=True)
+        buffers = {f"{name}.{k}": b for k, b in module.named_buffers() if k in kept}
+        return cls(name, settings, held, Average(tensors, settings.ema), adamw(tensors, settings), buffers)
 
     def tensors(self, kind: str) -> dict[str, Tensor]:
         """Blocks in their memory, by name; before the first update there are no moments."""
@@ -46,6 +59,8 @@ class Training:
             return {piece.name: piece.tensor.detach() for piece in self.pieces}
         if kind == "average":
             return {piece.name: mine for piece, mine in zip(self.pieces, self.average.tensors, strict=True)}
+        if kind == "buffers":
+            return self.buffers
         states = {piece.name: self.optimizer.state[piece.tensor] for piece in self.pieces}
         return {name: state[kind] for name, state in states.items() if kind in state}
 
@@ -54,11 +69,41 @@ class Training:
         """How many the optimizer has made."""
         return max((int(state["step"].item()) for state in self.optimizer.state.values() if "step" in state), default=0)
 
+
+@dataclass(frozen=True)
+class Training:
+    """What a stage's training is made of, besides the step: its players, each with its state."""
+
+    learners: Sequence[Learner]
+
+    @property
+    def pieces(self) -> list[Piece]:
+        return [piece for learner in self.learners for piece in learner.pieces]
+
+    def tensors(self, kind: str) -> dict[str, Tensor]:
+        return {name: tensor for learner in self.learners for name, tensor in learner.tensors(kind).items()}
+
     @property
     def places(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
         """The whole shape and the offset of each block; {} where this process holds all of everything."""
         divided = any(piece.tensor is not piece.parameter for piece in self.pieces)
         return {piece.name: (piece.shape, piece.offset) for piece in self.pieces if divided}
+
+    def exchange(self) -> None:
+        """Averages become the weights, and the weights are kept instead; a second call takes it back."""
+        for learner in self.learners:
+            learner.average.exchange()
+
+    def keep_buffers(self) -> Callable[[], None]:
+        """Returns what puts the buffers back as they are now."""
+        buffers = list(self.tensors("buffers").values())
+        before = [buffer.clone() for buffer in buffers]
+
+        def restore() -> None:
+            for buffer, old in zip(buffers, before, strict=True):
+                buffer.copy_(old)
+
+        return restore
 
 
 # ---- out -------------------------------------------------------------------------------------------------------------
@@ -67,36 +112,33 @@ Snapshot = dict[str, dict[str, Tensor]]  # {kind: {name: block}}
 Places = Mapping[str, tuple[Sequence[int], Sequence[int]]]  # {name: (shape of the whole, offset of the block)}
 
 
-def snapshot(training: Training, into: Snapshot) -> None:
+def snapshot(training: Training, into: Snapshot, kinds: Sequence[str] = KINDS) -> None:
     """Copy what this process is to save to the CPU; memory of an earlier copy is used again."""
     mine = {piece.name for piece in training.pieces if piece.mine}
-    for kind in KINDS:
+    for kind in kinds:
         held = into.setdefault(kind, {})
         for name, tensor in training.tensors(kind).items():
-            if name in mine:
+            if name in mine or (kind == "buffers" and not processes.rank()):
                 if name not in held:
                     held[name] = torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
                 held[name].copy_(tensor)
 
 
 def save(
-    path: Path,
-    saved: Snapshot,
-    places: Places,
-    state: dict[str, Any],
-    world: World,
-    publish: Callable[[Path], object],
+    path: Path, saved: Snapshot, places: Places, state: dict[str, Any], world: World, publish: Callable[[Path], object]
 ) -> None:
     """Commit the checkpoint of a finished step.
 
     Every process that holds blocks writes its files; if one cannot, none is kept. `publish` gets the folder before the
-    commit: whoever finds the last checkpoint has nothing left to do.
+    commit: whoever finds the last checkpoint has nothing left to do. Raises ResourceError where the run directory is gone.
     """
     writers = world.size if places else 1
     if world.rank >= writers:
         return
-    if world.rank == 0:
-        check_there(path.parent.parent)
+    run_dir = path.parent.parent
+    with named(run_dir):  # a save must not make it again, without its lock
+        if world.rank == 0 and not run_dir.is_dir():
+            raise ResourceError(f"{shown(run_dir)}: removed while training; put it back, or start the run again")
     with committed(path) if world.rank == 0 else named(path) as temporary:
         place = Path(world.share(str(temporary), world.savers)) if writers > 1 else temporary
         assert place is not None
@@ -106,30 +148,22 @@ def save(
         if problem:
             raise problem
         if world.rank == 0:
-            (place / "state.json").write_text(
-                json.dumps({"format": FORMAT, "files": writers, **state}, indent=2) + "\n"
-            )
+            about = {"format": FORMAT, "files": writers, **state}
+            (place / "state.json").write_text(json.dumps(about, indent=2) + "\n")
             try:
                 publish(place)
             except ModelError as error:  # what has just been written cannot be read
                 raise (error.__cause__ if isinstance(error.__cause__, OSError) else error) from None
 
 
-def check_there(run_dir: Path) -> None:
-    """Raises ResourceError where the run directory is gone. A save must not make it anew: nobody holds its lock then."""
-    with named(run_dir):
-        if not run_dir.is_dir():
-            raise ResourceError(f"{shown(run_dir)}: removed while training; put it back, or start the run again")
-
-
 def write(folder: Path, saved: Snapshot, places: Places, rank: int, writers: int) -> OSError | None:
-    """This process's files. Gives an error back in place of raising it, since the others have to hear of it first."""
+    """This process's files. Returns an error instead of raising it: the other processes have to be told first."""
     end = f"-{rank + 1:05d}-of-{writers:05d}" if writers > 1 else ""
     about = {"blocks": json.dumps(places)} if places else None
-    for kind, tensors in saved.items():
+    for kind in KINDS:
         path = folder / f"{kind}{end}.safetensors"
         try:
-            save_file(tensors, path, about)
+            save_file(saved[kind], path, about)
         except Exception as error:
             cause = system_error(error) or OSError(None, str(error))
             cause.filename = str(path)
@@ -139,13 +173,11 @@ def write(folder: Path, saved: Snapshot, places: Places, rank: int, writers: int
 
 def set_aside(path: Path) -> Path:
     """Keep a damaged checkpoint where no one looks for a sound one; returns its new place."""
-    place = path.parent.parent / "damaged"
-    new = place / path.name
-    new = new if not new.exists() else place / f"{path.name}-{uuid4().hex[:8]}"
+    new = path.parent.parent / "damaged" / path.name
+    new = new if not new.exists() else new.with_name(f"{path.name}-{uuid4().hex[:8]}")
     with named(path):
-        make_folder(place)
-        path.rename(new)
-    return new
+        make_folder(new.parent)
+        return path.rename(new)
 
 
 # ---- in --------------------------------------------------------------------------------------------------------------
@@ -174,9 +206,8 @@ def newest(folder: Path, stage: str, warn: Callable[[str], None], strict: bool =
             set_aside(other)
         return path
     if found:
-        raise ModelError(
-            f"{shown(folder)}: none of the {len(found)} checkpoints of {stage} is sound; --fresh starts over"
-        )
+        problem = f"none of the {len(found)} checkpoints of {stage} is sound"
+        raise ModelError(f"{shown(folder)}: {problem}; --fresh starts over")
     return None
 
 
@@ -185,55 +216,76 @@ def check(path: Path, stage: str) -> None:
     if not (path / MANIFEST).is_file():
         raise ModelError(f"{shown(path)}: has no {MANIFEST}")
     verify(path)
-    state = read_json(path / "state.json")
-    if type(version := state.get("format", 1)) is int and version != FORMAT:
-        which = "a newer" if version > FORMAT else "an older"
-        raise VersionError(f"{shown(path)}: written by {which} tinydiff; use that one, or train with --fresh")
-    kinds = dict.fromkeys(("format", "files", "step", "updates", "skipped"), int) | {"scaler": dict}
-    if any(type(state.get(key)) is not kind for key, kind in kinds.items()) or (
-        path.name != f"{stage}-{state['step']:08d}"
-    ):
+    state = read(path)
+    types = dict.fromkeys(("format", "files", "step", "skipped"), int) | {"scaler": dict, "updates": dict}
+    whole = all(type(state.get(key)) is kind for key, kind in types.items())
+    if not whole or path.name != f"{stage}-{state['step']:08d}":
         raise ModelError(f"{shown(path)}: not the checkpoint that its name says")
-    if any(len(list(path.glob(f"{kind}[.-]*safetensors"))) != state["files"] for kind in KINDS):
+    kinds = KINDS if state["format"] == FORMAT else KINDS[:-1]
+    if any(len(list(path.glob(f"{kind}[.-]*safetensors"))) != state["files"] for kind in kinds):
         raise ModelError(f"{shown(path)}: not whole")
 
 
-def load(path: Path, training: Training, updates: int) -> None:
-    """A checkpoint into the very objects that `save` took, whoever held what when it was written.
+def read(path: Path) -> dict[str, Any]:
+    """A checkpoint's `state.json`, as this version writes it. VersionError where another one is needed to read it."""
+    state = read_json(path / "state.json")
+    version = state.get("format", 1)
+    if version == OLDER and isinstance(state.get("updates"), int):
+        return state | {"updates": {str(state.get("stage")): state["updates"]}}
+    if type(version) is int and version != FORMAT:
+        which = "a newer" if version > FORMAT else "an older"
+        raise VersionError(f"{shown(path)}: written by {which} tinydiff; use that one, or train with --fresh")
+    return state
 
-    Raises ModelError naming what differs where it is of another network.
+
+def load(path: Path, training: Training) -> dict[str, Any]:
+    """A checkpoint into the very objects that `save` took, whoever held what when it was written; returns its state.
+
+    Raises ModelError naming what differs where it is of other networks.
     """
+    state = read(path)
     for kind in KINDS[:2]:
         stored, blocks = Blocks(path, kind), training.tensors(kind)
-        stored.check(training.pieces)
+        stored.check({piece.name: piece.shape for piece in training.pieces})
         for piece in training.pieces:
             stored.fill(piece.name, blocks[piece.name], piece.offset)
-    for kind in MOMENTS if updates else ():
+    for kind in MOMENTS:
         stored = Blocks(path, kind)
-        for piece in training.pieces:
-            if piece.name in stored.shapes:
-                state = training.optimizer.state[piece.tensor]
-                state["step"] = torch.tensor(float(updates), device=piece.tensor.device)
-                state[kind] = torch.empty_like(piece.tensor, requires_grad=False)
-                stored.fill(piece.name, state[kind], piece.offset)
+        for learner in training.learners:
+            fill_moments(stored, kind, learner, state["updates"].get(learner.name, 0))
+    stored, buffers = Blocks(path, "buffers"), training.tensors("buffers")
+    stored.check({name: tuple(buffer.shape) for name, buffer in buffers.items()})
+    for name, buffer in buffers.items():
+        stored.fill(name, buffer, (0,) * buffer.ndim)
+    return state
+
+
+def fill_moments(stored: Blocks, kind: str, learner: Learner, updates: int) -> None:
+    """One moment of AdamW's after so many updates."""
+    for piece in (piece for piece in learner.pieces if updates and piece.name in stored.shapes):
+        state = learner.optimizer.state[piece.tensor]
+        state["step"] = torch.tensor(float(updates), device=piece.tensor.device)
+        state[kind] = torch.empty_like(piece.tensor, requires_grad=False)
+        stored.fill(piece.name, state[kind], piece.offset)
 
 
 class Blocks:
     """One kind of a checkpoint's tensors: for each name its blocks, mapped, with their places in the whole."""
 
     def __init__(self, folder: Path, kind: str):
+        state = read(folder)
+        prefix = f"{state['stage']}." if state["format"] == OLDER else ""
         self.path, self.shapes = folder, dict[str, tuple[int, ...]]()
         self.blocks: dict[str, list[tuple[Sequence[int], Tensor]]] = {}
         for path in sorted([*folder.glob(f"{kind}.safetensors"), *folder.glob(f"{kind}-*-of-*.safetensors")]):
             places = json.loads(header(path).metadata.get("blocks", "{}"))
             for name, tensor in weights.tensors([path]).items():
                 shape, offset = places.get(name, (tensor.shape, [0] * tensor.ndim))
-                self.shapes[name] = tuple(shape)
-                self.blocks.setdefault(name, []).append((offset, tensor))
+                self.shapes[prefix + name] = tuple(shape)
+                self.blocks.setdefault(prefix + name, []).append((offset, tensor))
 
-    def check(self, pieces: Sequence[Piece]) -> None:
+    def check(self, ours: Mapping[str, tuple[int, ...]]) -> None:
         """ModelError with the names and shapes that differ."""
-        ours = {piece.name: piece.shape for piece in pieces}
         wrong = sorted(n for n in {*ours, *self.shapes} if ours.get(n) != self.shapes.get(n))
         if wrong:
             told = ", ".join(f"{n} {self.shapes.get(n)} -> {ours.get(n)}" for n in wrong[:5])
@@ -244,36 +296,33 @@ class Blocks:
         """Copy the part of a whole tensor that begins at `at` and has the target's shape."""
         filled = 0
         for offset, block in self.blocks[name]:
-            low = [max(a, o) for a, o in zip(at, offset, strict=True)]
-            sizes = zip(at, target.shape, offset, block.shape, strict=True)
-            high = [min(a + n, o + m) for a, n, o, m in sizes]
+            low = [*map(max, at, offset)]
+            high = [min(a + n, o + m) for a, n, o, m in zip(at, target.shape, offset, block.shape, strict=True)]
             if all(i < j for i, j in zip(low, high, strict=True)):
-                to, of = (
-                    tuple(slice(i - o, j - o) for i, j, o in zip(low, high, start, strict=True))
-                    for start in (at, offset)
-                )
-                target[to].copy_(block[of])
-                filled += block[of].numel()
+                spans = [*zip(low, high, at, offset, strict=True)]
+                part = block[tuple(slice(i - o, j - o) for i, j, _, o in spans)]
+                target[tuple(slice(i - a, j - a) for i, j, a, _ in spans)].copy_(part)
+                filled += part.numel()
         if filled != target.numel():
             raise ModelError(f"{shown(self.path)}: {name} is not whole; use the checkpoint before it")
 
     def whole(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor, put together."""
         for name, shape in self.shapes.items():
-            if len(self.blocks[name]) == 1:
-                yield name, self.blocks[name][0][1]
-            else:
-                tensor = torch.empty(shape, dtype=self.blocks[name][0][1].dtype)
+            tensor = self.blocks[name][0][1]
+            if len(self.blocks[name]) > 1:
+                tensor = torch.empty(shape, dtype=tensor.dtype)
                 self.fill(name, tensor, [0] * len(shape))
-                yield name, tensor
+            yield name, tensor
 
 
-# ---- room for them ---------------------------------------------------------------------------------------------------
+# ---- room for them, and which are kept -------------------------------------------------------------------------------
 
 
 def make_room(folder: Path, training: Training) -> None:
     """Make the folder of the checkpoints. Raises ResourceError where the disk has no room for one and its model folder."""
-    size = (len(KINDS) + 1) * sum(math.prod(piece.shape) * piece.tensor.element_size() for piece in training.pieces)
+    one = sum(math.prod(piece.shape) * piece.tensor.element_size() for piece in training.pieces)
+    size = len(KINDS) * one  # of each kind but buffers, which are little, and of the model folder
     with named(folder):
         make_folder(folder)
         free = shutil.disk_usage(folder).free
@@ -282,24 +331,16 @@ def make_room(folder: Path, training: Training) -> None:
         raise ResourceError(f"{shown(folder)}: {free / 1e9:.3g} GB free, and a save takes {size / 1e9:.3g}; {fix}")
 
 
-# ---- which are kept --------------------------------------------------------------------------------------------------
-
-
 def prune(folder: Path, stage: str, keep: int, every: int = 0) -> None:
     """Remove a stage's checkpoints but the newest `keep`, and those of every `every`-th step."""
     with named(folder):
         found = sorted(folder.glob(f"{stage}-[0-9]*"))
     for path in found[:-keep]:
         if not every or int(path.name.rpartition("-")[2]) % every:
-            discard(path)
-
-
-def discard(path: Path) -> None:
-    """Remove a folder so that under its name it is whole or gone."""
-    aside = path.with_name(f".tmp-{path.name}-{uuid4().hex}")
-    with named(path, aside):
-        path.rename(aside)
-        shutil.rmtree(aside)
+            aside = path.with_name(f".tmp-{path.name}-{uuid4().hex}")
+            with named(path, aside):  # moved first, so that under its name it is whole or gone
+                path.rename(aside)
+                shutil.rmtree(aside)
 
 
 def sweep(run_dir: Path) -> None:

@@ -1,0 +1,43 @@
+"""The JSON files of a model that a configuration asks for, before anything of it is built: no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tinydiff import __version__
+from tinydiff.checkpoints import scheduler
+from tinydiff.config import Config
+from tinydiff.networks import AUTOENCODER, TEXT, VAE, Table
+from tinydiff.networks.network import HIDDEN, POOLED
+from tinydiff.text.labels import LEAST
+
+ABSENT = {key: [None, None] for key in ("feature_extractor", "image_encoder", "safety_checker")}
+# What a pipeline of diffusers has besides, so that it opens the folder.
+EXTRAS = {"StableDiffusionPipeline": ABSENT | {"requires_safety_checker": False}}
+
+
+def configs(cfg: Config, tokenizer: Any) -> dict[str, dict[str, Any]]:
+    """The JSON files as `Source.configs` has them, for a run's tokenizer."""
+    text, denoiser = cfg.text_network, cfg.denoiser_network
+    table = text.describe(cfg, tokenizer)
+    tables = {denoiser.folder: denoiser.describe(cfg, dict.fromkeys((HIDDEN, POOLED), text.width(table)))}
+    tables |= {VAE: AUTOENCODER.describe(cfg)} | ({TEXT: table} if not text.labels else {})
+    return {"model_index": index(cfg, tokenizer, tables), "scheduler": scheduler.write(cfg), **tables}
+
+
+def index(cfg: Config, tokenizer: Any, tables: Mapping[str, Table]) -> dict[str, Any]:
+    """`model_index.json` of a pipeline of diffusers, or of none with the reason."""
+    text, denoiser = cfg.text_network, cfg.denoiser_network
+    pipeline = denoiser.pipelines.get(cfg.text_encoder.kind, "TinydiffPipeline")
+    reason = text.no_form or ("" if cfg.text_encoder.kind in denoiser.pipelines else denoiser.no_form)
+    if text.labels and tokenizer.pad != LEAST:
+        reason = f"its null label is number {tokenizer.pad}, and {LEAST} in diffusers"
+    table = {"_class_name": pipeline, "_tinydiff_version": __version__}
+    table |= {"scheduler": ["diffusers", scheduler.write(cfg)["_class_name"]], VAE: list(AUTOENCODER.library)}
+    table |= {denoiser.folder: [denoiser.library[0], tables[denoiser.folder]["_class_name"]]}
+    if text.module:
+        table |= {TEXT: list(text.library), "tokenizer": list(text.tokenizer_library)}
+    else:
+        table |= {"id2label": tokenizer.table()}
+    return table | EXTRAS.get(pipeline, {}) | ({"_no_diffusers_pipeline": reason} if reason else {})

@@ -1,0 +1,218 @@
+"""A model as a command opens it: where it is, and what goes with it. Its JSON files and headers are read once.
+
+A source gives the JSON of a diffusers folder and tensors under our networks' names, whatever layout the model has: a folder, a
+single Stable Diffusion file, the published weights of a DiT. Only `tensors` imports torch: what cannot be opened is
+refused before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinydiff.checkpoints import dit, weights
+from tinydiff.checkpoints.description import Description, describe
+from tinydiff.checkpoints.header import Header, header
+from tinydiff.checkpoints.scheduler import PREDICTION_TYPES
+from tinydiff.errors import ModelError
+from tinydiff.files import read_json, shown
+from tinydiff.networks import VAE, denoiser_in, network_of, networks, text_encoders, tokenizer_folder
+from tinydiff.networks.network import Table, TextEncoder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tinydiff.checkpoints.single_file import Part
+
+Configs = dict[str, dict[str, Any]]
+OTHERS = (  # part of a pipeline's class name: what it is
+    {name: name for name in ("Flux", "PixArt", "Kandinsky", "Wuerstchen", "Sana", "Lumina", "AuraFlow")}
+    | {"StableDiffusionXL": "Stable Diffusion XL", "StableDiffusion3": "Stable Diffusion 3"}
+    | {"StableCascade": "Stable Cascade", "HunyuanDiT": "Hunyuan-DiT", "QwenImage": "Qwen-Image"}
+    | {"LatentConsistency": "a latent consistency model with embedded guidance"}
+)
+SUPPORTED = "give Stable Diffusion 1.x or 2.x, a DiT, or a model trained here"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Weights that change a network, and how much of the change: 0 is none, 1 all of it."""
+
+    path: Path
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is opened. ModelError, from whatever is asked of it, names a file that is missing, damaged or not supported.
+
+    `vae`: a file whose autoencoder is taken instead of the model's own. `prediction`: what the denoiser predicts (our name),
+    where the model does not say so, or says something wrong.
+    """
+
+    path: Path
+    vae: Path | None = None
+    prediction: str | None = None
+    adapters: tuple[Adapter, ...] = ()
+    controls: tuple[Path, ...] = ()
+    words: tuple[Path, ...] = ()
+    headers: dict[Path, Header] = field(default_factory=dict, compare=False, repr=False)
+    shards: dict[str, list[Path]] = field(default_factory=dict, compare=False, repr=False)
+
+    def header(self, path: Path) -> Header:
+        """The header of one of the model's files."""
+        if path not in self.headers:
+            self.headers[path] = header(path)
+        return self.headers[path]
+
+    def files(self, name: str) -> list[Path]:
+        """The files with the weights of one of a folder's networks."""
+        if name not in self.shards:
+            self.shards[name] = weights.files(self.path / name)
+        return self.shards[name]
+
+    @cached_property
+    def file(self) -> Header | None:
+        """The header of a model that is one file."""
+        return self.header(self.path) if self.path.is_file() else None
+
+    @cached_property
+    def parts(self) -> dict[str, Part]:
+        """Where the networks of a Stable Diffusion file are in it, or in the file of the autoencoder."""
+        from tinydiff.checkpoints import single_file
+
+        assert self.file
+        return single_file.parts(self.file, self.header(self.vae) if self.vae else self.file)
+
+    @cached_property
+    def published(self) -> bool:
+        """Whether it is the published weights of a DiT."""
+        return bool(self.file and dit.is_published(self.file.tensors))
+
+    @cached_property
+    def partial(self) -> Configs:
+        """`configs`, which may lack an autoencoder: published DiTs come without."""
+        theirs = next((name for name, ours in PREDICTION_TYPES.items() if ours == self.prediction), None)
+        if self.file and not self.published:
+            from tinydiff.checkpoints import single_file
+
+            return single_file.configs(self.file, self.parts, theirs)
+        shapes = {name: stored.shape for name, stored in self.file.tensors.items()} if self.file else {}
+        configs = dit.configs(shapes) if self.file else self.of_folder()
+        if self.vae:
+            from tinydiff.checkpoints import single_file
+
+            configs[VAE] = single_file.autoencoder(self.header(self.vae))
+        if theirs:
+            configs["scheduler"]["prediction_type"] = theirs
+        return configs
+
+    @cached_property
+    def configs(self) -> Configs:
+        """The JSON files of the model: `model_index`, `scheduler`, and each network's `config.json` by its folder's name.
+
+        Those of a single file are made from what it holds.
+        """
+        if VAE not in self.partial:
+            problem = "a DiT alone, without an autoencoder; give the file of one with --vae"
+            raise ModelError(f"{shown(self.path)}: {problem}")
+        return self.partial
+
+    def of_folder(self) -> Configs:
+        path = self.path
+        index = read_json(path / "model_index.json") if (path / "model_index.json").exists() else {}
+        kind = str(index.get("_class_name", ""))
+        if other := next((name for key, name in OTHERS.items() if key in kind), None):
+            raise ModelError(f"{shown(path)}: not supported, this is {other} ({kind}); {SUPPORTED}")
+        configs = {"model_index": index, "scheduler": read_json(path / "scheduler" / "scheduler_config.json")}
+        configs[self.denoiser] = read_json(path / self.denoiser / "config.json")
+        halves = (name for name in (VAE, f"{VAE}_decoder") if (path / name / "config.json").exists())
+        configs[VAE] = read_json(path / next(halves, VAE) / "config.json")
+        texts = sorted(file.parent.name for file in path.glob("text_encoder*/config.json"))
+        return configs | {name: read_json(path / name / "config.json") for name in texts}
+
+    @cached_property
+    def denoiser(self) -> str:
+        """The folder that holds the denoiser, or would."""
+        if self.file:
+            return denoiser_in(self.partial)
+        return denoiser_in({file.parent.name: file for file in self.path.glob("*/config.json")})
+
+    @cached_property
+    def description(self) -> Description:
+        """What sampling needs to know of it."""
+        return describe(self.configs, self.path)
+
+    @cached_property
+    def tokenizers(self) -> dict[str, Any]:
+        """Of each text encoder its tokenizer; the labels of a class-conditional model."""
+        return {name: self.tokenizer(name, encoder) for name, encoder in text_encoders(self.partial).items()}
+
+    def tokenizer(self, name: str, encoder: TextEncoder) -> Any:
+        if encoder.labels:
+            return self.class_labels()
+        if self.file:
+            from tinydiff.checkpoints import single_file
+
+            return single_file.tokenizer(self.parts[name].table)
+        return encoder.tokenizer_class.load(self.path / tokenizer_folder(name))
+
+    def class_labels(self) -> Any:
+        """The labels that a DiTPipeline's index names by number, which need not be all."""
+        from tinydiff.text.labels import Labels
+
+        network, table = network_of(self.denoiser, {}), self.partial[self.denoiser]
+        try:
+            classes = int(network.classes(network.complete(table)))  # type: ignore[attr-defined]
+            named = self.partial["model_index"].get("id2label") or {}
+            names = {int(number): str(name) for number, name in named.items() if 0 <= int(number) < classes}
+        except (AttributeError, TypeError, ValueError) as error:
+            problem = f"its classes make no sense: {error}; copy model_index.json again"
+            raise ModelError(f"{shown(self.path)}: {problem}") from None
+        return Labels([names.get(i, "") for i in range(max(names, default=-1) + 1)], classes)
+
+    def table(self, name: str) -> Table:
+        """A network's `config.json`, completed. Raises ValueError for a network that ours is not."""
+        if name not in self.configs:
+            raise ModelError(f"{shown(self.path / name / 'config.json')}: missing; copy the whole model folder")
+        table = network_of(name, self.configs[name]).read(self.configs[name])
+        end = getattr(self.tokenizers.get(name), "eos", None)
+        return table if end is None else table | {"eos_token_id": end}  # files of Stable Diffusion 1 name another one
+
+    def tensors(self, name: str) -> Mapping[str, Tensor]:
+        """A network's tensors under our names: as stored, mapped, not copied."""
+        from tinydiff.checkpoints import single_file
+
+        if name == VAE and self.vae:
+            alone = not self.file or self.published
+            part = single_file.required(self.header(self.vae), VAE) if alone else self.parts[VAE]
+            return single_file.tensors(self.header(self.vae), part)
+        if self.file and not self.published:
+            return single_file.tensors(self.file, self.parts[name])
+        paths = [self.path] if self.file else self.files(name)
+        tensors = network_of(name, self.configs[name]).renamed(weights.tensors(paths, self.header))
+        return dit.published(tensors) if dit.is_published(tensors) else tensors
+
+    def check(self) -> None:
+        """Refuse, before torch is imported, all that can be told from JSON files and headers."""
+        if self.adapters or self.controls or self.words:
+            raise ModelError(f"{shown(self.path)}: adapters, control networks and learnt words are not supported yet")
+        tables = networks(self.configs)
+        try:
+            for name, table in tables.items():
+                network_of(name, table).read(table)
+        except ValueError as error:
+            raise ModelError(f"{shown(self.path)}: unsupported config.json: {error}") from None
+        if self.file:
+            return
+        reads = [name for name, encoder in text_encoders(tables).items() if not encoder.labels]
+        for name in (*reads, *map(tokenizer_folder, reads)):
+            if not (self.path / name).is_dir():
+                raise ModelError(f"{shown(self.path / name)}: missing; copy the whole model folder")
+        for name in tables:
+            if not (self.vae and name == VAE):
+                for file in self.files(name):
+                    self.header(file)

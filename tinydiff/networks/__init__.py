@@ -1,0 +1,64 @@
+"""The table of networks, without torch: what can be a model's denoiser, its autoencoder, and what reads its prompts.
+
+Another kind is another entry; nothing outside of this package and `models/` asks which kind a network is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tinydiff.networks.autoencoder import AutoencoderNetwork
+from tinydiff.networks.dit import DiTNetwork
+from tinydiff.networks.network import Denoiser, Graph, Network, Table, TextEncoder
+from tinydiff.networks.text import TEXT_ENCODERS
+from tinydiff.networks.unet import UNetNetwork
+
+DENOISERS: dict[str, Denoiser] = {"unet": UNetNetwork(), "dit": DiTNetwork()}  # by `denoiser.kind`
+AUTOENCODER = AutoencoderNetwork()
+VAE, TEXT, LABELS = "vae", "text_encoder", "labels"  # folders; a model of classes has labels for a text encoder
+
+
+def denoiser_in(names: Mapping[str, Any]) -> str:
+    """The denoiser's folder among names of folders; the first kind's where there is none."""
+    folders = [row.folder for row in DENOISERS.values()]
+    return next((folder for folder in folders if folder in names), folders[0])
+
+
+def network_of(folder: str, table: Table) -> Network:
+    """The kind of network that a model has in a folder, with this `config.json`."""
+    if denoiser := next((row for row in DENOISERS.values() if row.folder == folder), None):
+        return denoiser
+    if folder == VAE:
+        return AUTOENCODER
+    if folder == LABELS:
+        return TEXT_ENCODERS["class"]
+    kinds = (row for row in TEXT_ENCODERS.values() if row.only.get("model_type", "") == table.get("model_type"))
+    return next(kinds, TEXT_ENCODERS["clip"])
+
+
+def networks(configs: Mapping[str, Table]) -> dict[str, Table]:
+    """The tables of a model's networks by folder, of all that `Source.configs` has."""
+    return {name: table for name, table in configs.items() if name not in ("model_index", "scheduler")}
+
+
+def text_encoders(configs: Mapping[str, Table]) -> dict[str, TextEncoder]:
+    """What reads a model's prompts, by folder, in order; a folder that is missing has its name here."""
+    folders = sorted(name for name in configs if name.startswith(TEXT))
+    if not folders:
+        denoiser = network_of(name := denoiser_in(configs), {})
+        folders = [LABELS if denoiser.classes(denoiser.complete(configs[name])) else TEXT]  # type: ignore[attr-defined]
+    return {name: network_of(name, configs.get(name, {})) for name in folders}  # type: ignore[misc]
+
+
+def tokenizer_folder(text_encoder: str) -> str:
+    """Where the tokenizer of a text encoder is: text_encoder_2 has tokenizer_2."""
+    return text_encoder.replace(TEXT, "tokenizer")
+
+
+def graphs(configs: Mapping[str, Table]) -> dict[str, Graph]:
+    """The graphs of a model's bundle by folder, in the order in which they are used; a DiT alone has no autoencoder."""
+    folders = (*text_encoders(configs), denoiser_in(configs), *([VAE] if VAE in configs else []))
+    tables = ((folder, configs.get(folder, {})) for folder in folders)
+    rows = ((folder, network_of(folder, table), table) for folder, table in tables)
+    return {k: graph for folder, row, table in rows for k, graph in row.graphs(folder, row.complete(table)).items()}

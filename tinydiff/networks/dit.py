@@ -1,0 +1,99 @@
+"""The diffusion transformer (Peebles & Xie 2023) without torch: its settings, and what the package asks of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tinydiff.networks.network import HIDDEN, Array, Denoiser, Table
+from tinydiff.schema import key
+
+if TYPE_CHECKING:
+    from tinydiff.config import Config
+
+# Table 1 of Peebles & Xie 2023: transformer blocks, attention heads, width of a head.
+SIZES = {"S": (12, 6, 64), "B": (12, 12, 64), "L": (24, 16, 64), "XL": (28, 16, 72)}
+
+
+@dataclass(frozen=True)
+class DiT:
+    size: str = key("S", "a size of the paper, or custom: that of the three keys below", choices=(*SIZES, "custom"))
+    patch_size: int = key(2, "latents a token along each side: 2, 4 or 8", 2, 8)
+    num_layers: int = key(12, "transformer blocks", 1, 128)
+    num_attention_heads: int = key(6, "attention heads", 1, 256)
+    attention_head_dim: int = key(64, "width of each head", 1, 1024)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Transformer blocks, attention heads, width of a head."""
+        return SIZES.get(self.size, (self.num_layers, self.num_attention_heads, self.attention_head_dim))
+
+
+class DiTNetwork(Denoiser):
+    name = folder = "transformer"
+    doc = "the diffusion transformer, where denoiser.kind is dit"
+    settings = DiT
+    module = "tinydiff.models.dit:DiT"
+    library = ("diffusers", "DiTTransformer2DModel")
+    reads = ("clip", "t5", "class")
+    pipelines = {"class": "DiTPipeline"}
+    no_form = "a DiT that reads text"
+    defaults: ClassVar[Table] = {"num_attention_heads": 16, "attention_head_dim": 72, "num_layers": 28, "patch_size": 2}
+    defaults |= {"sample_size": 32, "in_channels": 4, "num_embeds_ada_norm": 1000, "norm_eps": 1e-5, "freq_shift": 1}
+    only: ClassVar[Table] = {"activation_fn": "gelu-approximate", "norm_type": "ada_norm_zero"}
+    only |= {"norm_elementwise_affine": False, "attention_bias": True}
+
+    def conditions(self, table: Table) -> dict[str, Array]:
+        if classes := self.classes(table):
+            return {"encoder_hidden_states": Array(("batch", 1, classes + 1), of=HIDDEN)}
+        return super().conditions(table)
+
+    def graphs(self, folder: str, table: Table) -> dict[str, Any]:
+        return super().graphs(folder, {**table, "out_channels": table["in_channels"]})  # a learned variance is left out
+
+    def reduction(self, table: Table) -> int:
+        return int(table["patch_size"])
+
+    def classes(self, table: Table) -> int:
+        return 0 if table.get("cross_attention_dim") else table["num_embeds_ada_norm"]
+
+    def heads(self, cfg: Config) -> int:
+        return cfg.network.shape[1]
+
+    def describe(self, cfg: Config, widths: Mapping[str, int]) -> dict[str, Any]:
+        settings, width = cfg.network, widths[HIDDEN]
+        layers, heads, head = settings.shape
+        table = {"_class_name": self.library[1], "num_embeds_ada_norm": width - 1, "patch_size": settings.patch_size}
+        table |= {"num_layers": layers, "num_attention_heads": heads, "attention_head_dim": head} | self.only
+        if cfg.text_encoder.kind != "class":  # which is diffusers' Transformer2DModel
+            own = {"_class_name": "Transformer2DModel", "num_embeds_ada_norm": 1, "cross_attention_dim": width}
+            table |= own | {"interpolation_scale": 1}
+        return table | cfg.latents
+
+    def conflicts(self, cfg: Config) -> Iterator[str]:
+        s: DiT = cfg.network
+        _, heads, width = s.shape
+        if s.patch_size not in (2, 4, 8):
+            yield f"patch_size: {s.patch_size} is none of 2, 4, 8"
+        elif cfg.latents["sample_size"] % s.patch_size:
+            yield f"patch_size: {s.patch_size} does not divide the latents' side {cfg.latents['sample_size']}"
+        if heads * width % 4:
+            yield f"attention_head_dim: {heads} heads × {width} must be a multiple of 4, for the 2-D sinusoidal positions"
+
+
+def settings_of(table: Table) -> DiT:
+    """The settings of a table's sizes, by the paper's name where it has one."""
+    sizes = table["num_layers"], table["num_attention_heads"], table["attention_head_dim"]
+    name = next((name for name, known in SIZES.items() if known == sizes), None)
+    return DiT(name, table["patch_size"]) if name else DiT("custom", table["patch_size"], *sizes)
+
+
+def is_shared(tensors: Mapping[str, Any]) -> bool:
+    """Whether all blocks embed time and class by equal tensors, so that one module can hold them."""
+    for name, tensor in tensors.items():
+        _, found, rest = name.partition(".norm1.emb.")
+        first = tensors.get(f"transformer_blocks.0.norm1.emb.{rest}") if found else tensor
+        if first is not tensor and not (first is not None and first.shape == tensor.shape and (first == tensor).all()):
+            return False
+    return True

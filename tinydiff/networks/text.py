@@ -1,0 +1,150 @@
+"""What reads a prompt, without torch: CLIP's tower, T5's encoder, and class labels, which need no network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinydiff.errors import ModelError
+from tinydiff.files import read_json, shown
+from tinydiff.networks.network import Graph, Table
+from tinydiff.networks.network import TextEncoder as Network
+from tinydiff.schema import key
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tinydiff.config import Config
+    from tinydiff.data.dataset import Source
+
+TEXT_ENCODERS: dict[str, Network] = {}  # by `text_encoder.kind`; filled at the end of this module
+CLIP_UNUSED = ("position_ids", "text_projection.weight")
+CLIP_BARE = ("embeddings.", "encoder.layers.", "final_layer_norm.")  # transformers 5 drops the prefix
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    kind: str = key(
+        "clip",
+        "CLIP's tower, trained; a T5 encoder from the folder `path`, frozen; or captions as classes (dit only)",
+        choices=TEXT_ENCODERS,
+    )
+    path: str = key("", "T5: a folder with text_encoder/ and tokenizer/, as a diffusers pipeline has them")
+    vocab_size: int = key(1024, "most tokens of the byte-pair tokenizer trained on the captions", 514, 1_000_000)
+    hidden_size: int = key(192, "width", 8)
+    intermediate_size: int = key(384, "width inside a block's multilayer perceptron", 8)
+    num_hidden_layers: int = key(3, "transformer blocks", 1, 64)
+    num_attention_heads: int = key(3, "attention heads; must divide hidden_size", 1)
+    max_position_embeddings: int = key(16, "tokens of a prompt, start and end included", 4, 4096)
+    hidden_act: str = key("quick_gelu", "activation", choices=("quick_gelu", "gelu"))
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """The keys of transformers' `config.json` that shape the encoder, each with what its absence means there."""
+
+    vocab_size: int = 32128
+    d_model: int = 512
+    d_kv: int = 64
+    d_ff: int = 2048
+    num_layers: int = 6
+    num_heads: int = 8
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+    feed_forward_proj: str = "relu"
+    pad_token_id: int = 0
+
+
+class ClipNetwork(Network):
+    single_file = True
+    name, kind, title = "text_encoder", "clip", "CLIP"
+    longest = "tinydiff.text.tokenizer:CLIP_LENGTH"
+    module = "tinydiff.models.text_encoder:TextEncoder"
+    tokenizer = "tinydiff.text.tokenizer:Tokenizer"
+    tokenizer_library = ("transformers", "CLIPTokenizer")
+    library = ("transformers", "CLIPTextModel")
+    settings = TextEncoder
+    defaults = {"eos_token_id": 49407}
+    only = {"layer_norm_eps": 1e-5, "model_type": "clip_text_model"}
+
+    def describe(self, cfg: Config, tokenizer: Any) -> dict[str, Any]:
+        ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.eos}
+        own = {key: value for key, value in asdict(cfg.text_encoder).items() if key not in ("kind", "path")}
+        own |= ids | {"vocab_size": tokenizer.vocab_size}
+        return {"architectures": [self.library[1]], "model_type": "clip_text_model"} | own
+
+    def renamed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(CLIP_UNUSED)}
+        return {f"text_model.{name}" if name.startswith(CLIP_BARE) else name: tensor for name, tensor in kept.items()}
+
+    def make_tokenizer(self, cfg: Config, source: Source) -> Any:
+        text = cfg.text_encoder
+        captions = [caption for i in range(min(len(source), 200_000)) for caption in source.captions(i)]
+        return self.tokenizer_class.train(captions, text.vocab_size, text.max_position_embeddings)
+
+
+class T5Network(Network):
+    name, kind, title = "t5", "t5", "T5"
+    longest = "tinydiff.text.sentencepiece:T5_LENGTH"
+    module = "tinydiff.models.t5:T5Encoder"
+    tokenizer = "tinydiff.text.sentencepiece:T5Tokenizer"
+    tokenizer_library = ("transformers", "T5TokenizerFast")
+    library = ("transformers", "T5EncoderModel")
+    no_form = "text is read by T5 with its padding masked"
+    settings = T5Config
+    defaults = asdict(T5Config())
+    only = {"model_type": "t5"}
+
+    def width(self, table: Table) -> int:
+        return table.get("d_model", 0)
+
+    def given(self, cfg: Config) -> Path:
+        return Path(cfg.text_encoder.path) / "text_encoder"
+
+    def describe(self, cfg: Config, tokenizer: Any) -> dict[str, Any]:
+        table = read_json(self.given(cfg) / "config.json")
+        try:
+            settings = self.pick(self.read(table))
+            too_few = settings.vocab_size < tokenizer.vocab_size
+        except (TypeError, ValueError) as error:
+            raise ModelError(f"{shown(self.given(cfg))}: unsupported or incomplete config.json: {error}") from None
+        if too_few:
+            problem = f"has vectors of {settings.vocab_size} pieces, its tokenizer {tokenizer.vocab_size}"
+            raise ModelError(f"{shown(self.given(cfg))}: {problem}; mend path")
+        return {"architectures": [self.library[1]], "model_type": "t5"} | asdict(settings)
+
+    def renamed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of a whole T5 the encoder; its table of embeddings goes by either of two names, or both."""
+        kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(("decoder.", "lm_head."))}
+        table = kept.pop("encoder.embed_tokens.weight", None)
+        return kept if table is None else {"shared.weight": table} | kept
+
+    def make_tokenizer(self, cfg: Config, source: Source) -> Any:
+        text = cfg.text_encoder
+        return self.tokenizer_class.load(Path(text.path) / "tokenizer", text.max_position_embeddings)
+
+
+class ClassNetwork(Network):
+    """A label is a prompt: its tokenizer gives a class number, and the vector is one-hot, so there is nothing to learn."""
+
+    name, kind = "labels", "class"
+    tokenizer = "tinydiff.text.labels:Labels"
+
+    def describe(self, cfg: Config, tokenizer: Any) -> dict[str, Any]:
+        return {"hidden_size": tokenizer.vocab_size}
+
+    def graphs(self, folder: str, table: Table) -> dict[str, Graph]:
+        return {}
+
+    def make_tokenizer(self, cfg: Config, source: Source) -> Any:
+        from tinydiff.text.labels import LEAST
+
+        labels = (source.captions(i)[0] for i in range(len(source)))
+        names = sorted({label.strip().lower(): label for label in labels if label.strip()}.values())
+        return self.tokenizer_class(names, max(LEAST, len(names)))
+
+
+TEXT_ENCODERS |= {row.kind: row for row in (ClipNetwork(), T5Network(), ClassNetwork())}

@@ -1,0 +1,116 @@
+"""The Stable Diffusion U-Net without torch: its settings, its plan, and what the package asks of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from tinydiff.networks.network import Denoiser, Table
+from tinydiff.schema import key
+
+if TYPE_CHECKING:
+    from tinydiff.config import Config
+
+CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
+
+
+@dataclass(frozen=True)
+class UNet:
+    block_out_channels: tuple[int, ...] = key((64, 192), "widths; each after the first halves the resolution", 1)
+    down_block_types: tuple[str, ...] = key(
+        (PLAIN, CROSS), "one a width: with cross-attention to the text, or without", choices=(CROSS, PLAIN)
+    )
+    layers_per_block: int = key(1, "residual blocks (and transformers) a level", 1, 16)
+    transformer_layers_per_block: int = key(1, "transformer blocks after each residual block", 1, 16)
+    attention_head_dim: int | tuple[int, ...] = key(
+        4, "attention heads, or a list with one number a width (diffusers' name; it is not their width)", 1
+    )
+    norm_num_groups: int = key(32, "group normalisation groups; must divide every width", 1)
+    use_linear_projection: bool = key(True, "transformers enter and leave by matrices, not 1x1 convolutions")
+
+    def heads(self) -> tuple[int, ...]:
+        """Attention heads at each width."""
+        each = self.attention_head_dim
+        return each if isinstance(each, tuple) else (each,) * len(self.block_out_channels)
+
+
+@dataclass(frozen=True)
+class Level:
+    """One resolution of the U-Net: channels (in, out) of its residual blocks on the way down and on the way up.
+
+    The channels in of a block on the way up count the skip that it is given. `heads` and `depth` are those of the transformer
+    after each block; a depth of 0 is none. `last`: the lowest resolution, which is not halved.
+    """
+
+    width: int
+    heads: int
+    depth: int
+    down: tuple[tuple[int, int], ...]
+    up: tuple[tuple[int, int], ...]
+    last: bool
+
+
+def plan(settings: UNet) -> list[Level]:
+    """The levels from the highest resolution to the lowest. Every block leaves one skip, and so do `conv_in` and halving."""
+    widths, n = settings.block_out_channels, settings.layers_per_block
+    befores, afters = (widths[0], *widths[:-1]), (*widths[1:], widths[-1])
+    levels = []
+    for i, (width, kind) in enumerate(zip(widths, settings.down_block_types, strict=True)):
+        skips = [width] * n + [befores[i]]  # in the order in which they are taken
+        enters = [afters[i]] + [width] * n
+        depth = settings.transformer_layers_per_block if kind == CROSS else 0
+        down = tuple((c, width) for c in ([befores[i]] + [width] * n)[:n])
+        up = tuple((c + skip, width) for c, skip in zip(enters, skips, strict=True))
+        levels.append(Level(width, settings.heads()[i], depth, down, up, last=i == len(widths) - 1))
+    return levels
+
+
+class UNetNetwork(Denoiser):
+    single_file = True
+    name = folder = "unet"
+    doc = "the U-Net, where denoiser.kind is unet"
+    settings = UNet
+    module = "tinydiff.models.unet:UNet"
+    library = ("diffusers", "UNet2DConditionModel")
+    pipelines = {"clip": "StableDiffusionPipeline"}
+    defaults = (
+        {"in_channels": 4, "out_channels": 4, "block_out_channels": (320, 640, 1280, 1280), "norm_num_groups": 32}
+        | {"down_block_types": (CROSS,) * 3 + (PLAIN,), "layers_per_block": 2, "transformer_layers_per_block": 1}
+        | {"attention_head_dim": 8, "use_linear_projection": False}
+    )
+    only = (
+        {"act_fn": "silu", "mid_block_type": "UNetMidBlock2DCrossAttn", "norm_eps": 1e-5, "flip_sin_to_cos": True}
+        | {"time_embedding_type": "positional", "attention_type": "default", "resnet_time_scale_shift": "default"}
+        | {"freq_shift": 0, "resnet_out_scale_factor": 1.0, "mid_block_scale_factor": 1, "downsample_padding": 1}
+        | {"conv_in_kernel": 3, "conv_out_kernel": 3}
+        | dict.fromkeys(("center_input_sample", "only_cross_attention", "dual_cross_attention"), False)
+        | dict.fromkeys(("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim"))
+        | dict.fromkeys(("time_cond_proj_dim", "time_embedding_dim", "timestep_post_act", "cross_attention_norm"))
+        | {"mid_block_only_cross_attention": None}
+    )
+
+    def reduction(self, table: Table) -> int:
+        return 2 ** (len(table["block_out_channels"]) - 1)
+
+    def describe(self, cfg: Config, widths: Mapping[str, int]) -> dict[str, Any]:
+        settings: UNet = cfg.network
+        ups = [kind.replace("Down", "Up") for kind in reversed(settings.down_block_types)]
+        own = asdict(settings) | {"up_block_types": ups, "cross_attention_dim": widths["last_hidden_state"]}
+        return {"_class_name": self.library[1]} | cfg.latents | own
+
+    def conflicts(self, cfg: Config) -> Iterator[str]:
+        s: UNet = cfg.network
+        widths, heads = s.block_out_channels, s.heads()
+        for width in widths:
+            if width % s.norm_num_groups:
+                yield f"norm_num_groups: {s.norm_num_groups} does not divide width {width}"
+        for width, count in zip(widths, heads, strict=False):
+            if width % count:
+                yield f"attention_head_dim: {count} heads do not divide width {width}"
+        if len(heads) != len(widths):
+            yield "attention_head_dim: needs one entry for each of block_out_channels, or one number for all"
+        if len(s.down_block_types) != len(widths):
+            yield "down_block_types: needs one entry for each of block_out_channels"
+        if widths[0] % 2:
+            yield "block_out_channels: the first width is also that of the time's sines and cosines; it must be even"

@@ -1,0 +1,61 @@
+"""The stages of training, in order, without torch: the loop, the configuration, the command line and the report read this."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tinydiff.schema import key, section
+
+
+@dataclass(frozen=True)
+class Stage:
+    steps: int = key(2000, "updates", 1)
+    batch_size: int = key(64, "images an update", 1)
+    accumulate: int = key(1, "parts a batch is computed in, to save memory; must divide batch_size", 1)
+    lr: float = key(1e-3, "peak learning rate", 0)
+    warmup: int = key(100, "updates of linear warm-up before the cosine decay", 0)
+    final_lr: float = key(0.01, "learning rate at the last update, as a share of the peak", 0, 1)
+    weight_decay: float = key(0.01, "AdamW's decoupled decay", 0)
+    beta2: float = key(0.99, "AdamW's second-moment decay", 0, 1)
+    clip: float = key(1.0, "largest gradient norm", 0)
+    ema: float = key(0.999, "decay of the averaged weights that the model folder holds", 0, 1)
+    save_every: int = key(500, "updates between checkpoints", 1)
+    sample_every: int = key(500, "updates between pictures", 1)
+
+
+@dataclass(frozen=True)
+class AutoencoderStage(Stage):
+    kl_weight: float = key(2e-4, "weight of the Kullback-Leibler term, per latent value", 0)
+    l2_weight: float = key(1.0, "weight of the squared error beside the absolute error", 0)
+    edge_weight: float = key(1.0, "weight of the absolute error of differences between neighbours", 0)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A stage: the table of its settings under [train], where its task is ("package.module:Class"), what its pictures are."""
+
+    settings: type
+    section: Any
+    task: str
+    pictures: str
+    halves: tuple[str, str] | None = None  # what stands above and below in a picture
+
+
+STAGES: dict[str, Row] = {
+    "autoencoder": Row(
+        AutoencoderStage,
+        section(
+            AutoencoderStage, "stage 1: image -> latent -> image", steps=800, lr=2e-3, save_every=400, sample_every=400
+        ),
+        "tinydiff.training.autoencoder:AutoencoderTask",
+        "images of the data above, their reconstructions below",
+        ("images", "reconstructions"),
+    ),
+    "denoiser": Row(
+        Stage,
+        section(Stage, "stage 2: text encoder and denoiser on the latents", steps=2000, warmup=200, ema=0.998),
+        "tinydiff.training.denoiser:DenoiserTask",
+        "generated from these captions, row by row",
+    ),
+}

@@ -1,0 +1,56 @@
+"""Stage 1: reconstruct images through a latent that is nearly a standard normal."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tinydiff.diffusion.noise import keyed
+from tinydiff.images import to_pixels, to_uint8
+from tinydiff.models.autoencoder import Autoencoder, mean_and_std
+from tinydiff.training.losses import autoencoder_loss, psnr
+from tinydiff.training.task import PICTURES, Batch, Player, Task, Terms, counted
+
+
+class Reconstruct(nn.Module):
+    """Pixels (B, 3, H, W) and noise (B, C, h, w) to reconstructions, and the latents' means and deviations."""
+
+    def __init__(self, vae: Autoencoder):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mean, std = mean_and_std(self.vae.encode(x).float())
+        return self.vae.decode(mean + std * noise).float(), mean, std
+
+
+class AutoencoderTask(Task):
+    name = "autoencoder"
+    publishes = False  # an autoencoder alone is no model
+
+    def cast(self) -> dict[str, Player]:
+        return {self.name: Player(self.model.vae, Reconstruct(self.model.vae), self.settings)}
+
+    def batch(self, step: int, rows: range) -> Batch:
+        """Pixels (B, 3, H, W) and the noise (B, C, h, w) of their latents."""
+        pixels = to_pixels(self.data.batch(self.order(step)[rows.start : rows.stop]))
+        d, seed = self.model.description, self.cfg.train.seed
+        shape = (d.latent_channels, pixels.shape[2] // d.factor, pixels.shape[3] // d.factor)
+        noise = np.stack([keyed(seed, "autoencoder", step, row).standard_normal(shape, np.float32) for row in rows])
+        return {"pixels": torch.from_numpy(pixels), "noise": torch.from_numpy(noise)}
+
+    def loss(self, player: str, batch: Batch) -> tuple[Tensor, Terms]:
+        x = batch["pixels"].to(memory_format=torch.channels_last)
+        output, mean, std = self.players[player].network(x, batch["noise"])
+        terms = autoencoder_loss(x, output, mean, std, self.settings)
+        return torch.stack(list(terms.values())).sum(), {k: counted(v.detach()) for k, v in terms.items()}
+
+    @torch.no_grad()
+    def pictures(self) -> tuple[np.ndarray, dict[str, float]]:
+        """Images above their reconstructions, uint8 (2 n, H, W, 3), and the reconstruction's PSNR in dB."""
+        alike = np.flatnonzero(self.data.bucket == self.data.bucket[self.order(0)[0]])  # a grid is of one size
+        pixels = to_pixels(self.data.batch(alike[np.arange(PICTURES) * len(alike) // PICTURES]))
+        x = torch.from_numpy(pixels).to(self.run.runtime.device, memory_format=torch.channels_last)
+        output = self.model.vae.decode(mean_and_std(self.model.vae.encode(x).float())[0]).float()
+        return to_uint8(np.concatenate([pixels, output.cpu().numpy()])), {"psnr": psnr(x, output)}

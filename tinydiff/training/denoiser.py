@@ -1,0 +1,155 @@
+"""Stage 2: denoise latents under their captions, with the text encoders that are not frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tinydiff.backends.pytorch import TorchBackend
+from tinydiff.checkpoints.folder import Model
+from tinydiff.condition import Condition, joined, of_size
+from tinydiff.data import cache, embeddings, latents
+from tinydiff.diffusion.noise import keyed
+from tinydiff.diffusion.predictions import PREDICTIONS
+from tinydiff.networks.network import HIDDEN, named
+from tinydiff.pipeline import Request, generate
+from tinydiff.text.labels import one_hot
+from tinydiff.training.losses import denoising_losses, pick_level, snr_weight
+from tinydiff.training.run import Run
+from tinydiff.training.task import PICTURES, Batch, Player, Task, Terms
+
+BANDS = 4  # of noise levels, whose losses are told apart
+
+
+def learns(module: nn.Module) -> bool:
+    """Whether a network is not frozen."""
+    return any(p.requires_grad for p in module.parameters())
+
+
+class Denoise(nn.Module):
+    """The denoiser and the text encoders that learn, as one network; frozen encoders are kept outside."""
+
+    def __init__(self, model: Model):
+        super().__init__()
+        self.denoiser, self.wanted = model.denoiser, model.description.conditions
+        for name, encoder in model.text_encoders.items():
+            if learns(encoder):
+                self.add_module(name, encoder)
+
+    def forward(self, sample: Tensor, timestep: Tensor, tokens: dict[str, Tensor], condition: Condition) -> Tensor:
+        """`tokens`: ids (B, T) for each text encoder that learns; `condition`: what else the denoiser is told."""
+        said = joined([named(self.get_submodule(name)(ids)) for name, ids in tokens.items()], self.wanted, torch.cat)
+        return self.denoiser(sample, timestep, **said, **condition)
+
+
+class DenoiserTask(Task):
+    name = "denoiser"
+
+    def __init__(self, run: Run):
+        run.model.vae.requires_grad_(False).eval()
+        self.latents, self.texts = encoded(run)
+        run.model = run.model.scaled(self.latents.scaling_factor)
+        self.description = run.model.description
+        self.levels, self.prediction = self.description.schedule, PREDICTIONS[self.description.prediction]
+        count = len(run.data.source)
+        self.captions = [run.data.source.captions(i * count // PICTURES)[0] for i in range(PICTURES)]  # type: ignore[misc]
+        super().__init__(run)
+        tokenizers = self.model.tokenizers
+        self.encode = lru_cache(200_000)(lambda name, caption: tokenizers[name].encode([caption])[0])  # ids (T,)
+
+    def cast(self) -> dict[str, Player]:
+        module = Denoise(self.model)
+        return {self.name: Player(module, module, self.settings, list(module.children()))}
+
+    def weights(self) -> np.ndarray:
+        return self.data.weights() * self.latents.valid
+
+    def draw(self, step: int, row: int, image: int, shape: tuple[int, ...]) -> tuple[int, str, np.ndarray]:
+        """(level, caption, normals (2, C, h, w)) of one row of the batch, which holds `image`."""
+        rng, cfg = keyed(self.cfg.train.seed, "denoiser", step, row), self.cfg.diffusion
+        u, dropped, which = rng.random(3)
+        level = pick_level(u, float(rng.standard_normal()), cfg.timestep_density, len(self.levels))
+        normals = rng.standard_normal((2, *shape), np.float32)
+        if cfg.offset_noise:
+            normals[1] += cfg.offset_noise * rng.standard_normal((shape[0], 1, 1), np.float32)
+        captions = self.data.source.captions(image % len(self.data.source))
+        captions = captions if self.model.text_encoders else captions[:1]  # of a class the first one is the label
+        return level, "" if dropped < cfg.caption_dropout else captions[self.choose(which, len(captions))], normals
+
+    @staticmethod
+    def choose(u: float, count: int) -> int:
+        """Half of the time the main caption, else one of the others."""
+        return 0 if count == 1 or u < 0.5 else 1 + int((u - 0.5) * 2 * (count - 1))
+
+    def batch(self, step: int, rows: range) -> Batch:
+        """The noisy `sample` (B, C, h, w), its `target`, `timestep`, loss `weight` and `band` of noise (B,), and the text."""
+        chosen = self.order(step)[rows.start : rows.stop]
+        mean, std = (part * self.latents.scaling_factor for part in self.latents.rows(chosen))
+        drawn = [self.draw(step, row, int(i), mean.shape[1:]) for row, i in zip(rows, chosen, strict=True)]
+        picked, captions, normals = zip(*drawn, strict=True)
+        alpha, sigma, t = np.array([self.levels[i] for i in picked]).T  # (B,) each
+        weight = snr_weight(alpha, sigma, self.description.prediction, self.cfg.diffusion.min_snr_gamma)
+        noise = torch.from_numpy(np.stack(normals))
+        x0 = mean + std * noise[:, 0]
+        a, s, times, w = (torch.from_numpy(v.astype(np.float32)) for v in (alpha, sigma, t, weight))
+        a, s = a[:, None, None, None], s[:, None, None, None]
+        target, bands = self.prediction.target(x0, noise[:, 1], a, s), torch.tensor(picked) * BANDS // len(self.levels)
+        batch = {"sample": x0 * a + noise[:, 1] * s, "target": target, "timestep": times, "weight": w, "band": bands}
+        factor = self.description.factor
+        sizes = of_size(self.description.conditions, mean.shape[2] * factor, mean.shape[3] * factor, len(rows))
+        tokens, condition = self.told(captions)
+        return batch | {"tokens": tokens, "condition": condition | {k: torch.from_numpy(v) for k, v in sizes.items()}}
+
+    def told(self, captions: Sequence[str]) -> tuple[dict[str, Tensor], Condition]:
+        """Captions as ids for the text encoders that learn, and as what else is known of them."""
+        if self.texts:
+            return {}, self.texts.rows(captions)
+        ids = {name: np.stack([self.encode(name, c) for c in captions]) for name in self.model.tokenizers}
+        if self.model.text_encoders:
+            return {name: torch.from_numpy(rows) for name, rows in ids.items()}, {}
+        vectors = (one_hot(rows, self.model.tokenizers[name].vocab_size) for name, rows in ids.items())
+        hidden = [{HIDDEN: torch.from_numpy(rows)} for rows in vectors]
+        return {}, joined(hidden, self.description.conditions, torch.cat)
+
+    def loss(self, player: str, batch: Batch) -> tuple[Tensor, Terms]:
+        sample = batch["sample"].to(memory_format=torch.channels_last)
+        output = self.players[player].network(sample, batch["timestep"], batch["tokens"], batch["condition"])
+        each = denoising_losses(output, batch["target"], batch["weight"])  # (B,)
+        inside = torch.nn.functional.one_hot(batch["band"], BANDS).double()  # (B, BANDS)
+        sums = torch.stack([each.detach().double() @ inside, inside.sum(0)], dim=1)  # (BANDS, 2)
+        return each.mean(), {f"loss_{i}": sums[i] for i in range(BANDS)}
+
+    def pictures(self, steps: int = 12) -> tuple[np.ndarray, dict[str, float]]:
+        """Generated images, uint8 (16, H, W, 3), of captions spread over the data."""
+        backend = TorchBackend(self.model)
+        d, g = backend.description, backend.description.generate
+        request = Request(min(steps, len(d.schedule)), g.cfg_scale, g.sampler, g.schedule, d.size, d.size)
+        seeds = range(self.cfg.train.seed, self.cfg.train.seed + PICTURES)
+        return generate(backend, self.captions, seeds, request), {}
+
+
+def encoded(run: Run) -> tuple[latents.Latents, embeddings.TextEmbeddings | None]:
+    """The latents of all images, and what all captions say where every text encoder is frozen."""
+    world, place, data, encoders = run.world, run.dir / "latents", run.data, run.model.text_encoders
+    latents.fill(place, data, run.model.vae, run.progress("encoding images"), world.rank, world.size)
+    world.wait()
+    images, texts = latents.open_cache(place, data, run.model.vae), None
+    if encoders and not any(map(learns, encoders.values())):
+        captions = sorted({"", *(c for i in range(len(data.source)) for c in data.source.captions(i))})
+        key = " ".join([*map(latents.digest, encoders.values()), *run.model.description.conditions])
+        backend, progress = TorchBackend(run.model), run.progress("encoding captions")
+
+        def encode(captions: list[str]) -> Condition:
+            return backend.encode_text({name: t.encode(captions) for name, t in backend.tokenizers.items()})
+
+        embeddings.fill(run.dir / "texts", captions, encode, key, progress, world.rank, world.size)
+        world.wait()
+        texts = embeddings.open_cache(run.dir / "texts", captions, key)
+    if world.rank == 0:
+        cache.sweep(place, images.paths)
+        cache.sweep(run.dir / "texts", texts.paths if texts else [])
+    return images, texts

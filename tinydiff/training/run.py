@@ -1,0 +1,38 @@
+"""One training run: its configuration, its directory, what it computes with, its data and its model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tinydiff.progress import Progress
+from tinydiff.training.runtime import Interrupted, Runtime
+
+if TYPE_CHECKING:
+    from tinydiff.checkpoints.folder import Model
+    from tinydiff.data.dataset import Images
+
+
+class Run:
+    """What every stage of a run is given. `strict` refuses to pass over a damaged checkpoint."""
+
+    data: Images
+    model: Model
+
+    def __init__(self, runtime: Runtime, directory: Path, strict: bool = False):
+        self.runtime, self.dir, self.strict = runtime, directory, strict
+        self.cfg, self.world, self.checkpoints = runtime.config, runtime.world, directory / "checkpoints"
+
+    def progress(self, label: str) -> Callable[[int, int], None]:
+        """A bar (done, of) for what is prepared, and the place where a signal stops it."""
+        bar = Progress(label, 0)
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            if self.world.rank == 0:
+                bar.update(done)
+            if self.runtime.caught:
+                raise Interrupted(self.runtime.caught, f"stopped while {label}; run the same command to go on")
+
+        return progress

@@ -1,0 +1,105 @@
+"""What a stage of training is to the loop: players that learn, batches by name, a loss for each player, pictures.
+
+A task opens or takes what it trains from the run. All randomness is keyed by (seed, stream, step, row), so nothing but
+weights and buffers needs saving, and no process or thread has any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tinydiff.checkpoints import folder
+from tinydiff.data.dataset import Order
+from tinydiff.stages import Stage
+from tinydiff.training.run import Run
+from tinydiff.training.state import Blocks
+
+PICTURES = 16
+Batch = dict[str, Any]  # tensors of rows by name, or dicts of them
+Terms = dict[str, Tensor]  # (2,) each: a sum and how many were summed
+
+
+@dataclass
+class Player:
+    """What one optimizer trains: the parameters of `module` that require a gradient.
+
+    `network` is what `loss` calls of it, replaced by what spreads it over processes; of it the `parts` may be divided among
+    them, where it is not small enough to be whole on each.
+    """
+
+    module: nn.Module
+    network: nn.Module
+    settings: Stage
+    parts: list[nn.Module] = field(default_factory=list)
+
+
+class Task:
+    """A stage. The loop asks the players' losses one after the other, each followed by that player's update."""
+
+    name = ""
+    captions: ClassVar[list[str]] = []  # of the pictures
+    publishes = True  # whether each checkpoint makes the run's model folder anew
+    rows: list[range]  # of the batch, what this process computes at once
+    whole = False  # whether a loss needs all rows of the batch at once, and so cannot be computed in parts
+
+    def __init__(self, run: Run):
+        self.run, self.cfg, self.model, self.data = run, run.cfg, run.model, run.data
+        self.settings: Any = run.cfg.train.stage(self.name)
+        self.players = self.cast()
+        self.stored = stored(self.model, self.players)  # asked now: a network that processes divide has no whole state
+        self.order = Order(self.weights(), run.cfg.train.seed, self.data.bucket, self.settings.batch_size)
+
+    def cast(self) -> dict[str, Player]:
+        """The players by name, in the order of their updates."""
+        raise NotImplementedError
+
+    def weights(self) -> np.ndarray:
+        """(N,): how often each image is drawn, relative to the others."""
+        return self.data.weights()
+
+    def batch(self, step: int, rows: range) -> Batch:
+        """Rows of the batch of a step."""
+        raise NotImplementedError
+
+    def loss(self, player: str, batch: Batch) -> tuple[Tensor, Terms]:
+        """What a player minimises, (), and what to report of it."""
+        raise NotImplementedError
+
+    def pictures(self) -> tuple[np.ndarray, dict[str, float]]:
+        """What has been learnt, uint8 (n, H, W, 3), and numbers about it."""
+        raise NotImplementedError
+
+    def publish(self, checkpoint: Path, path: Path) -> None:
+        """The model folder at `path` with the averaged weights of a checkpoint."""
+        kept = dict(Blocks(checkpoint, "average").whole()) | dict(Blocks(checkpoint, "buffers").whole())
+
+        places = self.stored.items()
+        parts = {n: {k: kept[v] if isinstance(v, str) else v for k, v in part.items()} for n, part in places}
+        folder.save(path, self.model, self.cfg, force=True, tensors_of=lambda name, _: parts[name])
+
+
+def stored(model: folder.Model, players: Mapping[str, Player]) -> dict[str, dict[str, str | Tensor]]:
+    """Of each network's tensors, the name in a checkpoint where players change it: what blocks share is under each block."""
+    names: dict[Tensor, str] = {}
+    for name, player in players.items():
+        learnt = [(k, p) for k, p in player.module.named_parameters() if p.requires_grad]
+        names |= {t: f"{name}.{k}" for k, t in [*learnt, *player.module.named_buffers()]}
+    parts = {name: part.state_dict(keep_vars=True) for name, part in model.networks.items()}
+    return {name: {k: names.get(t) or t for k, t in part.items()} for name, part in parts.items()}
+
+
+def counted(value: Tensor, count: float = 1.0) -> Tensor:
+    """A term: (2,) float64."""
+    return torch.stack([value.double(), value.new_tensor(count, dtype=torch.float64)])
+
+
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """The same batch on a device."""
+    return {k: moved(v, device) if isinstance(v, dict) else v.to(device, non_blocking=True) for k, v in batch.items()}
