@@ -164,9 +164,9 @@ def images(kind: str, folder: Path) -> Iterator[tuple[str, float]]:
         pipe.scheduler = getattr(diffusers, name).from_pretrained(folder / "scheduler")
         backend = open_backend(Source(folder), "torch", "cpu")
         g, start = backend.description.generate, noise.normal([3], (4, 16, 16))
-        request = Request(20, 7.5, g.sampler, g.schedule, 128, 128)
+        request = Request(20, 7.5, g.sampler, g.spacing, 128, 128)
         ours = generate(backend, PROMPTS[:1], [3], request)
-        scale = 1.0 if "Euler" in name else backend.description.levels(g.sampler, 20, g.schedule)[0].sigma
+        scale = 1.0 if "Euler" in name else backend.description.levels(g.sampler, 20, g.spacing)[0].sigma
         settings = {"height": 128, "width": 128, "num_inference_steps": 20, "guidance_scale": 7.5, "output_type": "np"}
         theirs = pipe(PROMPTS[:1], latents=torch.tensor(start * np.float32(scale)), **settings).images
         yield name, float((np.abs(ours - np.rint(theirs * 255)) <= 1).mean())

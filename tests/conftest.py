@@ -70,7 +70,7 @@ def tiny_config(image_folder: Path) -> config.Config:
         unet=config.UNet((16, 32), ("CrossAttnDownBlock2D",) * 2, 1, 1, 2, 8, True),
         diffusion={"schedule": "cosine", "prediction": "v", "timestep_density": "uniform"},
         train={"precision": "fp32", "device": "cpu", "threads": 1, "autoencoder": stage, "denoiser": stage},
-        generate={"steps": 20, "cfg_scale": 3.0, "sampler": "dpmpp_2m", "schedule": "trailing"},
+        generate={"steps": 20, "cfg_scale": 3.0, "sampler": "dpmpp_2m", "spacing": "trailing"},
     )
 
 

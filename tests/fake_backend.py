@@ -13,7 +13,7 @@ from tinydiff.config import Generate
 from tinydiff.networks.network import HIDDEN, Array
 from tinydiff.pipeline import Request
 
-REQUEST = Request(steps=4, cfg_scale=3.0, sampler="dpmpp_2m", schedule="trailing", width=8, height=8)
+REQUEST = Request(steps=4, cfg_scale=3.0, sampler="dpmpp_2m", spacing="trailing", width=8, height=8)
 
 
 SCHEDULER = scheduler.read({"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"})

@@ -320,6 +320,12 @@ def test_an_old_set_is_read_and_one_line_tells_what_to_write():
     assert said == [f"--set: {keys}: read as keys of [unet]; write them there"]
 
 
+def test_spacing_was_named_schedule():
+    read, said = heard(None, ["generate.schedule=karras"])
+    assert read.generate.spacing == "karras"
+    assert said == ["--set: generate.schedule: read as generate.spacing; write that"]
+
+
 def test_old_and_new_files_and_sets_mix(tmp_path):
     """A `--set` goes over the file, whichever spelling either has; in one file the new spelling goes before the old one."""
     old, new, both = tmp_path / "old.toml", tmp_path / "new.toml", tmp_path / "both.toml"

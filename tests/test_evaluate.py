@@ -69,7 +69,7 @@ class Painter:
 
 
 def request(side: int = SIDE) -> pipeline.Request:
-    return pipeline.Request(steps=1, cfg_scale=1.0, sampler="ddim", schedule="trailing", width=side, height=side)
+    return pipeline.Request(steps=1, cfg_scale=1.0, sampler="ddim", spacing="trailing", width=side, height=side)
 
 
 def run(

@@ -149,7 +149,7 @@ def draw(model: Path, prompt: str, backend: str = "torch", seed: int = 0) -> np.
     """uint8 (H, W, 3), as `tinydiff generate` has it by default."""
     opened = open_backend(Source(model), backend, "cpu")
     g, size = opened.description.generate, opened.description.size
-    request = pipeline.Request(g.steps, g.cfg_scale, g.sampler, g.schedule, size, size)
+    request = pipeline.Request(g.steps, g.cfg_scale, g.sampler, g.spacing, size, size)
     return pipeline.generate(opened, [parse(prompt)], [seed], request)[0]
 
 
@@ -300,7 +300,7 @@ for path in {paths!r}:
     opened = open_backend(Source(Path(path)), "auto", "cpu")
     assert opened.name == "onnx"
     g, size = opened.description.generate, opened.description.size
-    request = pipeline.Request(g.steps, g.cfg_scale, g.sampler, g.schedule, size, size)
+    request = pipeline.Request(g.steps, g.cfg_scale, g.sampler, g.spacing, size, size)
     drawn.append(pipeline.generate(opened, [parse("a red square")], [0], request)[0])
 np.save({str(tmp_path / "drawn.npy")!r}, drawn)
 """

@@ -229,7 +229,7 @@ def test_diffusers_draws_the_same_image(make_model, tiny_config, monkeypatch, sa
     if sampler in ("unipc", "deis"):
         own = backend.denoise
         monkeypatch.setattr(backend, "denoise", lambda x, t, condition: own(x, float(int(t - 1e-3)), condition))
-    request = Request(20, 3.0, sampler, cfg.generate.schedule, 16, 16)
+    request = Request(20, 3.0, sampler, cfg.generate.spacing, 16, 16)
     ours = generate(backend, prompts, seeds, request)
 
     pipe = StableDiffusionPipeline.from_pretrained(path)

@@ -229,13 +229,13 @@ def test_diffusers_draws_the_same_image(kind, name, copied):
     backend = open_backend(Source(path), "torch", "cpu")
     d = backend.description
     assert (d.generate.sampler, d.size) == (sampler, SIDE)
-    request = Request(20, 7.5, d.generate.sampler, d.generate.schedule, SIDE // 2, SIDE)
+    request = Request(20, 7.5, d.generate.sampler, d.generate.spacing, SIDE // 2, SIDE)
     ours = generate(backend, [PROMPT], [3], request, [NEGATIVE])
 
     pipe = StableDiffusionPipeline.from_pretrained(path)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler.set_timesteps(20)
-    start = d.levels(sampler, 20, request.schedule)[0]
+    start = d.levels(sampler, 20, request.spacing)[0]
     scale = start.sigma / (start.alpha if scaled else 1.0) / float(pipe.scheduler.init_noise_sigma)
     latents = torch.from_numpy(noise.normal([3], (4, 16, 8)) * np.float32(scale))
     theirs = pipe(
@@ -346,7 +346,7 @@ def test_attention_of_an_old_autoencoder_and_the_configurations_of_1_5(folders, 
     model, d = folder.load(Source(path)), open_backend(Source(path), "torch", "cpu").description
     assert same_model(model, folder.load(Source(folders["sd1"])))
     assert model.scaling_factor == d.scaling_factor == 0.18215
-    assert (d.prediction, d.generate.sampler, d.generate.schedule) == ("epsilon", "plms", "leading")
+    assert (d.prediction, d.generate.sampler, d.generate.spacing) == ("epsilon", "plms", "leading")
 
 
 def anonymous() -> int:

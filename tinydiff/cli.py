@@ -39,6 +39,7 @@ app = typer.Typer(
 )
 BACKENDS, DEVICES = ("auto", "torch", "onnx"), ("auto", "cpu", "cuda")
 ALIASES = {f"guidance{x}scale": "cfg-scale" for x in "_-"} | {f"num{x}inference{x}steps": "steps" for x in "_-"}
+ALIASES |= {"schedule": "spacing"}
 
 
 def flag(text: str, *names: str, **more: Any) -> Any:
@@ -167,7 +168,7 @@ def generate(
         float | None, flag("Take back the contrast that guidance adds: 0 none, 1 all of it.", min=0, max=1)
     ] = None,
     sampler: SamplerName = None,
-    schedule: Spacing = None,
+    spacing: Spacing = None,
     width: Annotated[int | None, flag("Pixels.", "-W", "--width", min=1, max=16384)] = None,
     height: Annotated[int | None, flag("Pixels.", "-H", "--height", min=1, max=16384)] = None,
     image: Annotated[Path | None, flag("Change this image.", "-i", "--image")] = None,
@@ -200,7 +201,7 @@ def generate(
 
     given = flags.Flags(
         *(prompt, seed, count, to, seed_path, frames, batch_size, steps, cfg_scale, cfg_max, cfg_complex, cfg_interval),
-        *(cfg_rescale, sampler, schedule, width, height, image, strength, mask, outpaint, fit),
+        *(cfg_rescale, sampler, spacing, width, height, image, strength, mask, outpaint, fit),
     )
     moving = to is not None or seed_path is not None
     if frames and not moving:
@@ -300,7 +301,7 @@ def evaluate(
     steps: Steps = None,
     cfg_scale: CfgScale = None,
     sampler: SamplerName = None,
-    schedule: Spacing = None,
+    spacing: Spacing = None,
     backend: BackendName = "auto",
     device: Device = "auto",
     as_json: Json = False,
@@ -308,7 +309,7 @@ def evaluate(
     """Score a model: the oracle on shapes, the nearest image on a folder."""
     flags.choose("--backend", backend, BACKENDS)
     opened = opening(model, backend, device)
-    given = flags.Flags(batch_size=batch_size, steps=steps, cfg_scale=cfg_scale, sampler=sampler, schedule=schedule)
+    given = flags.Flags(batch_size=batch_size, steps=steps, cfg_scale=cfg_scale, sampler=sampler, spacing=spacing)
     request, size = flags.complete(opened, given)
     from tinydiff import evaluate as scoring
     from tinydiff.progress import Progress

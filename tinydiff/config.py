@@ -90,7 +90,7 @@ class Generate:
     steps: int = key(20, "sampling steps", 1, 1000)
     cfg_scale: float = key(3.0, "guidance: 1 is the plain conditional model", 0, 100)
     sampler: str = key("deis", "solver", choices=tuple(SAMPLERS))
-    schedule: str = key("log_snr", "which noise levels are visited", choices=SPACINGS)
+    spacing: str = key("log_snr", "which noise levels are visited", choices=SPACINGS)
     batch_size: int = key(8, "images at once", 1, 4096)
 
 
@@ -170,7 +170,10 @@ def load(path: Path | None = None, overrides: Sequence[str] = (), say: Say = lam
 
 
 def modern(table: dict[str, Any], where: str, say: Say) -> dict[str, Any]:
-    """A table as it is written today: [denoiser] once held the U-Net's keys."""
+    """A table as it is written today: [denoiser] once held the U-Net's keys, and spacing was named schedule."""
+    if isinstance(drawing := table.get("generate"), dict) and "schedule" in drawing:
+        say(f"{where}: generate.schedule: read as generate.spacing; write that")
+        table = table | {"generate": {"spacing" if k == "schedule" else k: v for k, v in drawing.items()}}
     old = table.get("denoiser")
     if not isinstance(old, dict) or not (moved := {k: v for k, v in old.items() if k in UNet.__dataclass_fields__}):
         return table

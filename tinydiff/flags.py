@@ -40,7 +40,7 @@ class Flags:
     cfg_interval: str | None = None
     cfg_rescale: float | None = None
     sampler: str | None = None
-    schedule: str | None = None
+    spacing: str | None = None
     width: int | None = None
     height: int | None = None
     image: Path | None = None
@@ -54,13 +54,13 @@ def complete(opened: Backend, given: Flags) -> tuple[Request, int]:
     """What to draw, the model's own settings where a flag is not given: (request, batch size)."""
     from tinydiff.pipeline import Request, check_size
 
-    for flag, names in (("sampler", SAMPLERS), ("schedule", SPACINGS)):
+    for flag, names in (("sampler", SAMPLERS), ("spacing", SPACINGS)):
         if (value := getattr(given, flag)) is not None:
             choose(f"--{flag}", value, tuple(names))
     for name in SCALES:
         finite(f"--{name.replace('_', '-')}", getattr(given, name) or 0)
     d = opened.description
-    values = {k: getattr(d.generate, k) for k in ("steps", "cfg_scale", "sampler", "schedule")}
+    values = {k: getattr(d.generate, k) for k in ("steps", "cfg_scale", "sampler", "spacing")}
     typed = {k: getattr(given, k) for k in (*values, *SCALES)}
     values |= {k: v for k, v in typed.items() if v is not None}
     values |= {"cfg_interval": interval(given.cfg_interval)} if given.cfg_interval else {}

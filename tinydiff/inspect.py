@@ -223,15 +223,11 @@ def inside(file: Header, names: Iterable[str]) -> dict[str, Any]:
 
 def folders(path: Path, index: dict[str, Any]) -> list[str]:
     """Names of the folders that hold weights, or should by the index; a bundle has "vae" in two halves."""
-    named = [name for name, value in index.items() if isinstance(value, list) and value and value[0] and is_name(name)]
+    entries = [name for name, value in index.items() if isinstance(value, list) and value and value[0]]
+    named = [name for name in entries if name not in ("", ".", "..") and not set(name) & set("/\\\0")]
     others = sorted(p.name for p in path.iterdir() if p.name not in named and weight_files(p))
     halved = [name for name in named if any(other.startswith(f"{name}_") for other in others)]
     return [name for name in [*named, *others] if name not in halved and not name.startswith(WEIGHTLESS)]
-
-
-def is_name(name: str) -> bool:
-    """Whether a name from a file is that of a plain entry, not a path that leads elsewhere."""
-    return bool(name) and name not in (".", "..") and "/" not in name and "\\" not in name and "\0" not in name
 
 
 def component(path: Path, name: str) -> dict[str, Any]:

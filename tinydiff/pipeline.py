@@ -63,7 +63,7 @@ class Request:
     steps: int
     cfg_scale: float
     sampler: str
-    schedule: str
+    spacing: str
     width: int
     height: int
     cfg_max: float | None = None  # guidance at the clean end, where it grows
@@ -117,7 +117,7 @@ def denoise_latents(
     """The latents at the start and after each step, float32 (B, C, h, w)."""
     d = backend.description
     shape = (d.latent_channels, request.height // d.factor, request.width // d.factor)
-    levels = d.levels(request.sampler, request.steps, request.schedule)
+    levels = d.levels(request.sampler, request.steps, request.spacing)
     beside = concatenated(backend, edit, shape)
     denoise = guided(backend, prompts, negatives or [""] * len(prompts), request, beside)
     x = noise.normal(seeds, shape)

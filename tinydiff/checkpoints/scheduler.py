@@ -115,13 +115,13 @@ def write(cfg: config.Config) -> dict[str, Any]:
     kind, settings = SCHEDULERS["dpmpp_2m" if d.schedule == "flow" else g.sampler]
     start, end = {"scaled_linear": (0.00085, 0.012)}.get(d.schedule, (1e-4, 0.02))
     names, predictions = ({ours: name for name, ours in table.items()} for table in (BETA_SCHEDULES, PREDICTION_TYPES))
-    spacing = g.schedule if g.schedule in ("leading", "trailing", "linspace") else "linspace"
+    spacing = g.spacing if g.spacing in ("leading", "trailing", "linspace") else "linspace"
     scheduler = {"_class_name": kind, "num_train_timesteps": d.num_train_timesteps}
     scheduler |= {"beta_schedule": names.get(d.schedule, "linear"), "beta_start": start, "beta_end": end}
     scheduler |= {"prediction_type": predictions[d.prediction], "timestep_spacing": spacing, "steps_offset": 1}
     scheduler |= {"clip_sample": False, "set_alpha_to_one": True, "final_sigmas_type": "zero"} | settings
-    if g.schedule in RHOS and d.schedule != "flow":  # without sigma_max diffusers starts far beyond our level
-        named = "exponential" if g.schedule == "log_snr" else g.schedule
+    if g.spacing in RHOS and d.schedule != "flow":  # without sigma_max diffusers starts far beyond our level
+        named = "exponential" if g.spacing == "log_snr" else g.spacing
         scheduler |= {key: True for key, name in RESPACED.items() if name == named}
         levels = training_levels(d.schedule, d.num_train_timesteps, d.shift, d.zero_terminal_snr)
         scheduler |= dict(zip(("sigma_max", "sigma_min"), schedules.ends(levels), strict=True))

@@ -127,7 +127,7 @@ class DenoiserTask(Task):
         """Generated images, uint8 (16, H, W, 3), of captions spread over the data."""
         backend = TorchBackend(self.model)
         d, g = backend.description, backend.description.generate
-        request = Request(min(steps, len(d.schedule)), g.cfg_scale, g.sampler, g.schedule, d.size, d.size)
+        request = Request(min(steps, len(d.schedule)), g.cfg_scale, g.sampler, g.spacing, d.size, d.size)
         seeds = range(self.cfg.train.seed, self.cfg.train.seed + PICTURES)
         return generate(backend, self.captions, seeds, request), {}
 
