@@ -159,6 +159,22 @@ def test_unet_starts_as_nothing_and_its_residuals_too():
     assert unet(noise(2, 4, 8, 8), torch.tensor(3.0), noise(2, 5, 24)).abs().max() == 0
 
 
+@torch.no_grad()
+def test_the_unet_is_its_two_halves():
+    """`up` takes what `down` gives; what is added to a skip reaches the output."""
+    unet = UNet(UNETS["linear"], 4, 24)
+    randomise(unet)
+    sample, context, t = noise(2, 4, 8, 8), noise(2, 5, 24), torch.tensor([3.0, 500.0])
+    time = unet.time_embedding(timestep_embedding(t, unet.conv_in.out_channels))
+    x, skips = unet.down(sample, time, context)
+    lowest = unet.mid_block(x, time, context)
+    whole = unet(sample, t, context)
+    assert torch.equal(unet.up(lowest, skips, time, context), whole)
+    for i in range(len(skips)):
+        controlled = [skip + 1 if k == i else skip for k, skip in enumerate(skips)]
+        assert not torch.allclose(unet.up(lowest, controlled, time, context), whole)
+
+
 def test_every_weight_learns():
     """No parameter is left out of the output: each gets a gradient, in every network."""
     unet, vae, text = (

@@ -14,6 +14,7 @@ from tinydiff.checkpoints.folder import Model
 from tinydiff.files import read_json
 from tinydiff.models.t5 import T5Encoder, relative_buckets
 from tinydiff.networks import network_of
+from tinydiff.networks.network import pick
 from tinydiff.networks.text import TEXT_ENCODERS, T5Config
 
 CONFIGS = {
@@ -73,7 +74,7 @@ def test_folders_of_transformers_load(tmp_path, name, kind):
     tensors = {key: value for shard in shards for key, value in load_file(tmp_path / shard).items()}
     table = json.loads((tmp_path / "config.json").read_text())
     network = network_of("text_encoder", table)
-    assert network is TEXT_ENCODERS["t5"] and network.pick(network.read(table)) == CONFIGS[name]
+    assert network is TEXT_ENCODERS["t5"] and pick(T5Config, network.read(table)) == CONFIGS[name]
     ours = network.build(table)
     ours.load_state_dict(TEXT_ENCODERS["t5"].renamed(tensors), strict=True)
     for key, value in ours.state_dict().items():

@@ -301,7 +301,7 @@ def test_what_is_no_number_leaves_the_weights_untouched(tasks, where):
 
     task.loss = broken
     done = update(task, training, 1)
-    assert done.left_out and not math.isfinite(done.values["loss" if where == "loss" else "grad_norm"])
+    assert done.reason and not math.isfinite(done.values["loss" if where == "loss" else "grad_norm"])
     assert training.learners[0].updates == 1
     for kind in kinds:
         assert all(torch.equal(v, before[kind][k]) for k, v in training.tensors(kind).items())

@@ -1,10 +1,12 @@
 """A kind of denoiser and a stage of training that are not tinydiff's own, each as one entry of a table.
 
-`python tests/toy.py ...` is `tinydiff ...` with both. TOY_KILL=denoiser-6 kills the process when that checkpoint stands.
+`python tests/toy.py ...` is `tinydiff ...` with both. TOY_KILL=denoiser-6 kills the process when that checkpoint stands;
+TOY_NAN=critic spoils that player's loss at step 6.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from dataclasses import asdict, dataclass
@@ -31,7 +33,7 @@ class ToySettings:
 
 
 class ToyNetwork(Denoiser):
-    name = folder = "toy"
+    name, folder = "toy", "transformer"  # where a DiT is, too
     doc = "a toy"
     settings = ToySettings
     module = "toy:Toy"
@@ -90,13 +92,21 @@ class ToyTask(Task):
     def batch(self, step: int, rows: range) -> dict[str, Any]:
         pixels = self.data.batch(self.order(step)[rows.start : rows.stop])
         noise = np.stack([keyed(0, "toy", step, row).standard_normal(4, np.float32) for row in rows])
-        return {"colours": torch.from_numpy(pixels.mean((1, 2), np.float32) / 255), "noise": torch.from_numpy(noise)}
+        colours, at = torch.from_numpy(pixels.mean((1, 2), np.float32) / 255), torch.tensor(step)
+        return {"colours": colours, "noise": torch.from_numpy(noise), "step": at}
 
     def loss(self, player: str, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, terms = self.losses(player, batch)
+        spoilt = player == os.environ.get("TOY_NAN") and batch["step"] == 6
+        return loss * (math.nan if spoilt else 1), terms
+
+    def losses(self, player: str, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         generator, critic = (each.network for each in self.players.values())
         drawn = generator(batch["noise"])
         if player == "generator":
             return F.softplus(-critic(drawn)).mean(), {}
+        if batch["step"] < 2:  # the critic learns later
+            return torch.zeros(()), {}
         real, fake = F.softplus(-critic(batch["colours"])), F.softplus(critic(drawn.detach()))
         return (real + fake).mean(), {"real": counted(real.detach().mean())}
 

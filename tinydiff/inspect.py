@@ -80,7 +80,7 @@ def configuration(path: Path | None, width: int | None = None, height: int | Non
     text, given = cfg.text_encoder, cfg.text_network.given(cfg)
     pieces = LEAST + 1 if cfg.text_network.labels else 0 if given else text.vocab_size
     stand_in = SimpleNamespace(vocab_size=pieces, bos=0, eos=0, pad=LEAST, table=dict)
-    if given and not given.exists() and not (width or height):
+    if given and not (given / "config.json").exists() and not (width or height):
         return told  # written for another machine
     configs = new.configs(cfg, stand_in)
     d = describe(configs, Path(), cfg.generate)
@@ -176,7 +176,7 @@ def cost(
     """{"width", "height", "networks"}: `cost.costs` at a size in pixels, by default the model's own.
 
     Without an autoencoder it is not known how many pixels that is. "networks" is None, and "why" says why, without
-    torch or for a network that ours is not.
+    torch, for a network that ours is not, or for sizes that make none.
     """
     if d is None and (width or height):
         raise UsageError("-W, -H: without an autoencoder it is not known how many pixels a latent is; leave them out")
@@ -187,10 +187,11 @@ def cost(
         side = int(configs[denoiser_in(configs)]["sample_size"])
         w, h = (pixels // factor if pixels else side for pixels in size)
         counted = costs(networks(configs), h, w, tokens, factor)
-    except (ImportError, OtherNetwork) as error:
-        why = str(error) if isinstance(error, OtherNetwork) else "it needs torch: pip install torch"
+    except (ImportError, OtherNetwork, TypeError, ZeroDivisionError, RuntimeError) as error:
+        why = "it needs torch: pip install torch" if isinstance(error, ImportError) else str(error)
+        why = why if isinstance(error, ImportError | OtherNetwork) else f"no network is like this: {why}"
         return {"width": size[0], "height": size[1], "networks": None, "why": why}
-    except (LookupError, TypeError, ValueError, AttributeError, ZeroDivisionError, RuntimeError) as error:
+    except (LookupError, ValueError, AttributeError) as error:
         raise ModelError(f"{shown(path)}: its configuration files lack or misstate {error}") from None
     return {"width": size[0], "height": size[1], "networks": counted}
 

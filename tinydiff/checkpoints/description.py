@@ -14,7 +14,7 @@ from tinydiff import config
 from tinydiff.checkpoints.scheduler import Scheduler, read
 from tinydiff.diffusion.schedules import Levels
 from tinydiff.errors import ModelError
-from tinydiff.networks import AUTOENCODER, DENOISERS, VAE, denoiser_in
+from tinydiff.networks import AUTOENCODER, VAE, denoiser_in, network_of
 from tinydiff.networks.autoencoder import SCALING
 from tinydiff.networks.network import Array
 
@@ -52,8 +52,8 @@ def describe(configs: Mapping[str, dict[str, Any]], path: Path, generate: config
     """The description of a model with these JSON files; ModelError names what they lack. `generate`: its defaults, which
     otherwise are those of the model at `path`."""
     denoiser, toml = denoiser_in(configs), path / "tinydiff.toml"
-    network = next(row for row in DENOISERS.values() if row.folder == denoiser)
     try:
+        network: Any = network_of(denoiser, configs[denoiser])
         autoencoder, table = AUTOENCODER.complete(configs[VAE]), network.complete(configs[denoiser])
         factor, scheduler = AUTOENCODER.factor(autoencoder), read(configs["scheduler"])
         theirs = config.Generate(50, 7.5, scheduler.sampler, scheduler.spacing, 1)  # diffusers' defaults

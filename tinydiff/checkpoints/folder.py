@@ -42,6 +42,7 @@ class Model:
     tokenizers: dict[str, Any]  # text.prompts.Tokens that can be saved
     path: Path = Path()
     generate: config.Generate | None = None
+    opened: bool = False  # whether its weights were there, rather than a configuration's to train
 
     @property
     def description(self) -> Description:
@@ -149,7 +150,7 @@ def load(source: Source) -> Model:
     for name in dict.fromkeys((*networks(source.configs), *text_encoders(source.configs))):
         if (network := network_of(name, source.configs.get(name, {}))).module:
             parts[name] = filled(network, source.table(name), source.tensors(name), source.path / name)
-    return Model(source.configs, parts, source.tokenizers, source.path)
+    return Model(source.configs, parts, source.tokenizers, source.path, opened=True)
 
 
 def filled(network: Network, table: Table, tensors: Mapping[str, Tensor], path: Path) -> nn.Module:

@@ -19,7 +19,7 @@ from tinydiff.checkpoints.header import Header, header
 from tinydiff.checkpoints.scheduler import PREDICTION_TYPES
 from tinydiff.errors import ModelError
 from tinydiff.files import read_json, shown
-from tinydiff.networks import VAE, denoiser_in, network_of, networks, text_encoders, tokenizer_folder
+from tinydiff.networks import TEXT, VAE, denoiser_in, network_of, networks, text_encoders, tokenizer_folder
 from tinydiff.networks.network import Table, TextEncoder
 
 if TYPE_CHECKING:
@@ -95,6 +95,8 @@ class Source:
     @cached_property
     def partial(self) -> Configs:
         """`configs`, which may lack an autoencoder: published DiTs come without."""
+        if self.adapters or self.controls or self.words:
+            raise ModelError(f"{shown(self.path)}: adapters, control networks and learnt words are not supported yet")
         theirs = next((name for name, ours in PREDICTION_TYPES.items() if ours == self.prediction), None)
         if self.file and not self.published:
             from tinydiff.checkpoints import single_file
@@ -131,8 +133,9 @@ class Source:
         configs[self.denoiser] = read_json(path / self.denoiser / "config.json")
         halves = (name for name in (VAE, f"{VAE}_decoder") if (path / name / "config.json").exists())
         configs[VAE] = read_json(path / next(halves, VAE) / "config.json")
-        texts = sorted(file.parent.name for file in path.glob("text_encoder*/config.json"))
-        return configs | {name: read_json(path / name / "config.json") for name in texts}
+        texts = sorted(file.parent.name for file in path.glob(f"{TEXT}*/config.json"))
+        read = (name for name in texts if name == TEXT or index.get(name))  # another one is not part of the model
+        return configs | {name: read_json(path / name / "config.json") for name in read}
 
     @cached_property
     def denoiser(self) -> str:
@@ -198,8 +201,6 @@ class Source:
 
     def check(self) -> None:
         """Refuse, before torch is imported, all that can be told from JSON files and headers."""
-        if self.adapters or self.controls or self.words:
-            raise ModelError(f"{shown(self.path)}: adapters, control networks and learnt words are not supported yet")
         tables = networks(self.configs)
         try:
             for name, table in tables.items():

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from tinydiff.models.attention import Attention, pixels, tokens
 from tinydiff.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
-from tinydiff.networks import AUTOENCODER, Table
 from tinydiff.networks.autoencoder import Autoencoder as Config
+from tinydiff.networks.network import Table, pick
 
 EPS = 1e-6
 
@@ -124,7 +124,7 @@ class Autoencoder(nn.Module):
     @classmethod
     def of(cls, table: Table, tensors: Mapping[str, Tensor] | None = None) -> Autoencoder:
         """The network of a `config.json`."""
-        return cls(AUTOENCODER.pick(table))
+        return cls(pick(Config, table))
 
     def encode(self, sample: Tensor) -> Tensor:
         return self.quant_conv(self.encoder(sample))

@@ -25,7 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 aten = torch.ops.aten
 FUSED = aten._scaled_dot_product_flash_attention_for_cpu  # takes any sizes, on meta tensors too
-LONGEST = 4096  # rows that an output depends on; no stack of convolutions comes near
+LARGEST = 2**18  # pixels of the image that rows are followed through; few stacks of convolutions need as many
 Inputs = Mapping[str, Tensor]
 
 
@@ -117,9 +117,9 @@ def reach(call: Callable[..., Any], inputs: Inputs, step: int = 0) -> float | No
     rows, columns = (step, step) if step else sides
     seen = rows
     while not math.isinf(seen) and 2 * seen > rows:  # until an output of every phase of strides is clear of the border
-        if seen > LONGEST:
-            raise NotImplementedError(f"the reach of an output grows with the image, beyond {LONGEST} rows")
         rows *= 2
+        if rows * columns > LARGEST:
+            raise NotImplementedError(f"the reach of an output is more than {seen:g} rows of the image")
         image = inputs[name].new_empty(batch, channels, rows, columns)
         seen = rows_seen(call, {**inputs, name: image}, image)
     return seen

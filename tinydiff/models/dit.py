@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from tinydiff.models.attention import Attention, FeedForward, tokens
 from tinydiff.models.layers import TimestepEmbedding, embedding, timestep_embedding
-from tinydiff.networks import DENOISERS, Table
 from tinydiff.networks.dit import DiT as Config
-from tinydiff.networks.dit import is_shared, settings_of
+from tinydiff.networks.dit import DiTNetwork, is_shared, settings_of
+from tinydiff.networks.network import Table
 
 FREQUENCIES = 256  # sines and cosines of time, at any width
 NOTHING = ("norm1.linear", "attn2.to_out", "proj_out_")  # attention to the text has no gate, so its own output is zero
@@ -167,7 +167,7 @@ class DiT(nn.Module):
             settings_of(table),
             channels,
             table["sample_size"],
-            classes=DENOISERS["dit"].classes(table),
+            classes=DiTNetwork().classes(table),
             context_dim=table.get("cross_attention_dim"),
             learned_sigma=(table.get("out_channels") or channels) == 2 * channels,
             shared=tensors is None or is_shared(tensors),

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinydiff.models.layers import embedding
-from tinydiff.networks import Table
-from tinydiff.networks.text import TEXT_ENCODERS, T5Config
+from tinydiff.networks.network import Table, pick
+from tinydiff.networks.text import T5Config
 
 
 class PositionBias(nn.Embedding):
@@ -134,7 +134,7 @@ class T5Encoder(nn.Module):
     @classmethod
     def of(cls, table: Table, tensors: Mapping[str, Tensor] | None = None) -> T5Encoder:
         """The network of a `config.json`."""
-        return cls(TEXT_ENCODERS["t5"].pick(table))
+        return cls(pick(T5Config, table))
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         keys = input_ids != self.pad

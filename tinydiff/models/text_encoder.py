@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinydiff.models.layers import embedding
-from tinydiff.networks import Table
-from tinydiff.networks.text import TEXT_ENCODERS
+from tinydiff.networks.network import Table, pick
 from tinydiff.networks.text import TextEncoder as Config
 
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
@@ -116,7 +115,7 @@ class TextEncoder(nn.Module):
     @classmethod
     def of(cls, table: Table, tensors: Mapping[str, Tensor] | None = None) -> TextEncoder:
         """The network of a `config.json`, whose `eos_token_id` must be that of the tokenizer."""
-        return cls(TEXT_ENCODERS["clip"].pick(table), table["vocab_size"], table["eos_token_id"])
+        return cls(pick(Config, table), table["vocab_size"], table["eos_token_id"])
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         x = self.text_model(input_ids)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from tinydiff.models.attention import Transformer2DModel
 from tinydiff.models.layers import Downsample2D, ResnetBlock2D, TimestepEmbedding, Upsample2D, timestep_embedding, zero
-from tinydiff.networks import DENOISERS, Table
+from tinydiff.networks.network import Table, pick
 from tinydiff.networks.unet import UNet as Config
 from tinydiff.networks.unet import plan
 
@@ -115,18 +115,27 @@ class UNet(nn.Module):
         """The network of a `config.json`."""
         channels = int(table["out_channels"])
         extra = int(table["in_channels"]) - channels
-        return cls(DENOISERS["unet"].pick(table), channels, table["cross_attention_dim"], extra)
+        return cls(pick(Config, table), channels, table["cross_attention_dim"], extra)
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         time = timestep_embedding(timestep.reshape(-1).expand(sample.shape[0]), self.conv_in.out_channels)
         time = self.time_embedding(time.to(sample.dtype))  # (B, 4 C0)
+        x, skips = self.down(sample, time, encoder_hidden_states)
+        x = self.mid_block(x, time, encoder_hidden_states)
+        return self.up(x, skips, time, encoder_hidden_states)
+
+    def down(self, sample: Tensor, time: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The features of the lowest level, and the skips: `conv_in`'s, each block's and each halving's."""
         x = self.conv_in(sample)
         skips = [x]
         for block in self.down_blocks:
-            x, more = block(x, time, encoder_hidden_states)
+            x, more = block(x, time, context)
             skips += more
-        x = self.mid_block(x, time, encoder_hidden_states)
-        for block in cast("list[UpBlock]", list(self.up_blocks)):  # the last skip is taken first
+        return x, skips
+
+    def up(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
+        """The output, from the lowest level's features and `down`'s skips, the last of which is taken first."""
+        for block in cast("list[UpBlock]", list(self.up_blocks)):
             left = len(skips) - len(block.resnets)
-            x, skips = block(x, skips[left:], time, encoder_hidden_states), skips[:left]
+            x, skips = block(x, skips[left:], time, context), skips[:left]
         return self.conv_out(F.silu(self.conv_norm_out(x)))

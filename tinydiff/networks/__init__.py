@@ -26,13 +26,15 @@ def denoiser_in(names: Mapping[str, Any]) -> str:
 
 
 def network_of(folder: str, table: Table) -> Network:
-    """The kind of network that a model has in a folder, with this `config.json`."""
-    if denoiser := next((row for row in DENOISERS.values() if row.folder == folder), None):
-        return denoiser
+    """The kind of network that a model has in a folder, with this `config.json`. Raises KeyError where none can be there."""
+    if denoisers := [row for row in DENOISERS.values() if row.folder == folder]:
+        return next((row for row in denoisers if row.library[1] == table.get("_class_name")), denoisers[0])
     if folder == VAE:
         return AUTOENCODER
     if folder == LABELS:
         return TEXT_ENCODERS["class"]
+    if not folder.startswith(TEXT):
+        raise KeyError(f"{folder}: no folder of a network")
     kinds = (row for row in TEXT_ENCODERS.values() if row.only.get("model_type", "") == table.get("model_type"))
     return next(kinds, TEXT_ENCODERS["clip"])
 
@@ -46,7 +48,7 @@ def text_encoders(configs: Mapping[str, Table]) -> dict[str, TextEncoder]:
     """What reads a model's prompts, by folder, in order; a folder that is missing has its name here."""
     folders = sorted(name for name in configs if name.startswith(TEXT))
     if not folders:
-        denoiser = network_of(name := denoiser_in(configs), {})
+        denoiser = network_of(name := denoiser_in(configs), configs[denoiser_in(configs)])
         folders = [LABELS if denoiser.classes(denoiser.complete(configs[name])) else TEXT]  # type: ignore[attr-defined]
     return {name: network_of(name, configs.get(name, {})) for name in folders}  # type: ignore[misc]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tinydiff.config import Config
     from tinydiff.data.dataset import Source
 
+T = TypeVar("T")
 Table = dict[str, Any]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 HIDDEN, POOLED = "last_hidden_state", "pooler_output"  # of every text encoder: a vector a token, one a text
@@ -67,6 +68,12 @@ def imported(place: str) -> Any:
     return getattr(import_module(module), name)
 
 
+def pick(settings: type[T], table: Table) -> T:
+    """The settings among a table's keys; `settings` is a dataclass."""
+    names = {f.name for f in fields(settings)}  # type: ignore[arg-type]
+    return settings(**{k: v for k, v in table.items() if k in names})
+
+
 class Network:
     """A kind of network. Its methods get a table with every key that `defaults` has."""
 
@@ -91,11 +98,6 @@ class Network:
     def complete(self, table: Table) -> Table:
         """A table with defaults for what it lacks."""
         return self.defaults | {k: v for k, v in table.items() if v is not None}
-
-    def pick(self, table: Table) -> Any:
-        """The settings among a table's keys."""
-        names = {f.name for f in fields(self.settings)}
-        return self.settings(**{k: v for k, v in table.items() if k in names})
 
     def build(self, table: Table, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
         """The network of a table, which `read` completes; `tensors` are the weights that it is to get, if it is."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinydiff.errors import ModelError
 from tinydiff.files import read_json, shown
-from tinydiff.networks.network import Graph, Table
+from tinydiff.networks.network import Graph, Table, pick
 from tinydiff.networks.network import TextEncoder as Network
 from tinydiff.schema import key
 
@@ -107,7 +107,7 @@ class T5Network(Network):
     def describe(self, cfg: Config, tokenizer: Any) -> dict[str, Any]:
         table = read_json(self.given(cfg) / "config.json")
         try:
-            settings = self.pick(self.read(table))
+            settings = pick(T5Config, self.read(table))
             too_few = settings.vocab_size < tokenizer.vocab_size
         except (TypeError, ValueError) as error:
             raise ModelError(f"{shown(self.given(cfg))}: unsupported or incomplete config.json: {error}") from None

@@ -52,7 +52,7 @@ class DenoiserTask(Task):
     def __init__(self, run: Run):
         run.model.vae.requires_grad_(False).eval()
         self.latents, self.texts = encoded(run)
-        run.model = run.model.scaled(self.latents.scaling_factor)
+        run.model = run.model if run.model.opened else run.model.scaled(self.latents.scaling_factor)
         self.description = run.model.description
         self.levels, self.prediction = self.description.schedule, PREDICTIONS[self.description.prediction]
         count = len(run.data.source)
@@ -88,7 +88,7 @@ class DenoiserTask(Task):
     def batch(self, step: int, rows: range) -> Batch:
         """The noisy `sample` (B, C, h, w), its `target`, `timestep`, loss `weight` and `band` of noise (B,), and the text."""
         chosen = self.order(step)[rows.start : rows.stop]
-        mean, std = (part * self.latents.scaling_factor for part in self.latents.rows(chosen))
+        mean, std = (part * self.model.scaling_factor for part in self.latents.rows(chosen))
         drawn = [self.draw(step, row, int(i), mean.shape[1:]) for row, i in zip(rows, chosen, strict=True)]
         picked, captions, normals = zip(*drawn, strict=True)
         alpha, sigma, t = np.array([self.levels[i] for i in picked]).T  # (B,) each

@@ -130,8 +130,8 @@ def train(run: Run, task: Task, training: Training, saver: Saver, start: int, sk
     bar, save = Progress(task.name, cfg.steps, start), partial(commit, run, task, training, saver)
     for n, batch in Ahead(partial(parts_of, task), range(start, cfg.steps), timeout):
         done, last = step(run, task, training, n, batch, saver.settle), n + 1 == cfg.steps
-        skipped = skipped + 1 if done.left_out else 0
-        if done.left_out:
+        skipped = skipped + 1 if done.reason else 0
+        if done.reason:
             left_out(run, task, training, n, done, log)
             if skipped >= run.runtime.cfg.max_skipped:
                 save(n + 1, 0)
@@ -160,38 +160,36 @@ def parts_of(task: Task, n: int) -> list[Batch]:
 
 
 class Done(NamedTuple):
-    """An update: what was measured, whether it was left out as not finite, and the signal that any process caught."""
+    """An update: what was measured, which player's was left out as not finite, and the signal that any process caught."""
 
     values: dict[str, float]
-    left_out: bool
+    reason: str  # why it was left out, if it was
     caught: int
-
-    @property
-    def reason(self) -> str:
-        """Why it was left out."""
-        return f"loss {self.values['loss']:g}, gradient norm {self.values['grad_norm']:g}"
 
 
 def step(
     run: Run, task: Task, training: Training, n: int, batch: list[Batch], settle: Callable[[], None] = lambda: None
 ) -> Done:
     """One update of each player in turn. `settle` comes before any change of weights."""
-    scaler, restore, values = run.runtime.scaler, training.keep_buffers(), dict[str, float]()
-    whole, left_out, caught = True, False, 0
+    scaler, values = run.runtime.scaler, dict[str, float]()
+    whole, reason, caught = True, "", 0
     for i, learner in enumerate(training.learners):
+        restore = training.keep_buffers()
         with alone(training, learner):
             told, finite, signal = update(run, task, learner, n, batch, settle)
-        left_out |= not finite and not (scaler.is_enabled() and math.isfinite(told["loss"]))
+        if not finite:
+            restore()
+        if not finite and not (scaler.is_enabled() and math.isfinite(told["loss"])):
+            who = f"{learner.name}: " if len(training.learners) > 1 else ""
+            reason = f"{who}loss {told['loss']:g}, gradient norm {told['grad_norm']:g}"
         whole, caught = whole and finite, caught or signal
         values |= {f"{learner.name}_{name}" if i and name != "lr" else name: value for name, value in told.items()}
     if scaler.is_enabled():  # where any process has an infinite gradient, all halve the scale
         scaler.update(None if whole else scaler.get_scale() * scaler.get_backoff_factor())
-    if not whole:
-        restore()
     run.world.copy(training.tensors("buffers").values())
     for learner in training.learners:
         learner.average.update(n, last=n + 1 == task.settings.steps)
-    return Done(values, left_out, caught)
+    return Done(values, reason, caught)
 
 
 @contextlib.contextmanager
@@ -200,9 +198,11 @@ def alone(training: Training, learner: Learner) -> Iterator[None]:
     others = [piece.parameter for other in training.learners if other is not learner for piece in other.pieces]
     for parameter in others:
         parameter.requires_grad_(False)
-    yield
-    for parameter in others:
-        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
 
 
 def update(
@@ -216,7 +216,8 @@ def update(
         last = i + 1 == len(batch)
         with synced(player.network, player.parts, last), run.runtime.attention():  # backward may compute blocks anew
             loss, terms = evaluated(run, task, learner.name, n, rows, part)
-            scaler.scale(loss / len(batch)).backward()
+            if loss.requires_grad:  # a player may wait for the others
+                scaler.scale(loss / len(batch)).backward()
         for name, value in {"loss": counted(loss.detach()), **terms}.items():
             totals[name] = totals[name] + value if name in totals else value
     settle()
@@ -225,7 +226,7 @@ def update(
     scaler.unscale_(learner.optimizer)
     values, size, caught = agree(run.runtime, totals, norm([piece for piece, _ in held], gradients, run.world))
     finite = math.isfinite(values["loss"] + size)
-    if finite:
+    if finite and held:
         clip(gradients, size, cfg.clip)
         scaler.step(learner.optimizer)
     for piece in learner.pieces:
@@ -264,8 +265,8 @@ def culprits(run: Run, task: Task, n: int) -> list[str]:
 
 def left_out(run: Run, task: Task, training: Training, n: int, done: Done, log: Metrics | None) -> None:
     """Name an update that was left out, and the images in question."""
-    restore, names = training.keep_buffers(), culprits(run, task, n)
-    restore()
+    with evaluating(task):  # one row has no statistics
+        names = culprits(run, task, n)
     listed = ", ".join(names[:8]) + " ..." * (len(names) > 8)
     run.runtime.say(f"{task.name}: step {n + 1} left out, {done.reason}: {listed}")
     if log:
@@ -295,12 +296,21 @@ def look(run: Run, task: Task, training: Training, n: int, log: Metrics | None) 
 def pictured(task: Task, training: Training) -> tuple[np.ndarray, dict[str, float]]:
     """The task's pictures, by averaged weights in evaluation mode."""
     training.exchange()
+    try:
+        with evaluating(task):
+            return task.pictures()
+    finally:
+        training.exchange()
+
+
+@contextlib.contextmanager
+def evaluating(task: Task) -> Iterator[None]:
+    """The players' modules in evaluation mode."""
     for player in task.players.values():
         player.module.eval()
     try:
-        return task.pictures()
+        yield
     finally:
-        training.exchange()
         for player in task.players.values():
             player.module.train()
 

@@ -257,6 +257,8 @@ def piece(name: str, p: nn.Parameter, world: World) -> Piece:
 
 def norm(parts: Sequence[Piece], gradients: list[Tensor], world: World) -> Tensor:
     """The norm of the whole gradient, (), of which each process has its blocks."""
+    if not gradients:
+        return torch.zeros((), device=world.device)
     each = torch.stack(torch._foreach_norm(gradients))  # pyright: ignore[reportPrivateImportUsage]
     if all(piece.tensor is piece.parameter for piece in parts):
         return each.norm()  # every process has all of it
