@@ -114,11 +114,7 @@ class World:
 
         For a loss of the whole batch, which every process then computes; DDP's mean over processes makes it right.
         """
-        if self.mesh is None:
-            return rows
-        from torch.distributed.nn.functional import all_gather
-
-        return torch.cat(all_gather(rows, group=self.mesh.get_group("data")))
+        return rows if self.mesh is None else Gathered.apply(rows, self.mesh.get_group("data"))  # type: ignore[return-value]
 
     def copy(self, tensors: Iterable[Tensor]) -> None:
         """Rank 0's values, on all."""
@@ -129,6 +125,23 @@ class World:
         """This process's part of a batch; where matrices are `shared`, a group has the same part."""
         parts, part = (self.size // self.tensor, self.rank // self.tensor) if shared else (self.size, self.rank)
         return range(part * batch // parts, (part + 1) * batch // parts)
+
+
+class Gathered(torch.autograd.Function):
+    """The rows of a group's processes, (B, ...); the gradient of a process's rows is the sum of what all compute for them."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.group, ctx.count = group, len(rows)
+        parts = [torch.empty_like(rows) for _ in range(group.size())]
+        dist.all_gather(parts, rows.contiguous(), group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        whole = gradient.contiguous().clone()
+        dist.all_reduce(whole, group=ctx.group)
+        return whole.split(ctx.count)[ctx.group.rank()], None
 
 
 # ---- networks --------------------------------------------------------------------------------------------------------
