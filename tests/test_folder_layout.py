@@ -212,7 +212,7 @@ def test_changes_to_a_schedule_survive_the_file(tiny_config, changes):
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace", "karras", "exponential", "beta"])
 def test_sampler_and_spacing_survive_the_file(tiny_config, name, spacing):
     assert scheduler.SCHEDULERS.keys() == SAMPLERS.keys()
-    cfg = replace(tiny_config, generate=replace(tiny_config.generate, sampler=name, schedule=spacing))
+    cfg = replace(tiny_config, generate=replace(tiny_config.generate, sampler=name, spacing=spacing))
     read = scheduler.read(scheduler.write(cfg))
     assert (read.sampler, read.spacing) == (name, spacing)
 

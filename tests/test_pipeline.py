@@ -222,7 +222,7 @@ def test_diffusers_draws_the_same_image(make_model, tiny_config, monkeypatch, sa
     cfg = replace(
         tiny_config,
         diffusion=replace(tiny_config.diffusion, schedule=schedule, prediction=prediction),
-        generate=replace(tiny_config.generate, sampler=sampler, schedule=spacing),
+        generate=replace(tiny_config.generate, sampler=sampler, spacing=spacing),
     )
     path = make_model(cfg)
     backend, prompts, seeds = open_backend(Source(path), "torch", "cpu"), ["a red square", "a blue corner"], [3, 4]

@@ -25,7 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 aten = torch.ops.aten
 FUSED = aten._scaled_dot_product_flash_attention_for_cpu  # takes any sizes, on meta tensors too
-LARGEST = 2**18  # pixels of the image that rows are followed through; few stacks of convolutions need as many
+LARGEST = 2**20  # pixels of the image that rows are followed through; few stacks of convolutions need as many
 Inputs = Mapping[str, Tensor]
 
 
