@@ -123,9 +123,6 @@ def write_graph(name: str, model: Model, bundle: Path, dtype: torch.dtype, opset
     (place / "model.onnx").write_bytes(ir.to_proto(onnx_model).SerializeToString(deterministic=True))
 
 
-# ---- from torch to a graph ---------------------------------------------------------------------------------------------
-
-
 class Call(nn.Module):
     """A method of a network as a module, which is what torch exports; `names` are its arguments in order."""
 

@@ -100,9 +100,6 @@ def translations() -> dict[Callable, Callable]:
     return {operator.default: function for operator, function in ours.items()}
 
 
-# ---- passes over the graph ---------------------------------------------------------------------------------------------
-
-
 def simplify(model: IrModel, names: set[str]) -> None:
     """Folds constants and merges equal nodes. Weights are made graph inputs first, so that no pass folds them."""
     import onnxscript.optimizer

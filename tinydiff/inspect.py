@@ -203,9 +203,6 @@ def flops(cost: dict[str, Any], denoiser: str) -> dict[str, int | None]:
     return {**counted, "width": cost["width"], "height": cost["height"]}
 
 
-# ---- weights -------------------------------------------------------------------------------------------------------
-
-
 def contents(source: Source) -> dict[str, dict[str, Any]]:
     """Every network's {"file", "dtype", "parameters", "bytes"}, by its folder's name."""
     file = source.file

@@ -197,8 +197,6 @@ def cuda_problem() -> str:
     return "" if works else "onnxruntime cannot load its CUDA libraries; install onnxruntime-gpu[cuda,cudnn]"
 
 
-# ---- external data -----------------------------------------------------------------------------------------------------
-
 NESTED = {  # the protobuf messages of onnx.proto in which a tensor can be: field number -> message
     "Model": {7: "Graph", 20: "Training", 25: "Function"},
     "Training": {1: "Graph", 2: "Graph"},

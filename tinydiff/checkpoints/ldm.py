@@ -16,8 +16,6 @@ from typing import Any
 from tinydiff.networks.unet import CROSS, PLAIN, UNet, plan
 from tinydiff.text.tokenizer import EOS
 
-# ---- names ----------------------------------------------------------------------------------------------------------
-
 Pairs = Iterable[tuple[str, str]]
 Layout = dict[str, Any]  # how many blocks there are: keys of a diffusers configuration
 
@@ -167,8 +165,6 @@ def backward(pairs: Pairs) -> dict[str, list[str]]:
         table[theirs].append(ours)
     return table
 
-
-# ---- sizes: configurations of networks, read off the shapes of tensors under our names --------------------------------
 
 Shapes = Mapping[str, tuple[int, ...]]
 VOCABULARY = 49408

@@ -4,6 +4,7 @@ A sampler takes `denoise(x, level) -> x0`, the initial x at levels[0], the level
 clean) and `noise(i)`, standard normal like x and different for each i. It is a generator that yields (x, x0) after each
 step; the last x is the image. Only + - * / are applied to x, so the same code runs on numpy, torch and anything with
 these four. In comments rho is sigma / alpha, lambda is -log rho, and h is a step's increase of lambda.
+Single-step solvers, with more calls inside a step, come first; then multistep ones, which reuse the calls of earlier steps.
 """
 
 from __future__ import annotations
@@ -63,9 +64,6 @@ def lcm(denoise: Denoise, x: Any, levels: Levels, noise: Noise) -> Iterator:
         x0 = denoise(x, here)
         x = x0 * there.alpha + noise(step) * there.sigma if there.sigma > 0 else x0 * there.alpha
         yield x, x0
-
-
-# ---- single step: more network calls inside a step -------------------------------------------------------------------
 
 
 def heun(denoise: Denoise, x: Any, levels: Levels, noise: Noise) -> Iterator:
@@ -136,9 +134,6 @@ def dpmpp_sde(denoise: Denoise, x: Any, levels: Levels, noise: Noise) -> Iterato
         else:
             x = redraw(x, x0, here, there, 1.0, lambda step=step: noise(2 * step))
         yield x, x0
-
-
-# ---- multistep: one network call a step, earlier ones are reused -----------------------------------------------------
 
 
 def dpmpp(denoise: Denoise, x: Any, levels: Levels, noise: Noise, order: int, eta: float) -> Iterator:

@@ -43,9 +43,6 @@ class Levels(list[Level]):
         self.at = at
 
 
-# ---- schedules: a model's training levels ----------------------------------------------------------------------------
-
-
 def preserving(rho: float) -> tuple[float, float]:
     """(alpha, sigma) of variance-preserving levels: alpha² + sigma² = 1."""
     return 1 / math.hypot(1, rho), rho / math.hypot(1, rho)
@@ -123,9 +120,6 @@ def training_levels(name: str, count: int, shift: float = 1.0, zero_snr: bool = 
     if name == "flow":
         return flow(count, shift)
     return zero_terminal_snr(SCHEDULES[name](count)) if zero_snr else SCHEDULES[name](count)
-
-
-# ---- spacings: the levels a sampler visits ---------------------------------------------------------------------------
 
 
 def leading(count: int, steps: int, offset: int = 1) -> list[int]:

@@ -79,9 +79,6 @@ def attention(
     return FUSED(q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
 
-# ---- activations ---------------------------------------------------------------------------------------------------
-
-
 def activations(network: nn.Module, call: Callable[[], Any]) -> int:
     """Bytes that autograd keeps of `call` for its backward pass. Inputs are counted, parameters and buffers are not.
 
@@ -98,9 +95,6 @@ def activations(network: nn.Module, call: Callable[[], Any]) -> int:
         call()
     own = {x.untyped_storage()._cdata for x in chain(network.parameters(), network.buffers())}
     return sum(storage.nbytes() for address, storage in kept.items() if address not in own)
-
-
-# ---- reach ---------------------------------------------------------------------------------------------------------
 
 
 def reach(call: Callable[..., Any], inputs: Inputs, step: int = 0) -> float | None:

@@ -144,9 +144,6 @@ class Gathered(torch.autograd.Function):
         return whole.split(ctx.count)[ctx.group.rank()], None
 
 
-# ---- networks --------------------------------------------------------------------------------------------------------
-
-
 def blocks(network: nn.Module) -> Iterator[nn.Module]:
     """The parts it repeats: members of its outermost module lists."""
     for child in network.children():
@@ -221,9 +218,6 @@ def synced(network: nn.Module, parts: Sequence[nn.Module], last: bool) -> Abstra
         if isinstance(part, FSDPModule):
             part.set_requires_gradient_sync(last)
     return contextlib.nullcontext() if last or not isinstance(network, DistributedDataParallel) else network.no_sync()
-
-
-# ---- what a process holds --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

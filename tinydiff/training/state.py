@@ -106,8 +106,6 @@ class Training:
         return restore
 
 
-# ---- out -------------------------------------------------------------------------------------------------------------
-
 Snapshot = dict[str, dict[str, Tensor]]  # {kind: {name: block}}
 Places = Mapping[str, tuple[Sequence[int], Sequence[int]]]  # {name: (shape of the whole, offset of the block)}
 
@@ -178,9 +176,6 @@ def set_aside(path: Path) -> Path:
     with named(path):
         make_folder(new.parent)
         return path.rename(new)
-
-
-# ---- in --------------------------------------------------------------------------------------------------------------
 
 
 def newest(folder: Path, stage: str, warn: Callable[[str], None], strict: bool = False) -> Path | None:
@@ -314,9 +309,6 @@ class Blocks:
                 tensor = torch.empty(shape, dtype=tensor.dtype)
                 self.fill(name, tensor, [0] * len(shape))
             yield name, tensor
-
-
-# ---- room for them, and which are kept -------------------------------------------------------------------------------
 
 
 def make_room(folder: Path, training: Training) -> None:
