@@ -16,10 +16,12 @@ from tinydiff.config import conflicts, load
 from tinydiff.errors import UsageError
 from tinydiff.schema import flat, to_toml
 
-FITTED = {"block_out_channels", "down_block_types", "norm_num_groups", "attention_head_dim", "num_attention_heads"}
-
-
-FITTED |= {
+FITTED = {
+    "block_out_channels",
+    "down_block_types",
+    "norm_num_groups",
+    "attention_head_dim",
+    "num_attention_heads",
     "hidden_size",
     "bucket_step",
     "tensor_parallel",
@@ -260,20 +262,6 @@ def test_missing_file_and_folder(tmp_path):
 
 
 DEFAULT = load()
-
-
-FITTED |= {
-    "hidden_size",
-    "bucket_step",
-    "tensor_parallel",
-    "resolution",
-    "accumulate",
-    "zero_terminal_snr",
-    "shift",
-    "kind",
-    "patch_size",
-    "size",
-}  # keys that have to fit another key: left at their default
 
 
 OLD = """[denoiser]

@@ -167,7 +167,8 @@ class Source:
         """The labels that a DiTPipeline's index names by number, which need not be all."""
         from tinydiff.text.labels import Labels
 
-        network, table = network_of(self.denoiser, {}), self.partial[self.denoiser]
+        table = self.partial[self.denoiser]
+        network = network_of(self.denoiser, table)
         try:
             classes = int(network.classes(network.complete(table)))  # type: ignore[attr-defined]
             named = self.partial["model_index"].get("id2label") or {}

@@ -48,7 +48,8 @@ def text_encoders(configs: Mapping[str, Table]) -> dict[str, TextEncoder]:
     """What reads a model's prompts, by folder, in order; a folder that is missing has its name here."""
     folders = sorted(name for name in configs if name.startswith(TEXT))
     if not folders:
-        denoiser = network_of(name := denoiser_in(configs), configs[denoiser_in(configs)])
+        name = denoiser_in(configs)
+        denoiser = network_of(name, configs[name])
         folders = [LABELS if denoiser.classes(denoiser.complete(configs[name])) else TEXT]  # type: ignore[attr-defined]
     return {name: network_of(name, configs.get(name, {})) for name in folders}  # type: ignore[misc]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from tinydiff.networks.network import Denoiser, Table
+from tinydiff.networks.network import HIDDEN, Denoiser, Table
 from tinydiff.schema import key
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class UNetNetwork(Denoiser):
     def describe(self, cfg: Config, widths: Mapping[str, int]) -> dict[str, Any]:
         settings: UNet = cfg.network
         ups = [kind.replace("Down", "Up") for kind in reversed(settings.down_block_types)]
-        own = asdict(settings) | {"up_block_types": ups, "cross_attention_dim": widths["last_hidden_state"]}
+        own = asdict(settings) | {"up_block_types": ups, "cross_attention_dim": widths[HIDDEN]}
         return {"_class_name": self.library[1]} | cfg.latents | own
 
     def conflicts(self, cfg: Config) -> Iterator[str]:
