@@ -186,14 +186,16 @@ def cost(
     try:
         side = int(configs[denoiser_in(configs)]["sample_size"])
         w, h = (pixels // factor if pixels else side for pixels in size)
-        counted = costs(networks(configs), h, w, tokens, factor)
-    except (ImportError, OtherNetwork, TypeError, ZeroDivisionError, RuntimeError) as error:
-        why = "it needs torch: pip install torch" if isinstance(error, ImportError) else str(error)
-        why = why if isinstance(error, ImportError | OtherNetwork) else f"no network is like this: {why}"
-        return {"width": size[0], "height": size[1], "networks": None, "why": why}
+        return {"width": size[0], "height": size[1], "networks": costs(networks(configs), h, w, tokens, factor)}
+    except ImportError:
+        why = "it needs torch: pip install torch"
+    except OtherNetwork as error:
+        why = str(error)
+    except (TypeError, ZeroDivisionError, RuntimeError) as error:
+        why = f"no network is like this: {error}"
     except (LookupError, ValueError, AttributeError) as error:
         raise ModelError(f"{shown(path)}: its configuration files lack or misstate {error}") from None
-    return {"width": size[0], "height": size[1], "networks": counted}
+    return {"width": size[0], "height": size[1], "networks": None, "why": why}
 
 
 def flops(cost: dict[str, Any], denoiser: str) -> dict[str, int | None]:

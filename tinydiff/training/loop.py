@@ -179,9 +179,9 @@ def step(
             told, finite, signal = update(run, task, learner, n, batch, settle)
         if not finite:
             restore()
-        if not finite and not (scaler.is_enabled() and math.isfinite(told["loss"])):
             who = f"{learner.name}: " if len(training.learners) > 1 else ""
-            reason = f"{who}loss {told['loss']:g}, gradient norm {told['grad_norm']:g}"
+            if not (scaler.is_enabled() and math.isfinite(told["loss"])):
+                reason = f"{who}loss {told['loss']:g}, gradient norm {told['grad_norm']:g}"
         whole, caught = whole and finite, caught or signal
         values |= {f"{learner.name}_{name}" if i and name != "lr" else name: value for name, value in told.items()}
     if scaler.is_enabled():  # where any process has an infinite gradient, all halve the scale
