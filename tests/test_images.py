@@ -8,7 +8,9 @@ import resource
 import struct
 import subprocess
 import sys
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image, ImageCms, ImageOps
 
+from tinydiff import images
 from tinydiff.errors import DataError, UsageError
 from tinydiff.images import CROPS, encode_png, fit, grid, open_image, read_settings, to_pixels, to_uint8
 
@@ -167,8 +170,8 @@ def lab_profile() -> bytes:
     return ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
 
 
-def rgb_profile(gamma: float) -> bytes:
-    """A minimal ICC 2.1 matrix profile with sRGB's primaries (D50-adapted) and a pure power curve."""
+def rgb_profile(gamma: float, name: bytes = b"power", primaries: str = "RGB") -> bytes:
+    """A minimal ICC 2.1 profile of pure power curves: of three with sRGB's primaries (D50-adapted), or of grey alone."""
 
     def number(value: float) -> bytes:
         return struct.pack(">i", round(value * 65536))
@@ -177,21 +180,22 @@ def rgb_profile(gamma: float) -> bytes:
         return b"XYZ \0\0\0\0" + b"".join(map(number, values))
 
     curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
-    name = b"desc\0\0\0\0" + struct.pack(">I", 6) + b"power\0" + bytes(78)
-    tags = {
-        b"desc": name + bytes(-len(name) % 4),
-        b"wtpt": xyz(0.9642, 1.0, 0.8249),
-        b"rXYZ": xyz(0.4361, 0.2225, 0.0139),
-        b"gXYZ": xyz(0.3851, 0.7169, 0.0971),
-        b"bXYZ": xyz(0.1431, 0.0606, 0.7141),
-        **dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve),
-    }
+    description = b"desc\0\0\0\0" + struct.pack(">I", len(name) + 1) + name + bytes(79)
+    tags = {b"desc": description + bytes(-len(description) % 4), b"wtpt": xyz(0.9642, 1.0, 0.8249)}
+    points = (0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141)
+    if primaries == "GRAY":
+        tags[b"kTRC"] = curve
+    else:
+        tags |= {
+            f"{letter}XYZ".encode(): xyz(*points["RGB".index(of)]) for letter, of in zip("rgb", primaries, strict=True)
+        }
+        tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
     table, body, offset = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
     for key, value in tags.items():
         table += key + struct.pack(">II", offset + len(body), len(value))
         body += value
-    size = 128 + len(table) + len(body)
-    header = struct.pack(">I4sI4s4s4s", size, b"\0\0\0\0", 0x02100000, b"mntr", b"RGB ", b"XYZ ")
+    size, space = 128 + len(table) + len(body), b"GRAY" if primaries == "GRAY" else b"RGB "
+    header = struct.pack(">I4sI4s4s4s", size, b"\0\0\0\0", 0x02100000, b"mntr", space, b"XYZ ")
     header += bytes(12) + b"acsp" + bytes(28) + number(0.9642) + number(1.0) + number(0.8249) + bytes(48)
     assert len(header) == 128
     return header + table + body
@@ -215,6 +219,60 @@ def test_colour_profile_is_applied(mode):
 def test_profile_of_srgb_changes_nothing():
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     assert np.array_equal(open_image(encoded(Image.fromarray(PHOTO), icc_profile=profile)), PHOTO)
+
+
+@pytest.mark.parametrize("name", [b"sRGB IEC61966-2.1", b"sRGB", b""])
+def test_a_profile_is_read_by_its_curves_and_not_its_name(name):
+    ramp = np.repeat(np.arange(0, 256, 5, dtype=np.uint8), 3).reshape(1, -1, 3)
+    seen = open_image(encoded(Image.fromarray(ramp), icc_profile=rgb_profile(1.0, name)))
+    assert np.abs(seen - srgb_curve(ramp / 255) * 255).max() <= 2.0
+
+
+def test_a_profile_is_read_by_its_primaries_and_not_its_name():
+    red = Image.new("RGB", (2, 2), (255, 0, 0))
+    seen = open_image(encoded(red, icc_profile=rgb_profile(2.2, b"sRGB", "GRB")))
+    assert (seen == [0, 255, 0]).all()
+
+
+def test_srgb_of_another_name_changes_nothing():
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    at = profile.index("sRGB".encode("utf-16-be"))
+    profile[at : at + 8] = "wide".encode("utf-16-be")
+    assert "sRGB" not in ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(BytesIO(bytes(profile))))
+    assert np.array_equal(open_image(encoded(Image.fromarray(PHOTO), icc_profile=bytes(profile))), PHOTO)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
+def test_the_profile_of_grey_is_applied_in_all_its_bits(mode):
+    wide = mode == "I;16"
+    values = np.arange(0, 65536 if wide else 256, 128 if wide else 1, dtype=np.uint16 if wide else np.uint8)
+    grey = Image.fromarray(values[None])
+    image = Image.merge("LA", (grey, Image.new("L", grey.size, 255))) if mode == "LA" else grey
+    seen = open_image(encoded(image, icc_profile=rgb_profile(1.0, b"grey", "GRAY")))
+    expected = srgb_curve(values / (65535 if wide else 255)) * 255
+    assert np.abs(seen - expected[None, :, None]).max() <= 1.0
+
+
+def test_transparent_grey_of_a_profile_lies_on_the_background():
+    grey = Image.fromarray(np.array([[0, 60, 255]], np.uint8))
+    image = Image.merge("LA", (grey, Image.fromarray(np.array([[0, 255, 0]], np.uint8))))
+    seen = open_image(encoded(image, icc_profile=rgb_profile(1.0, b"grey", "GRAY")), "#0000ff")
+    assert (seen[0, [0, 2]] == [0, 0, 255]).all() and abs(seen[0, 1, 0] - 133) <= 1
+
+
+def test_threads_share_the_room_for_pixels():
+    room, held, most = images.Room(100), [], []
+
+    def work(pixels):
+        with room.of(pixels), room.of(pixels):  # the second is of the same thread
+            held.append(min(pixels, 100))
+            most.append(sum(held))
+            time.sleep(0.002)
+            held.remove(min(pixels, 100))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, [60, 30, 10, 500, 70, 1, 100, 40] * 3))
+    assert max(most) <= 100 and room.free == 100
 
 
 @pytest.mark.parametrize("profile", [b"nonsense", b"", rgb_profile(1.0)[:140], lab_profile()])

@@ -10,7 +10,11 @@ import json
 import math
 import stat
 import struct
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,8 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 64 * 2**20
 MAX_BYTES = 256 * 2**20
 MAX_SETTINGS = 64 * 2**10
+BAND = 2**20  # pixels that are converted at a time
+ALIKE = 2  # levels of 255 by which a profile may differ from sRGB and be taken for it
 SETTINGS = "tinydiff"
 CROPS = ("center", "pad")
 WHITE = "#ffffff"
@@ -35,20 +41,47 @@ UNDO = ["FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE
 TRANSPOSES = {orientation: Image.Transpose[name] for orientation, name in enumerate(UNDO, 2)}
 
 
+class Room:
+    """What threads share of the memory for decoded images: so many pixels at a time, however many threads there are."""
+
+    def __init__(self, pixels: int):
+        self.pixels = self.free = pixels
+        self.changed, self.mine = threading.Condition(), threading.local()
+
+    @contextmanager
+    def of(self, pixels: int) -> Iterator[None]:
+        """Wait until there is room for an image. Who has room already is given more at once, lest it wait for itself."""
+        share = 0 if getattr(self.mine, "held", False) else min(pixels, self.pixels)
+        with self.changed:
+            self.changed.wait_for(lambda: self.free >= share)
+            self.free -= share
+        held, self.mine.held = getattr(self.mine, "held", False), True
+        try:
+            yield
+        finally:
+            self.mine.held = held
+            with self.changed:
+                self.free += share
+                self.changed.notify_all()
+
+
+ROOM = Room(MAX_PIXELS)  # the largest image alone, which takes half a gigabyte while it is decoded and resized
+
+
 def open_image(source: Path | bytes, background: str = WHITE) -> np.ndarray:
     """Decode the first frame of a PNG, JPEG or WEBP file, or its bytes: uint8 (H, W, 3), upright, in sRGB.
 
     Transparency is composited on `background`. Raises DataError with the file and the reason (not a regular file,
-    another format, truncated, over 64 megapixels), and UsageError if `background` is not a colour.
+    another format, truncated, over 64 megapixels), and UsageError if `background` is not a colour. Threads that decode at
+    the same time share `ROOM`.
     """
     colour = _colour(background)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what Pillow warns of is checked here, or raises as well
         try:
-            image = _to_srgb(_upright(_open(source)))
-            if image.mode == "RGBA":
-                image = Image.alpha_composite(Image.new("RGBA", image.size, (*colour, 255)), image).convert("RGB")
-            return np.array(image)
+            image = _open(source)
+            with ROOM.of(image.width * image.height):
+                return _array(_upright(image), colour)
         except (DataError, MemoryError):
             raise
         except Exception as error:  # Pillow's plugins raise many kinds
@@ -172,47 +205,73 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if operation is None else image.transpose(operation)
 
 
+def _array(image: Image.Image, colour: tuple[int, int, int]) -> np.ndarray:
+    """uint8 (H, W, 3) in sRGB, on a colour; band by band, since what Pillow converts takes many bytes a pixel."""
+    (width, height), rows = image.size, max(1, BAND // image.width)
+    pixels = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, rows):
+        band = _to_srgb(image.crop((0, top, width, min(height, top + rows))))
+        if band.mode == "RGBA":
+            band = Image.alpha_composite(Image.new("RGBA", band.size, (*colour, 255)), band).convert("RGB")
+        pixels[top : top + rows] = np.asarray(band)
+    return pixels
+
+
 def _to_srgb(image: Image.Image) -> Image.Image:
     """Any mode to RGB, or RGBA if there is transparency, with its colour profile applied if possible."""
-    profile = image.info.get("icc_profile")
-    if image.mode.startswith("I"):
-        image, profile = _from_16_bit(image), None
-    elif image.mode == "P" or image.has_transparency_data:
+    profile = image.info.get("icc_profile") or b""
+    if image.mode in ("L", "LA") or image.mode.startswith("I"):
+        return _from_grey(image, profile)
+    if image.mode in ("P", "1") or image.has_transparency_data:
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    elif image.mode == "1":
-        image = image.convert("L")
-    if profile:
-        image = _apply_profile(image, profile)
+    image = _apply_profile(image, profile)
     return image if image.mode in ("RGB", "RGBA") else image.convert("RGB")
 
 
-def _from_16_bit(image: Image.Image) -> Image.Image:
-    """16-bit grey to 8-bit, rounded (Pillow's own conversion clips); a transparent grey level becomes alpha."""
-    wide = np.asarray(image).astype(np.uint32)
-    grey = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
-    if "transparency" not in image.info:
-        return grey
-    alpha = Image.fromarray(np.where(wide == image.info["transparency"], 0, 255).astype(np.uint8))
-    return Image.merge("RGBA", (grey, grey, grey, alpha))
+def _from_grey(image: Image.Image, profile: bytes) -> Image.Image:
+    """Grey of 8 or 16 bits by a table of all its levels (Pillow's own conversion of 16 bits clips)."""
+    alpha = image.getchannel("A") if image.mode == "LA" else None
+    values = np.asarray(image.getchannel("L") if alpha else image)
+    count, mode, kind = (2**8, "L", np.uint8) if values.dtype == np.uint8 else (2**16, "I;16", np.uint16)
+    levels = np.arange(count)
+    table = (levels * 255 + (count - 1) // 2) // (count - 1)
+    if transform := _to_srgb_from(profile, mode):
+        ramp = transform.apply(Image.fromarray(levels.astype(kind)[None]))
+        table = np.asarray(ramp)[0, :, 0]
+    grey = Image.fromarray(table.astype(np.uint8)[np.clip(values, 0, count - 1)])
+    if "transparency" in image.info:  # a level of grey
+        alpha = Image.fromarray((values != image.info["transparency"]).astype(np.uint8) * np.uint8(255))
+    return Image.merge("RGBA", (grey, grey, grey, alpha)) if alpha else grey.convert("RGB")
 
 
 def _apply_profile(image: Image.Image, profile: bytes) -> Image.Image:
     """Convert from an ICC profile to sRGB; a profile that is damaged or does not match the mode is ignored."""
+    if not (transform := _to_srgb_from(profile, "RGB" if image.mode == "RGBA" else image.mode)):
+        return image
+    converted = transform.apply(image.convert("RGB") if image.mode == "RGBA" else image)
+    if image.mode == "RGBA":
+        converted.putalpha(image.getchannel("A"))
+    return converted
+
+
+@lru_cache(8)
+def _to_srgb_from(profile: bytes, mode: str) -> Any:
+    """The ImageCms transform of a profile's curves and matrix to sRGB; None if it changes nothing or cannot be used."""
+    if not profile:
+        return None
     from PIL import ImageCms
 
+    flags = (
+        ImageCms.Flags.NONE if mode in ("RGB", "CMYK") else ImageCms.Flags.NOOPTIMIZE
+    )  # else shadows of grey are off
     try:
-        source = ImageCms.ImageCmsProfile(BytesIO(profile))
-        if "sRGB" in ImageCms.getProfileDescription(source):
-            return image
-        alpha = image.getchannel("A") if image.mode == "RGBA" else None
-        colours = image.convert("RGB") if alpha else image
-        converted = ImageCms.profileToProfile(colours, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        source, srgb = ImageCms.ImageCmsProfile(BytesIO(profile)), ImageCms.createProfile("sRGB")
+        transform = ImageCms.buildTransform(source, srgb, mode, "RGB", flags=flags)
     except (ImageCms.PyCMSError, OSError, ValueError):
-        return image
-    assert converted is not None
-    if alpha:
-        converted.putalpha(alpha)
-    return converted
+        return None
+    cube = np.stack(np.meshgrid(*[np.arange(0, 256, 15, dtype=np.uint8)] * 3), axis=-1).reshape(18, -1, 3)
+    same = mode == "RGB" and np.ptp([cube, np.asarray(transform.apply(Image.fromarray(cube)))], axis=0).max() <= ALIKE
+    return None if same else transform
 
 
 def _resize(image: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float]) -> np.ndarray:

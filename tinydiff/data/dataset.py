@@ -6,6 +6,7 @@ and the images of step s are a function of (seed, s). This module knows sources 
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -174,7 +175,8 @@ class Images:
         """uint8 (h, w, 3). Raises DataError if the image cannot be read."""
         base = i % len(self.source)
         if (image := self.cache.get(base)) is None:
-            image = images.fit(self.source.image(base), self.sizes[int(self.bucket[base])])
+            with images.ROOM.of(math.prod(self.source.size(base))):
+                image = images.fit(self.source.image(base), self.sizes[int(self.bucket[base])])
             if self.cached:
                 self.cache[base] = image
         return image if i == base else image[:, ::-1]
