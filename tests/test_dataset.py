@@ -251,18 +251,38 @@ def test_each_bucket_is_shown_epoch_by_epoch(bucket, seed, size):
             assert sorted(found[start : start + len(members)]) == members
 
 
-def test_buckets_have_their_share_of_every_epoch():
-    bucket = np.repeat([0, 1, 2], [800, 160, 4])
-    order = Order(np.ones(964), 5, bucket, 8)
-    assert order.length == 100 + 20 + 1  # the last has half a batch, and one at least
-    for number in (0, 3):
-        steps = [int(bucket[order(s)[0]]) for s in range(number * order.length, (number + 1) * order.length)]
-        assert Counter(steps) == {0: 100, 1: 20, 2: 1}
-        assert steps != sorted(steps)
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 400), st.floats(0.01, 100)), min_size=1, max_size=8),
+    st.integers(0, 2**63),
+    st.sampled_from([1, 3, 64]),
+    st.integers(0, 10**5),
+)
+def test_buckets_have_their_share_at_any_time(kinds, seed, size, number):
+    """What is rounded is carried over: buckets of any size and weight are less than a batch off after any epoch."""
+    bucket = np.repeat(np.arange(len(kinds)), [count for count, _ in kinds])
+    weights = np.array([weight for _, weight in kinds])[bucket]
+    order = Order(weights, seed, bucket, size)
+    shares = np.bincount(bucket, weights) / weights.sum()
+    for epoch in (0, 1, 2, number):
+        first, last = (int(order.before(e).sum()) for e in (epoch, epoch + 1))
+        steps = range(first, min(last, first + 30))
+        assert [int(bucket[order(s)[0]]) for s in steps] == order.turns(epoch)[: len(steps)].tolist()
+        batches = order.before(epoch) + np.bincount(order.turns(epoch), minlength=len(kinds))
+        assert (np.abs(batches - (epoch + 1) * order.length * shares) < 1 + 1e-9).all()
+
+
+def test_a_bucket_of_one_image_is_drawn_no_more_than_due():
+    bucket = np.repeat([0, 1], [500, 1])
+    order = Order(np.ones(501), 0, bucket, 64)
+    drawn = np.bincount(np.concatenate([order(s) for s in range(20_000)]), minlength=501)
+    assert drawn[500] / drawn[:500].mean() == pytest.approx(1, abs=0.03)
+
+
+def test_epochs_of_buckets_are_shuffled():
+    order = Order(np.ones(964), 5, np.repeat([0, 1, 2], [800, 160, 4]), 8)
     first, second = (order.turns(number).tolist() for number in (0, 1))
-    assert first != second
-    weighted = Order(np.where(bucket == 1, 0.5, 1.0), 5, bucket, 8)
-    assert weighted.counts == [100, 10, 1]
+    assert first != second and first != sorted(first)
 
 
 def test_buckets_are_shuffled_apart():

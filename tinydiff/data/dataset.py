@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -121,8 +121,9 @@ class Order:
     """Which images each step reads: `order(step)` is (batch_size,) indices from one bucket, computed from step alone.
 
     `weights` (N,): how often each image is drawn, 0 is never. `bucket` (N,): each image's bucket. Successive batches of
-    a bucket continue its `Stream`, across epochs. The order of buckets is a seeded permutation, in which a bucket has
-    batches in proportion to its weight, at least one.
+    a bucket continue its `Stream`, across epochs. Batch n of a bucket that has `share` of all weights is due at time
+    (n + offset) / share, with an offset in [0, 1) by the seed, so that what is rounded in one epoch is carried over to the
+    next: before any time, a bucket has had time * share batches, rounded up or down. Epochs of equal time are shuffled.
     """
 
     def __init__(self, weights: np.ndarray, seed: int, bucket: np.ndarray | None = None, batch_size: int = 1):
@@ -133,18 +134,31 @@ class Order:
         self.batch_size = batch_size
         self.streams = [Stream(ids, weights[ids], seed, b) for b, ids in groups.items()]
         total = float(weights[drawn].sum())
-        batches = max(1, round(total / float(weights.max()) / batch_size))
-        self.counts = [max(1, round(float(weights[ids].sum()) / total * batches)) for ids in groups.values()]
-        self.length = sum(self.counts)
-        turns = np.repeat(np.arange(len(self.counts), dtype=np.int16), self.counts)  # an epoch's streams, in order
-        self.turns = lru_cache(2)(lambda epoch: keyed(seed, "buckets", epoch).permutation(turns))
+        self.shares = np.array([float(weights[ids].sum()) / total for ids in groups.values()])
+        self.offsets = keyed(seed, "bucket offsets").random(len(groups))
+        self.length = max(1, round(total / float(weights.max()) / batch_size))
+        self.turns = lru_cache(2)(partial(self._turns, seed))
+
+    def before(self, epoch: int) -> np.ndarray:
+        """How many batches each bucket has had when an epoch begins: int64 (buckets,)."""
+        return np.ceil(np.maximum(0.0, epoch * self.length * self.shares - self.offsets)).astype(np.int64)
+
+    def _turns(self, seed: int, epoch: int) -> np.ndarray:
+        """The buckets of an epoch's batches, in order."""
+        counts = self.before(epoch + 1) - self.before(epoch)
+        return keyed(seed, "buckets", epoch).permutation(np.repeat(np.arange(len(counts), dtype=np.int16), counts))
 
     def __call__(self, step: int) -> np.ndarray:
-        epoch, place = divmod(step, self.length)
-        turns = self.turns(epoch)
+        epoch = step // self.length  # or one near it: an epoch has as many batches as are due in it
+        while self.before(epoch).sum() > step:
+            epoch -= 1
+        while self.before(epoch + 1).sum() <= step:
+            epoch += 1
+        before, turns = self.before(epoch), self.turns(epoch)
+        place = step - int(before.sum())
         which = int(turns[place])
-        before = epoch * self.counts[which] + int(np.count_nonzero(turns[:place] == which))
-        return self.streams[which].take(before * self.batch_size, self.batch_size)
+        earlier = int(before[which]) + int(np.count_nonzero(turns[:place] == which))
+        return self.streams[which].take(earlier * self.batch_size, self.batch_size)
 
 
 class Images:
