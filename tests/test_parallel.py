@@ -14,7 +14,6 @@ import time
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -59,15 +58,19 @@ def test_processes_share_out_the_rows_of_a_batch(size, tensor):
 
 
 def test_rows_are_computed_in_parts():
-    task = stage_of(Stage(batch_size=24, accumulate=3))
-    assert claim.split(range(12, 24), task, place(1, 2)) == [range(12, 16), range(16, 20), range(20, 24)]
+    settings = Stage(batch_size=24, accumulate=3)
+    assert claim.split(range(12, 24), "denoiser", settings, False, place(1, 2)) == [
+        range(12, 16),
+        range(16, 20),
+        range(20, 24),
+    ]
 
 
 @pytest.mark.parametrize(("batch", "accumulate", "size"), [(6, 1, 4), (8, 4, 4), (1, 1, 2)])
 def test_rows_that_do_not_come_out_even_are_refused(batch, accumulate, size):
-    task, world = stage_of(Stage(batch_size=batch, accumulate=accumulate)), place(0, size)
+    settings, world = Stage(batch_size=batch, accumulate=accumulate), place(0, size)
     with pytest.raises(UsageError, match=rf"batch_size: {batch} .* multiple of {size * accumulate}"):
-        claim.split(world.rows(batch, shared=False), task, world)
+        claim.split(world.rows(batch, shared=False), "denoiser", settings, False, world)
 
 
 def test_more_matrices_shared_than_processes_are_refused(monkeypatch):
@@ -444,8 +447,3 @@ def test_torchrun_trains_and_draws(parallel_path, pair, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=300)
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'run' / 'model'}\n"), done.stderr
     checked(tmp_path / "run", pair)
-
-
-def stage_of(settings: Stage) -> SimpleNamespace:
-    """What of a task is asked to share out its rows."""
-    return SimpleNamespace(name="denoiser", settings=settings, whole=False)

@@ -13,6 +13,7 @@ import tarfile
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,7 +32,16 @@ from tinydiff.checkpoints.source import Source
 from tinydiff.data import latents
 from tinydiff.data.dataset import Images, open_source
 from tinydiff.diffusion.predictions import PREDICTIONS
-from tinydiff.errors import BusyError, DataError, DivergedError, HungError, ModelError, ResourceError, UsageError
+from tinydiff.errors import (
+    BusyError,
+    DataError,
+    DivergedError,
+    HungError,
+    ModelError,
+    ResourceError,
+    UsageError,
+    UserError,
+)
 from tinydiff.networks.dit import DiT as DiTSettings
 from tinydiff.stages import AutoencoderStage, Stage
 from tinydiff.text.tokenizer import Tokenizer
@@ -203,7 +213,7 @@ def trained(task, optimizer=None) -> state.Training:
 
 def update(task, training, n: int = 0) -> loop.Done:
     """Step `n` of a task alone."""
-    task.rows = claim.split(range(task.settings.batch_size), task, task.run.world)
+    task.rows = claim.split(range(task.settings.batch_size), task.name, task.settings, task.whole, task.run.world)
     return loop.step(task.run, task, training, n, loop.parts_of(task, n))
 
 
@@ -398,6 +408,72 @@ def test_other_settings_are_refused_by_name(finished, whole, run_config):
     for part in ("unet.layers_per_block (1 -> 2)", "train.autoencoder.lr (0.001 -> 0.5)", "--fresh"):
         assert part in str(caught.value)
     assert digests(finished) == digests(whole) and config.load(finished / "tinydiff.toml") == run_config
+
+
+def of_stage(cfg: config.Config, name: str, **keys) -> config.Config:
+    """The configuration with other keys of one stage."""
+    return replace(cfg, train=replace(cfg.train, **{name: replace(cfg.train.stage(name), **keys)}))
+
+
+REFUSED = {
+    "another network": lambda cfg: replace(cfg, unet=replace(cfg.unet, block_out_channels=(32,))),
+    "another autoencoder": lambda cfg: replace(cfg, autoencoder=replace(cfg.autoencoder, layers_per_block=2)),
+    "parts that do not come out even": lambda cfg: of_stage(cfg, "denoiser", accumulate=3),
+    "no data": lambda cfg: replace(cfg, data=replace(cfg.data, path="nowhere")),
+}
+
+
+@pytest.mark.parametrize("change", REFUSED.values(), ids=REFUSED)
+def test_a_refused_command_leaves_the_run_as_it_was(change, finished, run_config):
+    before = snapshot(finished)
+    with pytest.raises(UserError):
+        loop.run(change(run_config), finished, accept=True)
+    assert snapshot(finished) == before
+
+
+@pytest.mark.parametrize("change", [*REFUSED.values()][2:], ids=[*REFUSED][2:])
+def test_a_first_start_that_fails_claims_nothing(change, run_config, tmp_path):
+    with pytest.raises(UserError):
+        loop.run(change(run_config), tmp_path / "run")
+    other = replace(run_config, text_encoder=replace(run_config.text_encoder, vocab_size=520))
+    loop.run(other, tmp_path / "run", "autoencoder")
+    assert config.load(tmp_path / "run" / "tinydiff.toml") == other
+
+
+def test_a_full_disk_at_the_start_claims_nothing(run_config, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        with pytest.raises(ResourceError, match="free some space"):
+            loop.run(run_config, tmp_path)
+    other = replace(run_config, text_encoder=replace(run_config.text_encoder, vocab_size=520))
+    loop.run(other, tmp_path, "autoencoder")
+    assert Tokenizer.load(tmp_path / "tokenizer").vocab_size == 520
+
+
+def test_the_scale_of_latents_is_that_which_the_denoiser_learnt(own_data, tmp_path):
+    """Pictures that come later do not change it, and so not what the denoiser has learnt of those that were there."""
+
+    def factor() -> float:
+        return files.read_json(tmp_path / "run" / "model" / "vae" / "config.json")["scaling_factor"]
+
+    loop.run(own_data, tmp_path / "run")
+    first = factor()
+    for i in range(12):
+        Image.new("RGB", (16, 16), (20 * i, 0, 255)).save(Path(own_data.data.path) / f"blue-{i}.png")
+        (Path(own_data.data.path) / f"blue-{i}.txt").write_text("blue")
+    more = of_stage(own_data, "denoiser", steps=own_data.train.denoiser.steps + 2)
+    loop.run(more, tmp_path / "run", accept=True)
+    assert factor() == first
+    loop.run(more, tmp_path / "new")
+    assert factor() == first != files.read_json(tmp_path / "new" / "model" / "vae" / "config.json")["scaling_factor"]
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
+def test_a_damaged_tokenizer_of_a_run_is_refused(name, finished, run_config):
+    path = finished / "tokenizer" / name
+    path.write_bytes(bytes([*path.read_bytes()[:-3], 0x31, *path.read_bytes()[-2:]]))
+    with pytest.raises(ModelError, match=rf"{name}: damaged"):
+        loop.run(of_stage(run_config, "denoiser", steps=14), finished, accept=True)
 
 
 def test_other_settings_are_accepted_on_request(finished, run_config):
@@ -640,13 +716,13 @@ def test_shards_train_to_the_bits_of_the_folder(run_config, whole, image_folder,
 
 def test_images_lost_while_training_are_passed_over_and_counted(own_data, monkeypatch, tmp_path):
     """Deleted behind the start: the others take its place, and above the allowed share the run ends with exit code 3."""
-    path, fine = Path(own_data.data.path), claim.data
+    path, fine = Path(own_data.data.path), claim.Claim.data
 
     def delete(*arguments):
         fine(*arguments)
         (path / "red-square.png").unlink()
 
-    monkeypatch.setattr(claim, "data", delete)
+    monkeypatch.setattr(claim.Claim, "data", delete)
     allowed = replace(own_data, data=replace(own_data.data, max_bad_fraction=0.1))
     loop.run(allowed, tmp_path / "run")
     assert (tmp_path / "run" / "model").exists()

@@ -11,11 +11,13 @@ from typing import Any
 from tinydiff import config, files
 from tinydiff.data.dataset import Images
 from tinydiff.errors import DataError, UsageError
+from tinydiff.files import shown
 from tinydiff.schema import flat, to_toml
+from tinydiff.stages import Stage
 from tinydiff.training.parallel import World
 from tinydiff.training.runtime import Runtime
-from tinydiff.training.task import Task
 
+CONFIG, DATA = "tinydiff.toml", "data.json"
 FREE = (  # keys that change nothing that is learnt
     "generate.",
     *(f"train.{k}" for k in ("threads", "keep", "device", "timeout", "max_skipped", "tensorboard", "parallel")),
@@ -35,54 +37,80 @@ def held(runtime: Runtime, run_dir: Path) -> Iterator[None]:
         yield
 
 
-def configuration(cfg: config.Config, run_dir: Path, accept: bool) -> None:
-    """Write the configuration of a new run; refuse another one for a run that has begun, unless it is accepted."""
-    path = run_dir / "tinydiff.toml"
-    old, new = flat(config.load(path)) if path.exists() else {}, flat(cfg)
-    changed = [k for k in old if new[k] != old[k] and not any(f in k for f in FREE)]
-    if changed and not accept:
-        what = ", ".join(f"{k} ({old[k]} -> {new[k]})" for k in changed[:10])
-        fix = "use --accept-changes to go on so, --fresh or another --run-dir"
-        raise UsageError(f"{run_dir}: the run was begun with other settings: {what}; {fix}")
-    if new != old:
-        files.write_file(path, to_toml(cfg).encode(), force=bool(old))
+class Claim:
+    """What a run directory notes of its run: configuration and data, compared at once and written by `write`.
 
+    Nothing is written before all that can be refused has been: a refused command leaves the run as it was, and a first one
+    that fails does not claim the directory.
+    """
 
-def data(runtime: Runtime, run_dir: Path, images: Images, accept: bool) -> None:
-    """Note what data a new run reads; refuse other data for a run that has begun, or on another process."""
-    world, path, origin = runtime.world, run_dir / "data.json", runtime.config.data.path
-    now = {"fingerprint": images.source.fingerprint(), "images": len(images.source)}
-    if world.share(now["fingerprint"]) != now["fingerprint"]:
-        raise DataError(f"process {world.rank} reads other data than process 0; give all the same {origin}")
-    with world.first() as first:
-        begun = files.read_json(path) if path.exists() else now
-        if begun != now and not accept:
-            counts = f"{begun.get('images')} images then, {now['images']} now"
+    def __init__(self, runtime: Runtime, run_dir: Path, accept: bool):
+        self.runtime, self.dir, self.accept = runtime, run_dir, accept
+        self.written, self.notes = runtime.world.rank != 0, dict[str, bytes]()
+
+    @property
+    def begun(self) -> bool:
+        """Whether the directory belongs to a run."""
+        return (self.dir / CONFIG).exists()
+
+    def configuration(self, cfg: config.Config) -> None:
+        """Refuse another configuration for a run that has begun, unless it is accepted."""
+        old, new = flat(config.load(self.dir / CONFIG)) if self.begun else {}, flat(cfg)
+        changed = [k for k in old if new[k] != old[k] and not any(f in k for f in FREE)]
+        if changed and not self.accept:
+            what = ", ".join(f"{k} ({old[k]} -> {new[k]})" for k in changed[:10])
+            fix = "use --accept-changes to go on so, --fresh or another --run-dir"
+            raise UsageError(f"{shown(self.dir)}: the run was begun with other settings: {what}; {fix}")
+        if new != old:
+            self.notes[CONFIG] = to_toml(cfg).encode()
+
+    def data(self, images: Images) -> None:
+        """Refuse other data for a run that has begun, or on another process."""
+        world, path, origin = self.runtime.world, self.dir / DATA, self.runtime.config.data.path
+        now = {"fingerprint": images.source.fingerprint(), "images": len(images.source)}
+        if world.share(now["fingerprint"]) != now["fingerprint"]:
+            raise DataError(f"process {world.rank} reads other data than process 0; give all the same {origin}")
+        begun = files.read_json(path) if self.begun and path.exists() else None
+        if begun not in (None, now) and not self.accept:
+            counts = f"{begun.get('images')} images then, {now['images']} now"  # type: ignore[union-attr]
             fix = "put it back, or use --accept-changes to go on with it, or --fresh to start over"
             raise DataError(f"{origin}: changed since the run was begun ({counts}); {fix}")
-        if first and (begun != now or not path.exists()):
-            files.write_file(path, json.dumps(now).encode(), force=True)
-    if images.source.skipped:
-        runtime.say(images.source.report())
+        if begun != now:
+            self.notes[DATA] = json.dumps(now).encode()
+        if images.source.skipped:
+            self.runtime.say(images.source.report())
+
+    def tokenizer(self, cfg: config.Config, images: Images) -> Any:
+        """The run's tokenizer; made anew until the run has begun."""
+        path, network = self.dir / "tokenizer", cfg.text_network
+        with self.runtime.world.first() as first:
+            if first and not (self.begun and path.exists()):
+                made = network.make_tokenizer(cfg, images.source)
+                with files.committed(path, replace=True) as temporary:
+                    made.save(temporary)
+            files.verify(path)
+            return network.tokenizer_class.load(path)
+
+    def write(self) -> None:
+        """Write what is new, the first time; the configuration last, since the run has begun with it."""
+        for name in () if self.written else sorted(self.notes):
+            files.write_file(self.dir / name, self.notes[name], force=True)
+        self.written = True
 
 
-def tokenizer(cfg: config.Config, run_dir: Path, images: Images) -> Any:
-    """The run's tokenizer, which is made the first time."""
-    path, network = run_dir / "tokenizer", cfg.text_network
-    if not path.exists():
-        made = network.make_tokenizer(cfg, images.source)
-        with files.committed(path) as temporary:
-            made.save(temporary)
-    return network.tokenizer_class.load(path)
+def split(mine: range, name: str, settings: Stage, whole: bool, world: World) -> list[range]:
+    """A process's rows of a stage's batch in the parts they are computed in; `whole`: its loss needs all of them at once.
 
-
-def split(mine: range, task: Task, world: World) -> list[range]:
-    """A process's rows of the batch in the parts they are computed in. UsageError where they do not come out even."""
-    cfg, name = task.settings, f"train.{task.name}"
-    if task.whole and cfg.accumulate > 1:
-        raise UsageError(f"{name}.accumulate: this stage's loss compares the rows of a whole batch; set it to 1")
-    if len(mine) % cfg.accumulate or cfg.batch_size % world.size:
-        problem = f"{cfg.batch_size} rows do not divide among {world.size} processes in {cfg.accumulate} parts"
-        raise UsageError(f"{name}.batch_size: {problem}; make it a multiple of {world.size * cfg.accumulate}")
-    size = len(mine) // cfg.accumulate
+    UsageError where they do not come out even.
+    """
+    if whole and settings.accumulate > 1:
+        raise UsageError(f"train.{name}.accumulate: this stage's loss compares the rows of a whole batch; set it to 1")
+    if len(mine) % settings.accumulate or settings.batch_size % world.size:
+        problem = (
+            f"{settings.batch_size} rows do not divide among {world.size} processes in {settings.accumulate} parts"
+        )
+        raise UsageError(
+            f"train.{name}.batch_size: {problem}; make it a multiple of {world.size * settings.accumulate}"
+        )
+    size = len(mine) // settings.accumulate
     return [range(start, start + size) for start in range(mine.start, mine.stop, size)]

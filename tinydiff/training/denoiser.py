@@ -61,6 +61,15 @@ class DenoiserTask(Task):
         tokenizers = self.model.tokenizers
         self.encode = lru_cache(200_000)(lambda name, caption: tokenizers[name].encode([caption])[0])  # ids (T,)
 
+    def state(self) -> dict[str, float]:
+        return {"scaling_factor": self.model.scaling_factor}
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Other data have other latents, which are scaled as those that the denoiser has learnt."""
+        if not self.model.opened and "scaling_factor" in state:  # checkpoints of older versions have none
+            self.run.model = self.model = self.model.scaled(state["scaling_factor"])
+            self.description = self.model.description
+
     def cast(self) -> dict[str, Player]:
         module = Denoise(self.model)
         return {self.name: Player(module, module, self.settings, list(module.children()))}

@@ -46,22 +46,24 @@ def run(cfg: config.Config, run_dir: Path, last: str | None = None, accept: bool
     `accept` goes on with another configuration or other data; `strict` refuses to pass over a damaged checkpoint.
     """
     with Runtime(cfg) as runtime, runtime.world.together(), claim.held(runtime, run_dir):
-        with runtime.world.first() as first:
-            if first:
-                claim.configuration(cfg, run_dir, accept)
-                state.sweep(run_dir)
-        this, result = Run(runtime, run_dir, strict), run_dir
+        this, result = Run(runtime, run_dir, accept, strict), run_dir
+        this.claim.configuration(cfg)
+        for name, row in STAGES.items():
+            settings = cfg.train.stage(name)
+            rows = runtime.world.rows(settings.batch_size, cfg.train.tensor_parallel > 1)
+            claim.split(rows, name, settings, imported(row.task).whole, runtime.world)
         this.data = Images(open_source(cfg.data, cfg.train.seed, this.progress("indexing shards")), cfg.data)
-        claim.data(runtime, run_dir, this.data, accept)
-        with runtime.world.first():
-            tokenizer = claim.tokenizer(cfg, run_dir, this.data)
-        this.model = placed(folder.build(cfg, tokenizer, cfg.train.seed), runtime)
+        this.claim.data(this.data)
+        if runtime.world.rank == 0:
+            state.sweep(run_dir)
+        this.model = placed(folder.build(cfg, this.claim.tokenizer(cfg, this.data), cfg.train.seed), runtime)
         for name, row in STAGES.items():
             task = imported(row.task)(this)
             stage(this, task)
             result = run_dir / "model" if task.publishes else result
             if name == last:
                 break
+        this.claim.write()
     return result
 
 
@@ -77,7 +79,7 @@ def placed(model: folder.Model, runtime: Runtime) -> folder.Model:
 def stage(run: Run, task: Task) -> None:
     """Run one task from its newest checkpoint to its last step; its players are left with their averaged weights."""
     world, cfg = run.world, task.settings
-    task.rows = claim.split(world.rows(cfg.batch_size, divided(run, task)), task, world)
+    task.rows = claim.split(world.rows(cfg.batch_size, divided(run, task)), task.name, cfg, task.whole, world)
     for player in task.players.values():
         player.module.train()
         player.network = spread(player.network, player.parts, world, run.runtime.cfg, run.runtime.dtype)
@@ -87,6 +89,7 @@ def stage(run: Run, task: Task) -> None:
         with world.first() as first:
             if first:
                 state.make_room(run.checkpoints, training)
+                run.claim.write()
         with enough_memory(run, task), contextlib.closing(Saver()) as saver:
             train(run, task, training, saver, start, skipped)
     elif world.rank == 0 and task.publishes and not published(run):
@@ -116,6 +119,7 @@ def resume(run: Run, task: Task, training: Training) -> tuple[int, int]:
             say(f"{task.name}: no checkpoint yet, beginning at step 0 again")
         return 0, 0
     saved = state.load(Path(path), training)
+    task.restore(saved.get("task", {}))
     if saved["scaler"]:
         run.runtime.scaler.load_state_dict(saved["scaler"])
     if saved["step"] < task.settings.steps:
@@ -322,7 +326,7 @@ def commit(run: Run, task: Task, training: Training, saver: Saver, n: int, skipp
         raise diverged(task, f"weights are NaN or infinite after step {n}")
     cfg, world, updates = run.runtime.cfg, run.world, {each.name: each.updates for each in training.learners}
     about = {"stage": task.name, "step": n, "skipped": skipped, "updates": updates}
-    about |= {"scaler": run.runtime.scaler.state_dict(), "processes": world.size}
+    about |= {"scaler": run.runtime.scaler.state_dict(), "processes": world.size, "task": task.state()}
 
     def publish(checkpoint: Path) -> None:
         if task.publishes:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinydiff.progress import Progress
+from tinydiff.training.claim import Claim
 from tinydiff.training.runtime import Interrupted, Runtime
 
 if TYPE_CHECKING:
@@ -15,13 +16,17 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """What every stage of a run is given. `strict` refuses to pass over a damaged checkpoint."""
+    """What every stage of a run is given.
+
+    `accept` goes on with another configuration or other data; `strict` refuses to pass over a damaged checkpoint.
+    """
 
     data: Images
     model: Model
 
-    def __init__(self, runtime: Runtime, directory: Path, strict: bool = False):
+    def __init__(self, runtime: Runtime, directory: Path, accept: bool = False, strict: bool = False):
         self.runtime, self.dir, self.strict = runtime, directory, strict
+        self.claim = Claim(runtime, directory, accept)
         self.cfg, self.world, self.checkpoints = runtime.config, runtime.world, directory / "checkpoints"
 
     def progress(self, label: str) -> Callable[[int, int], None]:

@@ -72,6 +72,13 @@ class Task:
         """What a player minimises, (), and what to report of it."""
         raise NotImplementedError
 
+    def state(self) -> dict[str, Any]:
+        """What else than weights and buffers the stage's learning depends on, as JSON: kept though the data change."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on with the `state` of a checkpoint."""
+
     def pictures(self) -> tuple[np.ndarray, dict[str, float]]:
         """What has been learnt, uint8 (n, H, W, 3), and numbers about it."""
         raise NotImplementedError
