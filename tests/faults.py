@@ -11,18 +11,24 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from unittest.mock import patch
 
 import torch
 from torch import nn
 
-from tinydiff import files
+from tinydiff import files, temporary
 from tinydiff.checkpoints import folder, weights
 from tinydiff.stages import Stage
 from tinydiff.training import state
 from tinydiff.training.parallel import World
 
-CHANGES = ("fsync", "rename", "link", "unlink", "rmdir", "mkdir", "chmod")
+CHANGES = ("fsync", "rename", "exchange", "link", "unlink", "rmdir", "mkdir", "chmod")
+
+
+def owner(name: str) -> ModuleType:
+    """The module that a call is made through."""
+    return temporary if name == "exchange" else os
 
 
 WRITERS = ((state, "save_file"), (folder, "save_file"), (Path, "write_text"), (Path, "write_bytes"))
@@ -89,12 +95,12 @@ def restored(run_dir: Path, width: int = 6) -> int | None:
 
 def published(run_dir: Path) -> int | None:
     """The step whose averaged weights the model folder has."""
-    files.recover(run_dir / "model")
-    if not (run_dir / "model").exists():
+    model = files.present(run_dir / "model")
+    if not model.exists():
         return None
-    files.verify(run_dir / "model")
-    step = files.read_json(run_dir / "model" / "about.json")["step"]
-    found, wanted = weights.tensors([run_dir / "model" / "net" / "w.safetensors"]), toy(step).tensors("average")
+    files.verify(model)
+    step = files.read_json(model / "about.json")["step"]
+    found, wanted = weights.tensors([model / "net" / "w.safetensors"]), toy(step).tensors("average")
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     return step
 
@@ -138,9 +144,9 @@ class Injector:
     def installed(self) -> Iterator[None]:
         with ExitStack() as stack:
             for name in self.names:
-                real = getattr(os, name)
-                stack.enter_context(patch.object(os, name, partial(self.call, real, name)))
-            for owner, name in WRITERS:
-                real = getattr(owner, name)
-                stack.enter_context(patch.object(owner, name, lambda *a, real=real, **k: self.writer(real, *a, **k)))
+                real = getattr(owner(name), name)
+                stack.enter_context(patch.object(owner(name), name, partial(self.call, real, name)))
+            for writer, name in WRITERS:
+                real = getattr(writer, name)
+                stack.enter_context(patch.object(writer, name, lambda *a, real=real, **k: self.writer(real, *a, **k)))
             yield

@@ -87,7 +87,9 @@ def test_a_network_drive_that_syncs_no_folders_will_do(tmp_path):
         folders = True
         save(tmp_path, 1)
         folders = False
-        with pytest.raises(ResourceError, match=r"\.(json|safetensors): Invalid argument; check the disk"):
+        with pytest.raises(
+            ResourceError, match=r"\.(json|safetensors): Invalid argument; choose a folder of another file system"
+        ):
             save(tmp_path, 2)
     check(tmp_path, None, 1, done=True)
 

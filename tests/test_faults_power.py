@@ -13,9 +13,9 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from faults import CHANGES, WRITERS, check, save
+from faults import CHANGES, WRITERS, check, owner, save
 
-from tinydiff import files
+from tinydiff import files, temporary
 
 pytestmark = pytest.mark.usefixtures("unsynced")
 
@@ -119,16 +119,20 @@ def watched(disk: Disk, after: Callable[[str], None]) -> Iterator[None]:
 
     with ExitStack() as stack:
         for name in CHANGES:
-            stack.enter_context(patch.object(os, name, partial(seen, getattr(os, name), name)))
-        for owner, name in WRITERS:
-            call = lambda *a, real=getattr(owner, name), **k: seen(real, "write", *a, **k)  # noqa: E731
-            stack.enter_context(patch.object(owner, name, call))
+            stack.enter_context(patch.object(owner(name), name, partial(seen, getattr(owner(name), name), name)))
+        for writer, name in WRITERS:
+            call = lambda *a, real=getattr(writer, name), **k: seen(real, "write", *a, **k)  # noqa: E731
+            stack.enter_context(patch.object(writer, name, call))
         yield
 
 
-@pytest.mark.parametrize("before", [1, 0], ids=["replacing", "first"])
-def test_power_lost_after_every_call_of_a_save(tmp_path, before):
+@pytest.mark.parametrize("before", [1, 0, -1], ids=["replacing", "first", "replacing by renames"])
+def test_power_lost_after_every_call_of_a_save(tmp_path, monkeypatch, before):
     """With none, all, or any choice of what was not synced yet: the old step or the new, and after the save the new."""
+    chances = 6 if before >= 0 else 2
+    if before < 0:
+        monkeypatch.setattr(temporary, "exchange", lambda *_: False)
+        before = 1
     run_dir, rng, moments = tmp_path / "run", np.random.default_rng(20), []
     run_dir.mkdir()
     if before:
@@ -137,7 +141,7 @@ def test_power_lost_after_every_call_of_a_save(tmp_path, before):
 
     def lose_power(name: str, done: bool = False) -> None:
         moments.append(name)
-        choices = [lambda: 0.0, lambda: 1.0, lambda: 0.7, lambda: 0.3] + [rng.random] * 6
+        choices = [lambda: 0.0, lambda: 1.0, lambda: 0.7, lambda: 0.3] + [rng.random] * chances
         for number, keep in enumerate(choices):
             place = tmp_path / f"{len(moments)}-{number}"
             disk.lose_power(place, keep)

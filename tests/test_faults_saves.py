@@ -18,6 +18,7 @@ from faults import CHANGES, Injector, check, restored, save, toy, write
 from forker import Forker
 from safetensors import SafetensorError
 
+from tinydiff import temporary
 from tinydiff.errors import ResourceError
 from tinydiff.training import state
 from tinydiff.training.saver import Saver
@@ -43,7 +44,9 @@ def leftovers(run_dir: Path) -> list[str]:
 
 def kill_in_turn(place: str, before: str) -> int:
     """Saves with a process killed before each call, until one passes; then the next save, which mends what was left."""
-    base, old = Path(place) / "base", int(before) or None
+    base, old = Path(place) / "base", abs(int(before)) or None
+    if int(before) < 0:
+        temporary.exchange = lambda *_: False
     base.mkdir()
     os.fsync = lambda descriptor: None
     if old:
@@ -67,7 +70,7 @@ def kill_in_turn(place: str, before: str) -> int:
     return 1
 
 
-@pytest.mark.parametrize("before", [1, 0], ids=["replacing", "first"])
+@pytest.mark.parametrize("before", [1, 0, -1], ids=["replacing", "first", "replacing by renames"])
 def test_killed_before_every_call_of_a_save(forker, tmp_path, before):
     succeeds(forker, "kill_in_turn", tmp_path, before, log=tmp_path / "log")
 

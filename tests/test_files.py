@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from itertools import count
@@ -13,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from tinydiff import temporary
 from tinydiff.errors import BusyError, ModelError, ResourceError, UsageError
-from tinydiff.files import committed, lock, read_json, recover, shown, verify, write_file
+from tinydiff.files import again, committed, lock, present, read_json, stamp, undisturbed, verify, write_file
 
 
 def write_folder(path: Path, text: str, replace: bool = False) -> None:
@@ -25,8 +28,17 @@ def write_folder(path: Path, text: str, replace: bool = False) -> None:
 
 
 def text_of(path: Path) -> str:
+    """What a reader finds, who changes nothing."""
     verify(path)
-    return read_json(path / "unet" / "config.json")["text"]
+    return read_json(present(path) / "unet" / "config.json")["text"]
+
+
+@pytest.fixture(params=["exchange", "renames"])
+def way(request, monkeypatch) -> str:
+    """Whether the file system can exchange two names."""
+    if request.param == "renames":
+        monkeypatch.setattr(temporary, "exchange", lambda *_: False)
+    return request.param
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, name: str, nth: int, code: int = errno.ENOSPC, onwards: bool = False):
@@ -80,6 +92,7 @@ def test_failed_block_leaves_nothing(tmp_path, error):
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.usefixtures("way")
 def test_existing_folder_is_refused_then_replaced(tmp_path):
     write_folder(tmp_path / "model", "old")
     with pytest.raises(UsageError, match="model: exists; use --force"):
@@ -99,8 +112,8 @@ def test_replace_spares_what_tinydiff_did_not_write(tmp_path):
 
 
 @pytest.mark.parametrize("onwards", [False, True])
-@pytest.mark.parametrize("name", ["fsync", "rename"])
-def test_every_failing_call_keeps_old_or_new(tmp_path, name, onwards):
+@pytest.mark.parametrize("name", ["fsync", "rename", "mkdir", "unlink", "rmdir"])
+def test_every_failing_call_keeps_old_or_new(tmp_path, way, name, onwards):
     for nth in count(1):
         base = tmp_path / str(nth)
         base.mkdir()
@@ -109,14 +122,14 @@ def test_every_failing_call_keeps_old_or_new(tmp_path, name, onwards):
             calls = fail_at(patch, name, nth, onwards=onwards)
             if failed := _raises_resource_error(lambda path=base / "model": write_folder(path, "new", replace=True)):
                 assert "the-file: No space left on device; free some space" in failed
-        recover(base / "model")
         assert text_of(base / "model") in ("old", "new")
-        assert not [name for name in leftovers(base) if name.startswith(".tmp-")]
-        if not failed:
-            assert len(calls) == nth - 1
-            assert text_of(base / "model") == "new"
-            assert nth > 2
+        assert name in ("unlink", "rmdir") or not [left for left in leftovers(base) if left.startswith(".tmp-")]
+        if len(calls) < nth:
+            assert not failed and text_of(base / "model") == "new"
+            assert nth > 2 or (name, way) == ("rename", "exchange") or name in ("unlink", "rmdir")
             break
+        write_folder(base / "model", "next", replace=True)
+        assert text_of(base / "model") == "next" and leftovers(base) == []
 
 
 def _raises_resource_error(action) -> str:
@@ -131,8 +144,11 @@ def _raises_resource_error(action) -> str:
 KILLER = """
 import os, sys
 from pathlib import Path
-from tinydiff.files import committed, verify, read_json
+from tinydiff import temporary
+from tinydiff.files import committed, present, verify, read_json
 base, name = Path(sys.argv[1]), sys.argv[2]
+if sys.argv[3] == "renames":
+    temporary.exchange = lambda *_: False
 def write(path, text):
     with committed(path, replace=True) as folder:
         (folder / "a.json").write_text('{"text": "%s"}' % text)
@@ -152,19 +168,24 @@ for nth in range(1, 100):
         os._exit(0)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     verify(path)
-    print(status, read_json(path / "a.json")["text"])
+    print(status, read_json(present(path) / "a.json")["text"])
+    write(path, "next")
+    verify(path)
+    assert os.listdir(path.parent) == ["model"], os.listdir(path.parent)
     if status == 0:
         break
 """
 
 
-@pytest.mark.parametrize("name", ["open", "fsync", "rename"])
-def test_killed_before_every_call_keeps_old_or_new(tmp_path, name):
-    command = [sys.executable, "-c", KILLER, str(tmp_path), name]
+@pytest.mark.parametrize("name", ["open", "fsync", "rename", "mkdir", "unlink", "rmdir"])
+@pytest.mark.parametrize("how", ["exchange", "renames"])
+def test_killed_before_every_call_keeps_old_or_new(tmp_path, name, how):
+    """Readers, who change nothing, find one of them, and the next writer leaves nothing else."""
+    command = [sys.executable, "-c", KILLER, str(tmp_path), name, how]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     lines = done.stdout.split("\n")[:-1]
     assert lines[-1] == "0 new"
-    assert len(lines) > 2
+    assert len(lines) > 2 or name in ("rename", "mkdir", "unlink", "rmdir")
     assert set(lines[:-1]) <= {"9 old", "9 new"}
 
 
@@ -355,7 +376,7 @@ def test_write_file_loses_a_race_cleanly(tmp_path, monkeypatch):
 
 def test_refusals_of_the_system_name_file_and_fix(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ResourceError, match="file.*; check the disk"):
+    with pytest.raises(ResourceError, match="file: File exists; remove what is there, or choose another path"):
         write_file(tmp_path / "file" / "a", b"x")
     with pytest.raises(ResourceError, match="file"), committed(tmp_path / "file" / "model"):
         pass
@@ -398,6 +419,86 @@ def test_lock_names_the_holder_and_outlives_no_process(tmp_path):
         pass
 
 
-def test_shown_escapes_what_a_terminal_acts_on():
-    assert shown(Path("bilder/grün [/red].png")) == "bilder/grün [/red].png"
-    assert shown("a\nb\x1b[31m\udcff") == r"'a\nb\x1b[31m\udcff'"
+def swap(path: Path, text: str, how: str) -> None:
+    """Replace a folder as this program does, or as somebody does who moves two folders."""
+    if how != "moved":
+        return write_folder(path, text, replace=True)
+    write_folder(path.with_name("next"), text)
+    path.rename(path.with_name("before"))
+    path.with_name("next").rename(path)
+    shutil.rmtree(path.with_name("before"))
+
+
+def read_all(path: Path) -> tuple[str, str]:
+    """What somebody does who opens a model: verify it, then read its files."""
+    with undisturbed({path: stamp(path)}):
+        verify(path)
+        return read_json(path / "unet" / "config.json")["text"], (path / "weights.bin").read_text()[:3]
+
+
+@pytest.mark.parametrize("how", ["exchange", "renames", "moved"])
+@pytest.mark.parametrize("manifest", [True, False])
+def test_a_folder_that_is_replaced_at_any_moment_is_read_as_old_or_new(tmp_path, monkeypatch, how, manifest):
+    """Before each file that a reader opens: never a mixture, and never called damaged or missing."""
+    if how != "exchange":
+        monkeypatch.setattr(temporary, "exchange", lambda *_: False)
+    real, seen = io.open, set()
+    for nth in count(1):
+        path, opened = tmp_path / str(nth) / "model", []
+        path.parent.mkdir()
+        write_folder(path, "old")
+        if not manifest:
+            (path / "manifest.json").unlink()
+
+        def opening(file, *args, nth=nth, path=path, opened=opened, **kwargs):
+            if path in Path(file).parents or path == Path(file):
+                opened.append(file)
+            if len(opened) == nth:
+                opened.append("swapped")
+                swap(path, "new", how if manifest else "moved")
+                if not manifest:
+                    (path / "manifest.json").unlink()
+            return real(file, *args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(io, "open", opening)
+            patch.setattr("builtins.open", opening)
+            found = again(lambda path=path: read_all(path))
+        assert found in (("old", "old"), ("new", "new")), (nth, found)
+        seen.add(found[0])
+        if len(opened) < nth:
+            break
+    assert seen == {"old", "new"} and nth > 3
+
+
+def test_who_never_finds_it_at_rest_is_told_so(tmp_path):
+    write_folder(tmp_path / "model", "0")
+    numbers = count(1)
+
+    def read() -> None:
+        with undisturbed({tmp_path / "model": stamp(tmp_path / "model")}):
+            write_folder(tmp_path / "model", str(next(numbers)), replace=True)
+
+    with pytest.raises(BusyError, match="model: replaced while it was read; wait") as caught:
+        again(read)
+    assert caught.value.code == 6 and next(numbers) > 10
+
+
+def test_an_error_of_a_folder_at_rest_is_its_own(tmp_path):
+    write_folder(tmp_path / "model", "0")
+    with pytest.raises(KeyError), undisturbed({tmp_path / "model": stamp(tmp_path / "model")}):
+        raise KeyError
+    (tmp_path / "model" / ".DS_Store").write_text("x")  # which is nobody's replacement
+    assert read_all(tmp_path / "model") == ("0", "000")
+
+
+def test_readers_change_nothing_where_a_replacement_was_interrupted(tmp_path):
+    """On a file system that cannot exchange names: the old folder is beside its place."""
+    write_folder(tmp_path / "model", "old")
+    (tmp_path / "model").rename(tmp_path / ".tinydiff-old-model")
+    verify(tmp_path / "model")
+    assert present(tmp_path / "model") == tmp_path / ".tinydiff-old-model"
+    assert [path.name for path in tmp_path.iterdir()] == [".tinydiff-old-model"]
+    with pytest.raises(UsageError, match="exists"):
+        write_folder(tmp_path / "model", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"] and text_of(tmp_path / "model") == "old"

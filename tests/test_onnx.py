@@ -138,7 +138,7 @@ def test_float16_outputs_come_as_float32(path: Path) -> None:
 def test_image_encoder_is_opened_when_needed(path: Path) -> None:
     (path / "vae_encoder" / "model.onnx").unlink()
     b = OnnxBackend(Source(path), "cpu")
-    with pytest.raises(ModelError, match=r"vae_encoder/model.onnx: No such file or directory; copy or export it again"):
+    with pytest.raises(ModelError, match=r"vae_encoder/model.onnx: No such file or directory; check the path, or copy"):
         b.encode_image(X)
 
 

@@ -588,13 +588,40 @@ def test_pruning_keeps_the_newest_and_every_so_many(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["autoencoder-00000003", "denoiser-00000027"]
 
 
-def test_leftovers_of_killed_processes_are_removed(finished, run_config):
-    for name in (".tmp-model-0123", "checkpoints/.tmp-denoiser-00000012-0123"):
+def test_pruning_and_resuming_know_exact_names(tmp_path):
+    """Copies, archives, links and notes beside the checkpoints are their owner's."""
+    folder, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    for path in (folder, elsewhere, *(folder / f"denoiser-{step:08d}" for step in (3, 6, 9))):
+        path.mkdir()
+    (folder / "denoiser-00000001").symlink_to(elsewhere)
+    for name in ("00000003-best", "00000012.bak", "3", "000000012", "٠٠٠٠٠٠٠٣", "0000001x"):
+        (folder / f"denoiser-{name}").mkdir()
+    for name in ("00000003.tar", "00000015", "00000012.tar.gz"):
+        (folder / f"denoiser-{name}").write_text("x")
+    before = {path.name for path in folder.iterdir()}
+    assert [path.name[-1] for path in state.checkpoints(folder, "denoiser")] == ["1", "3", "6", "9"]
+    for every, gone in ((6, {"denoiser-00000003"}), (0, {"denoiser-00000003", "denoiser-00000006"})):
+        state.prune(folder, "denoiser", 1, every)
+        assert before - {path.name for path in folder.iterdir()} == gone
+    assert elsewhere.is_dir()
+
+
+def test_leftovers_of_killed_processes_are_removed(finished, run_config, tmp_path):
+    """Of this version and of older ones; what somebody else named, and what a link leads to, stays."""
+    ours, old = ".tmp-tinydiff-0123456789abcdef", "0123456789abcdef" * 2
+    for name in (ours, f"checkpoints/{ours}", f"checkpoints/.tmp-denoiser-00000012-{old}"):
         (finished / name).mkdir()
         (finished / name / "weights.safetensors").write_bytes(b"half")
-    (finished / "samples" / ".tmp-x.png-0123").write_bytes(b"half")
+    (finished / "samples" / f".tmp-x.png-{old}").write_bytes(b"half")
+    others = [tmp_path / "elsewhere" / ours, finished / ".tmp-mine", finished / "checkpoints" / ".tmp-tinydiff-notes"]
+    for place in others:
+        place.mkdir(parents=True)
+        (place / "precious").write_text("x")
+    (finished / "photos").symlink_to(tmp_path / "elsewhere")
+    (finished / "checkpoints" / ours.replace("0", "1")).symlink_to(tmp_path / "elsewhere")
     loop.run(run_config, finished)
-    assert not list(finished.rglob(".tmp-*"))
+    assert all((place / "precious").exists() for place in others)
+    assert {p.name for p in finished.rglob(".tmp*")} == {".tmp-mine", ".tmp-tinydiff-notes", ours.replace("0", "1")}
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from tinydiff.diffusion.predictions import PREDICTIONS
 from tinydiff.diffusion.samplers import SAMPLERS
 from tinydiff.diffusion.schedules import SPACINGS
 from tinydiff.errors import HungError, UsageError, UserError
+from tinydiff.system import cut, told
 
 if TYPE_CHECKING:
     from tinydiff.checkpoints.source import Source
@@ -37,6 +38,7 @@ app = typer.Typer(
         "token_normalize_func": lambda name: ALIASES.get(name, name.replace("_", "-")),
     },
 )
+LONGEST = 1000  # characters of an error
 BACKENDS, DEVICES = ("auto", "torch", "onnx"), ("auto", "cpu", "cuda")
 ALIASES = {f"guidance{x}scale": "cfg-scale" for x in "_-"} | {f"num{x}inference{x}steps": "steps" for x in "_-"}
 ALIASES |= {"schedule": "spacing"}
@@ -235,8 +237,9 @@ def opening(
 ) -> Backend:
     """The model on its runtime, its graphs still being opened."""
     from tinydiff.backends import open_backend
+    from tinydiff.files import again
 
-    return open_backend(look_up(model, vae, prediction), backend, device, wait=False)
+    return again(lambda: open_backend(look_up(model, vae, prediction), backend, device, wait=False))
 
 
 def look_up(model: str | None, vae: Path | None = None, prediction: str | None = None) -> Source:
@@ -270,21 +273,27 @@ def export(
     flags.choose("--format", format_, ("onnx", "folder", "single-file"))
     flags.choose("--precision", precision or "fp32", ("fp32", "fp16"))
     flags.finite("--atol", atol)
-    source = look_up(model, vae, prediction)
-    source.check()
-    if format_ != "onnx":
-        from tinydiff.checkpoints.convert import FORMATS
-
-        FORMATS[format_](source, output, precision, force)
-        return
-    from tinydiff.export import OPSET
-    from tinydiff.export import export as write
+    from tinydiff.files import again, undisturbed
 
     def say(text: str) -> None:
         if sys.stderr.isatty():
             print(text, file=sys.stderr)
 
-    for row in write(source, output, precision or "fp32", opset or OPSET, atol, force, say):
+    def write() -> list[dict[str, Any]]:
+        source = look_up(model, vae, prediction)
+        with undisturbed(source.stamps):
+            source.check()
+        if format_ != "onnx":
+            from tinydiff.checkpoints.convert import FORMATS
+
+            FORMATS[format_](source, output, precision, force)
+            return []
+        from tinydiff.export import OPSET
+        from tinydiff.export import export as write_bundle
+
+        return write_bundle(source, output, precision or "fp32", opset or OPSET, atol, force, say)
+
+    for row in again(write):
         text = " ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items())
         print(json.dumps(row) if as_json else text)
 
@@ -368,7 +377,7 @@ def one_line_errors() -> Iterator[None]:
     except MemoryError:
         fail("out of memory; lower --batch-size or the image size", 7)
     except OSError as error:
-        fail(f"{error.filename or 'input/output'}: {error.strerror or error}", 7)
+        fail(told(error, "input/output"), 7)
     except Exception as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error.format_message(), file=sys.stderr)  # type: ignore[attr-defined]
@@ -383,7 +392,7 @@ def fail(message: str, code: int) -> None:
     if os.environ.get("TINYDIFF_DEBUG"):
         raise  # noqa: PLE0704
     with contextlib.suppress(OSError, ValueError, AttributeError, KeyboardInterrupt):
-        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
+        line = cut("".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split())), LONGEST)
         if line:  # of many processes that stop together one speaks for all
             print(f"tinydiff: {processes.turn()}{line}", file=sys.stderr)
     raise SystemExit(code) from None

@@ -25,7 +25,7 @@ from tinydiff.checkpoints import folder
 from tinydiff.checkpoints.folder import PRECISIONS, Model, save_tensors, write_description, write_json
 from tinydiff.checkpoints.source import Source
 from tinydiff.errors import ModelError, UsageError
-from tinydiff.files import committed
+from tinydiff.files import committed, shown, undisturbed
 from tinydiff.graphs import link, name_axes, quiet, simplify, strip, translations
 from tinydiff.networks import LABELS, graphs, network_of
 from tinydiff.pipeline import Request, generate
@@ -72,9 +72,10 @@ def export(
     """
     if opset not in OPSETS:
         raise UsageError(f"--opset {opset}: choose one of {OPSETS[0]} to {OPSETS[-1]}")
-    exact = folder.load(source)
-    model, dtype = rounded(exact, PRECISIONS[precision], source.path), PRECISIONS[precision]
-    with committed(out, replace=force) as bundle:
+    dtype = PRECISIONS[precision]
+    with committed(out, replace=force) as bundle, undisturbed(source.stamps):
+        exact = folder.load(source)
+        model = rounded(exact, dtype, source.path)
         write_description(bundle, model.configs, model.tokenizers, source.path)
         for name, part in model.networks.items():
             (bundle / name).mkdir()
@@ -97,7 +98,9 @@ def rounded(model: Model, dtype: torch.dtype, path: Path) -> Model:
             if value.is_floating_point():
                 value.copy_(value.to(dtype))
             if not value.isfinite().all():
-                raise ModelError(f"{path}: {name} {key} is too large for {dtype}; export with --precision fp32")
+                raise ModelError(
+                    f"{shown(path)}: {name} {shown(key)} is too large for {dtype}; export with --precision fp32"
+                )
     return model
 
 

@@ -1,128 +1,157 @@
 """Atomic writes: a file or folder is complete or absent, and folders are verified when they are read.
 
 A folder is written under a temporary name next to its final path, synced, given a manifest of sizes and SHA-256, and
-renamed; a single file likewise, without a manifest. The hashes detect corruption, not a malicious author. This module
-knows no models, only names and bytes. An OSError becomes a ResourceError that names the file and the fix.
+given its name in one step; a single file likewise, without a manifest. The hashes detect corruption, not a malicious
+author. Readers change nothing, and read again what was replaced meanwhile. This module knows no models, only names and
+bytes. An OSError becomes a ResourceError that names the file and the fix.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 import stat
-from collections.abc import Collection, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
-from uuid import uuid4
+from typing import Any, TypeVar
 
-from tinydiff.errors import BusyError, ModelError, ResourceError, UsageError, UserError
+from tinydiff import temporary
+from tinydiff.errors import BusyError, ModelError, UsageError
+from tinydiff.system import RESTORE, named, shown, unreadable
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 MAX_JSON = 64 * 2**20
 LFS_POINTER = b"version https://git-lfs"
-RESTORE = "copy or download it again"
-FIXES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space")
-FIXES |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a writable place")
-FIXES |= {errno.EFBIG: "raise the file size limit", errno.ENOENT: "check the path"}
-RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # how Rust libraries, such as safetensors, report an OSError
+TRIES = 20  # to read what is being replaced
+
+T = TypeVar("T")
 
 
 class VersionError(ModelError):
     """Written by a newer version of tinydiff: not damaged, but this version cannot read it."""
 
 
+class ReplacedError(BusyError):
+    """Another process replaced what was being read."""
+
+
 @contextmanager
 def committed(path: str | Path, *, replace: bool = False, manifest: bool = True) -> Iterator[Path]:
-    """Yield a temporary folder that is renamed to `path` if the block succeeds, and removed if it raises.
+    """Yield a temporary folder that becomes `path` if the block succeeds, and is removed if it raises.
 
-    `replace` allows an existing tinydiff folder to be replaced; if that is interrupted, the old one is still at `path`,
-    or next to it and `recover` restores it. Raises UsageError if `path` exists and may not be replaced, ResourceError
-    for any OSError, also one from the block.
+    `replace` allows an existing tinydiff folder to be replaced: there is the old one or the new one at any moment, where the
+    file system can exchange two names, and else one of them is there or beside it, where readers look. A link stays, and
+    what it leads to is replaced. Raises UsageError if `path` exists and may not be replaced, BusyError while another
+    process makes it, ResourceError for any OSError, also one from the block.
     """
-    path = Path(os.path.abspath(path))
-    temporary = _temporary(path)
-    with named(path, temporary):
-        recover(path)
-        _check_free(path, replace, manifest)
+    path = Path(os.path.realpath(path))
+    with named(path):
         make_folder(path.parent)
-        temporary.mkdir()
-        try:
-            yield temporary
-            _seal(temporary, manifest)
-            _install(temporary, path)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-
-
-def recover(path: str | Path) -> None:
-    """Finish a replacement that was interrupted: restore the old folder unless the new one is in its place."""
-    aside = _aside(Path(path))
-    if os.path.lexists(aside):
-        if os.path.lexists(path):
-            _remove(aside)
-        else:
-            os.rename(aside, path)
+        with temporary.alone(path) as folder:
+            _recover(path)
+            _check_free(path, replace, manifest)
+            folder.mkdir()
+            yield folder
+            _seal(folder, manifest)
+            _install(folder, path)
 
 
 def verify(folder: str | Path, parts: Collection[str] | None = None) -> None:
     """Check the size and SHA-256 of every file in the manifest, and that no other files exist, except hidden ones.
 
     If `parts` are given, only sizes are checked in other subfolders. A folder without a manifest, as from diffusers, is
-    only searched for Git LFS pointers. Raises ModelError naming the file and the fix.
+    only searched for Git LFS pointers. Raises ModelError naming the file and the fix, ReplacedError if the folder is
+    replaced again and again meanwhile.
     """
+    again(lambda: _verify(present(folder), parts))
+
+
+def present(folder: str | Path) -> Path:
+    """The folder; where it is missing because a replacement is going on or was interrupted, the old one beside it."""
     folder = Path(folder)
-    if not folder.exists():
-        with named(folder):
-            recover(folder)
-    if not folder.is_dir():
-        raise ModelError(f"{shown(folder)}: no such folder; check the path")
+    for wait in (0.0, 0.01, 0.05):
+        time.sleep(wait)
+        for path in (folder, _aside(folder)):
+            if path.exists():
+                return path
+        if not temporary.place_of(folder).exists():  # nobody is moving it, or has just done so
+            break
+    return folder
+
+
+def stamp(path: str | Path) -> object:
+    """What differs once a model is replaced: its manifest, or where there is none every file's size and time; else None."""
+    path = Path(path)
     try:
-        if os.path.lexists(folder / MANIFEST):
-            _verify_listed(folder, _entries(folder), parts)
-        else:
-            for path in _visible(folder):
-                refuse_pointer(path)
-    except OSError as error:
-        raise ModelError(f"{shown(error.filename or folder)}: {error.strerror}; make it readable") from error
+        if path.is_file():
+            return path.stat().st_size, path.stat().st_mtime_ns
+        if (path / MANIFEST).is_file() and (path / MANIFEST).stat().st_size <= MAX_JSON:
+            return (path / MANIFEST).read_bytes()
+        return [(str(file), file.lstat().st_size, file.lstat().st_mtime_ns) for file in _visible(path)] or None
+    except OSError:
+        return None
+
+
+@contextmanager
+def undisturbed(stamps: Mapping[Path, object]) -> Iterator[None]:
+    """ReplacedError unless these paths have these stamps when the block ends, whatever the block made of them."""
+
+    def look(error: Exception | None = None) -> None:
+        if replaced := [path for path, before in stamps.items() if stamp(path) != before]:
+            fix = "wait until it is done, or copy it and use the copy"
+            raise ReplacedError(f"{shown(replaced[0])}: replaced while it was read; {fix}") from error
+
+    try:
+        yield
+    except Exception as error:
+        look(error)
+        raise
+    look()
+
+
+def again(read: Callable[[], T]) -> T:
+    """What `read` gives; it is called again, some times, if it raises ReplacedError."""
+    for attempt in range(TRIES):
+        try:
+            return read()
+        except ReplacedError:
+            time.sleep(0.005 * attempt)
+    return read()
 
 
 def write_file(path: str | Path, data: bytes, *, force: bool = False) -> None:
     """Write `data` to `path` atomically, creating its folder. Raises as `written` does."""
-    with written(path, force=force) as temporary:
-        temporary.write_bytes(data)
+    with written(path, force=force) as file:
+        file.write_bytes(data)
 
 
 @contextmanager
 def written(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     """Yield a temporary path; the file written there is synced and renamed to `path` if the block succeeds.
 
-    `force` overwrites; else UsageError if `path` exists, even if created meanwhile. ResourceError for any OSError.
+    `force` overwrites a file; else UsageError if `path` exists, even if created meanwhile. ResourceError for any OSError.
     """
     path = Path(os.path.abspath(path))
-    temporary = _temporary(path)
-    if not force and os.path.lexists(path):
-        raise UsageError(f"{shown(path)}: exists; use --force to overwrite it or choose another path")
-    with named(path, temporary):
+    if os.path.lexists(path) and not (force and path.is_file()):
+        fix = "choose another path" if force else "use --force to overwrite it or choose another path"
+        raise UsageError(f"{shown(path)}: {'no file' if force else 'exists'}; {fix}")
+    with named(path):
         make_folder(path.parent)
-        try:
-            yield temporary
-            _sync(temporary)
+        with temporary.beside(path) as file:
+            yield file
+            _open_up(file, os.stat(file.parent).st_mode & 0o666)
+            _sync(file)
             if force:
-                os.rename(temporary, path)
+                os.rename(file, path)
             else:
-                _rename_unless_taken(temporary, path)
+                _rename_unless_taken(file, path)
             _sync(path.parent)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -134,7 +163,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
             raise ModelError(f"{shown(path)}: not a regular file of at most {MAX_JSON >> 20} MiB; {RESTORE}")
         value = json.loads(path.read_bytes())
     except OSError as error:
-        raise ModelError(f"{shown(path)}: {error.strerror}; check the path, or {RESTORE}") from error
+        raise unreadable(error, path) from error
     except (ValueError, RecursionError) as error:
         refuse_pointer(path)
         raise ModelError(f"{shown(path)}: damaged, not valid JSON; {RESTORE}") from error
@@ -149,42 +178,17 @@ def lock(folder: str | Path) -> Iterator[None]:
     folder = Path(folder)
     with named(folder):
         make_folder(folder)
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         with named(folder / ".lock"):
-            _take(descriptor, folder)
+            if not temporary.take(descriptor):
+                by = temporary.holder(folder / ".lock")
+                raise BusyError(f"{shown(folder)}: in use by {by}; wait for it, stop it, or use another folder")
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"{os.getpid()}\n".encode())
         yield
     finally:
         os.close(descriptor)
-
-
-def shown(path: str | Path) -> str:
-    """`path` for a message: escaped if it has characters that are not printable."""
-    return str(path) if str(path).isprintable() else ascii(str(path))
-
-
-@contextmanager
-def named(path: Path, temporary: Path | None = None) -> Iterator[None]:
-    """Turn an OSError, except BrokenPipeError, into a ResourceError: the file, with `path` for `temporary`, and the fix."""
-    try:
-        yield
-    except (BrokenPipeError, UserError):
-        raise
-    except Exception as error:
-        if (cause := system_error(error)) is None:
-            raise
-        where = shown(cause.filename or path)
-        where = where.replace(shown(temporary), shown(path)) if temporary else where
-        fix = FIXES.get(cause.errno or 0, "check the disk")
-        raise ResourceError(f"{where}: {cause.strerror or cause}; {fix}") from error
-
-
-def system_error(error: Exception) -> OSError | None:
-    """The OSError that an exception is, or that its text reports; None if there is none."""
-    if isinstance(error, OSError):
-        return error
-    match = RUST_ERROR.search(str(error))
-    return OSError(int(match[1]), os.strerror(int(match[1]))) if match else None
 
 
 def make_folder(path: Path) -> None:
@@ -195,12 +199,20 @@ def make_folder(path: Path) -> None:
         _sync(path.parent)
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".tmp-{path.name[:50]}-{uuid4().hex}")
-
-
 def _aside(path: Path) -> Path:
-    return path.with_name(f".tinydiff-old-{path.name}")
+    """Where the old folder is while the new one is not in its place yet, on file systems that cannot exchange two names."""
+    long = len(os.fsencode(path.name)) > 240
+    return path.with_name(f".tinydiff-old-{temporary.place_of(path).name[-16:] if long else path.name}")
+
+
+def _recover(path: Path) -> None:
+    """Finish a replacement that was interrupted: restore the old folder unless the new one is in its place."""
+    aside = _aside(path)
+    if os.path.lexists(aside):
+        if os.path.lexists(path):
+            _remove(aside)
+        else:
+            os.rename(aside, path)
 
 
 def _check_free(path: Path, replace: bool, manifest: bool) -> None:
@@ -216,33 +228,41 @@ def _check_free(path: Path, replace: bool, manifest: bool) -> None:
 
 def _seal(folder: Path, manifest: bool) -> None:
     """Sync every file, made as readable as the folder is, then the manifest, then every folder, innermost first."""
-    entries, readable = {}, folder.stat().st_mode & 0o666  # safetensors makes files readable by their owner only
+    entries, mode = {}, stat.S_IMODE(folder.stat().st_mode)  # by the umask, or what the folder above it says
     for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
         assert path.is_file() and not path.is_symlink(), f"{path} is not a regular file"
         name = path.relative_to(folder).as_posix()
         if name != MANIFEST:
             entries[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
-            path.chmod(path.stat().st_mode | readable)
+            _open_up(path, mode & 0o666)
             _sync(path)
     if manifest:
         text = json.dumps({"format": FORMAT, "files": entries}, indent=2) + "\n"
         (folder / MANIFEST).write_bytes(text.encode())
         _sync(folder / MANIFEST)
     for path in sorted(filter(Path.is_dir, [folder, *folder.rglob("*")]), reverse=True):
+        _open_up(path, mode)
         _sync(path)
 
 
-def _install(temporary: Path, path: Path) -> None:
-    """Rename `temporary` to `path`, after moving an existing one aside; move it back if that fails."""
+def _open_up(path: Path, mode: int) -> None:
+    """Set the mode: libraries make files that only their owner reads, and copies of folders are like the original."""
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        path.chmod(mode)
+
+
+def _install(folder: Path, path: Path) -> None:
+    """Give `folder` the name `path` in one step, in exchange for an existing one; else in two, the old one moved aside."""
     aside = _aside(path)
-    try:
-        if os.path.lexists(path):
-            os.rename(path, aside)
-        os.rename(temporary, path)
-    except BaseException:
-        if os.path.lexists(aside) and not os.path.lexists(path):
+    if not os.path.lexists(path):
+        os.rename(folder, path)
+    elif not temporary.exchange(path, folder):
+        os.rename(path, aside)
+        try:
+            os.rename(folder, path)
+        except BaseException:
             os.rename(aside, path)
-        raise
+            raise
     _sync(path.parent)
     _remove(aside)
 
@@ -266,6 +286,20 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def _verify(folder: Path, parts: Collection[str] | None) -> None:
+    if not folder.is_dir():
+        raise ModelError(f"{shown(folder)}: no such folder; check the path")
+    with undisturbed({folder: stamp(folder)}):
+        try:
+            if os.path.lexists(folder / MANIFEST):
+                _verify_listed(folder, _entries(folder), parts)
+            else:
+                for path in _visible(folder):
+                    refuse_pointer(path)
+        except OSError as error:
+            raise unreadable(error, folder) from error
 
 
 def _sha256(path: Path) -> str:
@@ -312,7 +346,7 @@ def _verify_listed(folder: Path, entries: dict[str, dict[str, Any]], parts: Coll
 def _verify_file(folder: Path, name: str, entry: dict[str, Any], hashed: bool) -> None:
     relative, path = PurePosixPath(name), folder / name
     if relative.is_absolute() or ".." in relative.parts or not relative.parts or "\0" in name:
-        raise ModelError(f"{shown(folder / MANIFEST)}: {name!a} leads out of the folder; {RESTORE}")
+        raise ModelError(f"{shown(folder / MANIFEST)}: {shown(name)!r} leads out of the folder; {RESTORE}")
     if os.path.realpath(path) != os.path.join(os.path.realpath(folder), relative):
         raise ModelError(f"{shown(path)}: is a link; put the file itself in its place")
     if not path.is_file():
@@ -342,15 +376,3 @@ def _rename_unless_taken(temporary: Path, path: Path) -> None:
         os.rename(temporary, path)
     else:
         temporary.unlink()
-
-
-def _take(descriptor: int, folder: Path) -> None:
-    """Lock the open lock file and write our process id into it."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        holder = os.read(descriptor, 20).decode("ascii", "replace").strip()
-        holder = f"process {holder}" if holder.isdigit() else "another process"
-        raise BusyError(f"{shown(folder)}: in use by {holder}; wait for it, stop it, or use another folder") from error
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"{os.getpid()}\n".encode())

@@ -25,7 +25,7 @@ from tinydiff.checkpoints.scheduler import BETA_SCHEDULES, read
 from tinydiff.checkpoints.source import Source
 from tinydiff.cost import costs
 from tinydiff.errors import ModelError, UsageError
-from tinydiff.files import read_json, shown
+from tinydiff.files import again, read_json, shown, undisturbed
 from tinydiff.networks import VAE, denoiser_in, networks, text_encoders, tokenizer_folder
 from tinydiff.networks.network import OtherNetwork
 from tinydiff.pipeline import check_size
@@ -68,7 +68,7 @@ def inspect(what: str | None, width: int | None = None, height: int | None = Non
         return {"kind": "image", "path": str(path), "settings": images.read_settings(path)}
     if path.is_file() and path.suffix.lower() not in (".safetensors", *PICKLES):
         raise UsageError(f"{shown(path)}: nothing to inspect; give a model, a .toml or a generated image")
-    return model(backends.find_model(what), width, height)
+    return again(lambda: model(backends.find_model(what), width, height))
 
 
 def configuration(path: Path | None, width: int | None = None, height: int | None = None) -> dict[str, Any]:
@@ -94,7 +94,13 @@ def model(path: Path, width: int | None = None, height: int | None = None) -> di
     `height` (pixels) that the model cannot draw.
     """
     source = Source(path)
-    file, configs = source.file, source.partial
+    with undisturbed(source.stamps):
+        return of_source(source, width, height)
+
+
+def of_source(source: Source, width: int | None = None, height: int | None = None) -> dict[str, Any]:
+    """What `model` says."""
+    path, file, configs = source.path, source.file, source.partial
     d = source.description if VAE in configs else None
     parts = contents(source)
     index, graphs = configs["model_index"], [str(part["file"]).endswith(".onnx") for part in parts.values()]

@@ -155,7 +155,7 @@ def parameters(run_dir: Path) -> dict[str, int]:
     from tinydiff.checkpoints.counts import safetensors_counts
 
     counts = {}
-    for path in sorted(run_dir.glob("checkpoints/*-[0-9]*/weights.safetensors")):
+    for path in sorted(run_dir.glob(f"checkpoints/*-{'[0-9]' * 8}/weights.safetensors")):
         with suppress(UserError):
             counts[path.parent.name.rpartition("-")[0]] = sum(safetensors_counts(path).values())
     return counts

@@ -17,6 +17,7 @@ from typing import Any, get_type_hints
 
 from tinydiff.errors import UsageError
 from tinydiff.files import shown
+from tinydiff.system import unreadable
 
 try:
     import tomllib
@@ -57,7 +58,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         fix = "`tinydiff inspect > tinydiff.toml` writes the default"
         raise UsageError(f"{path}: no such configuration; {fix}") from None
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from None
+        raise unreadable(error, path, UsageError) from None
     except (ValueError, RecursionError) as error:  # besides bad TOML and UTF-8, an integer of thousands of digits
         raise UsageError(f"{path}: not valid TOML: {str(error) or 'nested too deep'}") from None
 

@@ -6,9 +6,9 @@ import json
 from typing import Any
 
 from tinydiff import config
-from tinydiff.files import shown
 from tinydiff.networks import TEXT_ENCODERS
 from tinydiff.schema import to_toml
+from tinydiff.system import escaped
 
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 FORMATS = {"diffusers": "diffusers folder", "onnx": "ONNX bundle"}  # the others are named as they are
@@ -81,7 +81,7 @@ def table(rows: dict[str, Any]) -> list[str]:
     """Two columns; nothing in them can act on a terminal."""
     width = max(map(len, rows)) + 2
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in rows.items()}
-    return [shown(f"{key:{max(width, 14)}}{text}") for key, text in texts.items()]
+    return [escaped(f"{key:{max(width, 14)}}{text}") for key, text in texts.items()]
 
 
 def short(number: float, what: str) -> str:

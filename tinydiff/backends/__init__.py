@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tinydiff.checkpoints.source import Source
 from tinydiff.errors import ModelError, UsageError
+from tinydiff.files import present, shown, undisturbed
 
 if TYPE_CHECKING:
     from tinydiff.pipeline import Backend
@@ -21,12 +22,12 @@ def find_model(name: str | None) -> Path:
     path = Path(name) if name else shipped / SHIPPED
     if path.is_file():
         return path
-    for candidate in (path, path / "model", shipped / (name or SHIPPED)):
+    for candidate in map(present, (path, path / "model", shipped / (name or SHIPPED))):
         if (candidate / "model_index.json").is_file():
             return candidate
     known = ", ".join(sorted(p.parent.name for p in shipped.glob("*/model_index.json"))) or "none"
     problem = "no model_index.json" if path.is_dir() else "no such model"
-    raise ModelError(f"{path}: {problem}; give a model folder, a finished run, or a shipped model ({known})")
+    raise ModelError(f"{shown(path)}: {problem}; give a model folder, a finished run, or a shipped model ({known})")
 
 
 def open_backend(source: Source, kind: str = "auto", device: str = "auto", wait: bool = True) -> Backend:
@@ -38,15 +39,19 @@ def open_backend(source: Source, kind: str = "auto", device: str = "auto", wait:
     path = source.path
     has_graphs = not source.file and (path / source.denoiser / "model.onnx").is_file()
     if kind == "onnx" and not has_graphs:
-        raise ModelError(f"{path}: holds no ONNX graphs; write them with `tinydiff export {path} -o DIR`")
+        raise ModelError(f"{shown(path)}: holds no ONNX graphs; write them with `tinydiff export {shown(path)} -o DIR`")
     if kind == "onnx" or (kind == "auto" and has_graphs):
         if source.vae or source.prediction:
-            raise UsageError(f"{path}: --vae and --prediction are for weights; its graphs were exported with theirs")
+            raise UsageError(
+                f"{shown(path)}: --vae and --prediction are for weights; its graphs were exported with theirs"
+            )
         from tinydiff.backends.onnx import OnnxBackend
 
-        return OnnxBackend(source, device, wait)
-    source.check()
-    source.description  # noqa: B018  what is wrong with a model is said before torch is imported
-    from tinydiff.backends.pytorch import TorchBackend
+        with undisturbed(source.stamps):
+            return OnnxBackend(source, device, wait)
+    with undisturbed(source.stamps):
+        source.check()
+        source.description  # noqa: B018  what is wrong with a model is said before torch is imported
+        from tinydiff.backends.pytorch import TorchBackend
 
-    return TorchBackend.open(source, device)
+        return TorchBackend.open(source, device)

@@ -23,10 +23,11 @@ import onnxruntime as ort
 from tinydiff.checkpoints.source import Source
 from tinydiff.condition import Condition, joined, texts_of
 from tinydiff.errors import ModelError, ResourceError
-from tinydiff.files import shown, verify
+from tinydiff.files import shown, undisturbed, verify
 from tinydiff.networks import graphs
 from tinydiff.networks.network import HIDDEN, Graph
 from tinydiff.protobuf import BYTES, fields
+from tinydiff.system import unreadable
 from tinydiff.text.labels import one_hot
 
 ENCODER = "vae_encoder"
@@ -52,7 +53,7 @@ class OnnxBackend:
     name = "onnx"
 
     def __init__(self, source: Source, device: str = "auto", wait: bool = True):
-        self.path, self.device = source.path, choose_device(device)
+        self.path, self.stamps, self.device = source.path, source.stamps, choose_device(device)
         self.pool = ThreadPoolExecutor(4)  # neither opening a graph nor hashing a file needs Python
         self.checks = self.pool.submit(verify, self.path, (*DRAWING, source.denoiser))
         try:
@@ -60,6 +61,7 @@ class OnnxBackend:
                 self.denoiser, self.graphs = source.denoiser, graphs(source.configs)
                 drawing = (name for name in self.graphs if name != ENCODER)  # text to image needs no other
                 self.sessions = {name: self.pool.submit(self.open, name) for name in drawing}
+                self.ready = self.pool.submit(self.opened)
             self.description, self.tokenizers = source.description, source.tokenizers
         except ModelError:
             self.checks.result()  # what is wrong with the files says more than what came of it
@@ -70,17 +72,22 @@ class OnnxBackend:
     def open(self, name: str) -> ort.InferenceSession:
         return open_session(self.path, name, self.graphs[name], self.device)
 
+    def opened(self) -> None:
+        """Returns once everything that drawing needs is open, all of it of one bundle."""
+        with undisturbed(self.stamps):
+            for each in (self.checks, *self.sessions.values()):
+                each.result()
+
     def wait(self) -> None:
         """Until everything that drawing needs is open, or raises what keeps it from that."""
-        self.checks.result()
-        for session in self.sessions.values():
-            session.result()
+        self.ready.result()
 
     @cached_property
     def vae_encoder(self) -> ort.InferenceSession:
         """Opened when first needed: drawing from text alone never does."""
-        verify(self.path, (ENCODER,))
-        return self.open(ENCODER)
+        with undisturbed(self.stamps):
+            verify(self.path, (ENCODER,))
+            return self.open(ENCODER)
 
     def encode_text(self, ids: Mapping[str, np.ndarray]) -> Condition:
         self.wait()
@@ -215,7 +222,7 @@ def check_external_data(path: Path) -> None:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             tensors = list(external_tensors(data[:])) if data.find(b"location") >= 0 else []
     except OSError as error:
-        raise ModelError(f"{shown(path)}: {error.strerror}; {RESTORE}") from error
+        raise unreadable(error, path) from error
     except (ValueError, IndexError) as error:
         raise ModelError(f"{shown(path)}: damaged, not an ONNX graph; {RESTORE}") from error
     sizes = {name: plain_size(path, name) for name in {tensor.get("location", "") for tensor in tensors}}

@@ -12,15 +12,15 @@ from tinydiff.checkpoints import single_file
 from tinydiff.checkpoints.folder import PRECISIONS, save_tensors, write_description, write_json
 from tinydiff.checkpoints.source import Source
 from tinydiff.errors import ModelError, UsageError
-from tinydiff.files import committed, shown, verify
+from tinydiff.files import committed, shown, undisturbed, verify
 from tinydiff.networks import network_of, networks
 
 
 def to_folder(source: Source, out: Path, precision: str | None = None, force: bool = False) -> None:
     """Commit a model as a diffusers folder, as "fp32" or "fp16" where that is asked for. Raises ModelError."""
-    if not source.file:
-        verify(source.path)
-    with committed(out, replace=force) as folder:
+    with committed(out, replace=force) as folder, undisturbed(source.stamps):
+        if not source.file:
+            verify(source.path)
         for name, table in networks(source.configs).items():
             (folder / name).mkdir()
             path = folder / name / network_of(name, table).file
@@ -33,14 +33,15 @@ def to_single_file(source: Source, out: Path, precision: str | None = None, forc
     """Commit a model as one LDM file. Raises ModelError where no such file can hold it, UsageError for a name that is
     none of a file."""
     if out.suffix != ".safetensors":
-        raise UsageError(f"-o {out}: a single file is a .safetensors")
-    if not source.file:
-        verify(source.path)
-    tables = networks(source.configs)
-    if set(tables) != set(single_file.PARTS) or not network_of("text_encoder", tables["text_encoder"]).single_file:
-        only = "only a Stable Diffusion U-Net with CLIP's text encoder has a single-file layout"
-        raise ModelError(f"{shown(source.path)}: {only}")
-    tensors = {name: source.tensors(name) for name in tables}
+        raise UsageError(f"-o {shown(out)}: a single file is a .safetensors")
+    with undisturbed(source.stamps):  # afterwards all of it is open
+        if not source.file:
+            verify(source.path)
+        tables = networks(source.configs)
+        if set(tables) != set(single_file.PARTS) or not network_of("text_encoder", tables["text_encoder"]).single_file:
+            only = "only a Stable Diffusion U-Net with CLIP's text encoder has a single-file layout"
+            raise ModelError(f"{shown(source.path)}: {only}")
+        tensors = {name: source.tensors(name) for name in tables}
     if precision:
         tensors = {name: {k: v.to(PRECISIONS[precision]) for k, v in part.items()} for name, part in tensors.items()}
     single_file.write(out, tensors, source.configs, force)

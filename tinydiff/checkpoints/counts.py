@@ -12,6 +12,7 @@ from tinydiff.checkpoints.header import Stored, header
 from tinydiff.errors import ModelError
 from tinydiff.files import shown
 from tinydiff.protobuf import BYTES, VARINT, fields, varint, varints
+from tinydiff.system import unreadable
 
 DTYPES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "F8_E4M3": "fp8", "F8_E5M2": "fp8", "I8": "int8"}
 ONNX_DTYPES = {1: "fp32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 10: "fp16", 11: "fp64", 16: "bf16"}
@@ -42,7 +43,9 @@ def onnx_counts(path: Path) -> Counter[str]:
                 for tensor in messages(data, 5, *graph):
                     dtype, count = initializer(data, *tensor)
                     counts[ONNX_DTYPES.get(dtype, str(dtype))] += count
-    except (OSError, ValueError, IndexError) as error:
+    except OSError as error:
+        raise unreadable(error, path) from None
+    except (ValueError, IndexError) as error:
         raise ModelError(f"{shown(path)}: damaged ({error}); fetch or export it again") from None
     return Counter({dtype: n for dtype, n in counts.items() if dtype not in ("int32", "int64", "9")})
 

@@ -127,7 +127,7 @@ def write_description(
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None) -> None:
-    """A safetensors file with floating-point tensors as `dtype` (as they are, where None), readable by whom the system lets.
+    """A safetensors file with floating-point tensors as `dtype` (as they are, where None).
 
     Every tensor is copied, since the format knows no two names of one.
     """
@@ -135,7 +135,6 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype |
     copy = len({v.data_ptr() for v in tensors.values()}) < len(tensors)
     plain = {k: v.detach().to("cpu", kinds[k], copy=copy).contiguous() for k, v in tensors.items()}
     save_file(plain, path, {"format": "pt"})
-    path.chmod(0o644)
 
 
 def write_json(path: Path, value: Any) -> None:

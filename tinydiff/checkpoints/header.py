@@ -17,6 +17,7 @@ import numpy as np
 
 from tinydiff.errors import ModelError
 from tinydiff.files import LFS_POINTER, RESTORE, shown
+from tinydiff.system import escaped, unreadable
 
 MAX_HEADER = 16 * 2**20  # bytes; the largest models need a hundredth of it, and parsed JSON takes ten times the memory
 MAX_COMMAS = 120_000  # in a header, eight for a convolution's kernel: six times the tensors of SDXL
@@ -81,7 +82,7 @@ def header(path: str | Path) -> Header:
         tensors = {name: _stored(entry, 8 + size) for name, entry in table.items()}
         _check_places(tensors, 8 + size, length)
     except OSError as error:
-        raise ModelError(f"{shown(path)}: {error.strerror}; make it readable") from error
+        raise unreadable(error, path) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{shown(path)}: {_misfit(path, start)}") from error
     return Header(path, tensors, metadata)
@@ -124,5 +125,5 @@ def _misfit(path: Path, start: bytes) -> str:
         out = path.with_suffix(".safetensors")
         out = out if out != path else path.with_name(f"{path.stem}-converted.safetensors")
         command = shlex.join([sys.executable, "-c", CONVERT, str(path), str(out)])
-        return f"a pickle, which could run any code when opened; convert it with {shown(command)}"
+        return f"a pickle, which could run any code when opened; convert it with {escaped(command)}"
     return f"damaged, or not a safetensors file; {RESTORE}"

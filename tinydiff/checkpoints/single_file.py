@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokenizers import AddedToken
 
-from tinydiff.checkpoints import ldm, scheduler
+from tinydiff.checkpoints import ldm, scheduler, weights
 from tinydiff.checkpoints.header import Header
 from tinydiff.checkpoints.ldm import HOMES, KINDS, TABLES, UNUSED, VAE, averaged, backward, forward, renamed, sizes
 from tinydiff.diffusion.schedules import scaled_linear
@@ -233,13 +233,10 @@ def _index(tables: Configs) -> dict[str, Any]:
 
 def tensors(file: Header, part: Part) -> dict[str, Tensor]:
     """The tensors of one network under our names, as stored, in memory mapped from the file. Raises ModelError."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        with safe_open(file.path, "pt") as opened:
-            return {new: _piece(opened.get_tensor(at.name), at, new) for new, at in part.places.items()}
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{shown(file.path)}: damaged ({error}); {RESTORE}") from error
+    with weights.mapping(file.path), safe_open(file.path, "pt") as opened:
+        return {new: _piece(opened.get_tensor(at.name), at, new) for new, at in part.places.items()}
 
 
 def _piece(tensor: Tensor, at: Place, name: str) -> Tensor:
@@ -270,7 +267,6 @@ def write(path: str | Path, parts: Mapping[str, Mapping[str, Tensor]], configs: 
         raise ModelError(f"{shown(path)}: a single file cannot hold this model ({error}); write a folder") from error
     with written(path, force=force) as temporary:
         save_file(tensors, temporary, metadata)
-        temporary.chmod(0o644)
 
 
 def _compare(name: str, read: Mapping[str, Any], config: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from tinydiff.checkpoints.description import Description, describe
 from tinydiff.checkpoints.header import Header, header
 from tinydiff.checkpoints.scheduler import PREDICTION_TYPES
 from tinydiff.errors import ModelError
-from tinydiff.files import read_json, shown
+from tinydiff.files import read_json, shown, stamp
 from tinydiff.networks import TEXT, VAE, denoiser_in, network_of, networks, text_encoders, tokenizer_folder
 from tinydiff.networks.network import Table, TextEncoder
 
@@ -59,8 +59,12 @@ class Source:
     adapters: tuple[Adapter, ...] = ()
     controls: tuple[Path, ...] = ()
     words: tuple[Path, ...] = ()
+    stamps: dict[Path, object] = field(init=False, compare=False, repr=False)  # for files.undisturbed
     headers: dict[Path, Header] = field(default_factory=dict, compare=False, repr=False)
     shards: dict[str, list[Path]] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stamps", {path: stamp(path) for path in (self.path, self.vae) if path})
 
     def header(self, path: Path) -> Header:
         """The header of one of the model's files."""

@@ -7,12 +7,14 @@ component is a folder.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinydiff.checkpoints.header import PICKLES, Stored, header
 from tinydiff.errors import ModelError
 from tinydiff.files import RESTORE, read_json, shown
+from tinydiff.system import system_error, unreadable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,18 +62,29 @@ def headers(folder: Path) -> dict[str, Stored]:
 
 
 def tensors(paths: list[Path], check: Callable[[Path], object] = header) -> dict[str, Tensor]:
-    """All tensors of some safetensors files, memory-mapped: read when used. Raises ModelError for a damaged file.
+    """All tensors of some safetensors files, memory-mapped: read when used. Raises ModelError for a damaged file, and
+    ResourceError where the system cannot map it.
 
     `check` reads a file's header first.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     mapped: dict[str, Any] = {}
     for path in paths:
         check(path)
-        try:
+        with mapping(path):
             mapped |= load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{shown(path)}: damaged ({error}); fetch or train it again") from None
     return mapped
+
+
+@contextmanager
+def mapping(path: Path) -> Iterator[None]:
+    """What safetensors and torch raise in the block, as the UserError of this file."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, OSError, RuntimeError) as error:
+        if cause := system_error(error):
+            raise unreadable(cause, path) from error
+        raise ModelError(f"{shown(path)}: damaged ({shown(error)}); {RESTORE}") from error

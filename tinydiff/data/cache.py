@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from tinydiff import temporary
 from tinydiff.checkpoints import weights
 from tinydiff.checkpoints.header import header
 from tinydiff.errors import DataError, ModelError
@@ -27,7 +28,9 @@ FORMAT = 1
 ROWS = 1024  # in a file
 BATCH = 64  # rows computed at once
 LABEL = "tinydiff"  # the key of our entry in a file's metadata
-OURS = re.compile(r"(latents|text)-[0-9a-f]{16,32}\.safetensors|\.tmp-(latents|text)-[0-9a-f]{32}.*")
+OURS = re.compile(
+    r"(latents|text)-[0-9a-f]{16,32}\.safetensors|\.tmp-(latents|text)-[0-9a-f]{32}.*|\.tmp[0-9A-Za-z]{6}"
+)
 
 Progress = Callable[[int, int], None]
 Arrays = dict[str, np.ndarray]
@@ -68,9 +71,8 @@ def fill(
         rows = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
         entry = {"notes": notes(rows)}
         entry["check"] = _check(entry["notes"], {name: column.shape for name, column in rows.items()})
-        with written(c.path, force=True) as temporary:
-            save_file(rows, temporary, {LABEL: json.dumps(entry)})
-            temporary.chmod(0o644)  # safetensors makes files readable by their owner only
+        with written(c.path, force=True) as file:
+            save_file(rows, file, {LABEL: json.dumps(entry)})
         done += len(c.items)
         progress(done, total)
 
@@ -119,7 +121,8 @@ class Rows:
 def sweep(folder: Path, keep: Iterable[Path]) -> None:
     """Remove cache files not in `keep` and leftovers of killed processes. No process may be filling the folder."""
     kept = {path.name for path in keep}
+    temporary.sweep(folder)
     for path in folder.iterdir() if folder.is_dir() else ():
-        if OURS.fullmatch(path.name) and path.name not in kept:
+        if OURS.fullmatch(path.name) and path.name not in kept and not path.is_symlink():
             with contextlib.suppress(OSError):
                 path.unlink()

@@ -32,6 +32,7 @@ import numpy as np
 from tinydiff.errors import DataError
 from tinydiff.files import shown
 from tinydiff.images import open_image
+from tinydiff.system import unreadable
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 SIDECARS = (".txt", ".caption")
@@ -170,13 +171,13 @@ def _walk(root: Path, skips: _Skips) -> list[str]:
         problem = "is not a folder" if os.path.exists(root) else "does not exist"
         raise DataError(f"data folder {shown(root)} {problem}; set data.path to a folder of captioned images")
 
-    def unreadable(error: OSError) -> None:
+    def note(error: OSError) -> None:
         if error.filename == os.fspath(root):
-            raise DataError(f"data folder {shown(root)}: {error.strerror}; make it readable") from None
+            raise unreadable(error, root, DataError) from None
         skips.notes.append((shown(error.filename), error.strerror or "cannot be read"))
 
     inside, names = os.path.realpath(root), list[str]()
-    for folder, folders, files in os.walk(root, onerror=unreadable):
+    for folder, folders, files in os.walk(root, onerror=note):
         prefix = "" if folder == os.fspath(root) else Path(folder).relative_to(root).as_posix() + "/"
         folders[:] = [name for name in folders if _enter(prefix + name, Path(folder, name), skips)]
         files = [prefix + name for name in files if not name.startswith(".")]
@@ -310,7 +311,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             yield from _csv_rows(path, _lines(file)) if path.suffix == ".csv" else _json_rows(_lines(file))
     except OSError as error:
-        raise DataError(f"{shown(path)}: {error.strerror}; make it readable") from None
+        raise unreadable(error, path, DataError) from None
 
 
 def _lines(file: TextIO) -> Iterator[str]:

@@ -23,6 +23,7 @@ from tinydiff.data.shard_index import MAX_SKIPPED, ROW, Row, Skips, cache_folder
 from tinydiff.errors import DataError
 from tinydiff.files import shown
 from tinydiff.images import open_image
+from tinydiff.system import unreadable
 
 MAX_OPEN = 64
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
@@ -52,7 +53,7 @@ def _visible(path: str) -> list[str]:
     try:
         return sorted(name for name in os.listdir(path) if not name.startswith("."))
     except OSError as error:
-        raise DataError(f"data folder {shown(path)}: {error.strerror}; make it readable") from error
+        raise unreadable(error, path, DataError) from error
 
 
 class ShardSource:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from tinydiff.errors import DataError
 from tinydiff.files import LFS_POINTER, shown
+from tinydiff.system import unreadable
 
 MAX_MEMBERS = 2**21  # in one archive, to bound the memory of indexing it
 MAX_EXTENDED = 64 * 2**10  # bytes in a GNU or PAX header
@@ -44,7 +45,7 @@ class File:
             self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # non-blocking: a FIFO must not wait
             status = os.fstat(self.fd)
         except OSError as error:
-            raise DataError(f"{shown(path)}: {error.strerror}; put it back or make it readable") from error
+            raise unreadable(error, path, DataError) from error
         if not stat.S_ISREG(status.st_mode):
             raise DataError(f"{shown(path)}: not a regular file; give a .tar file")
         self.size, self.mtime = status.st_size, status.st_mtime_ns
@@ -54,7 +55,7 @@ class File:
         try:
             data = os.pread(self.fd, size, offset)
         except OSError as error:
-            raise DataError(f"{shown(self.path)}: {error.strerror}; check the disk") from error
+            raise unreadable(error, self.path, DataError) from error
         if len(data) != size:
             raise DataError(f"{shown(self.path)}: cut short at offset {offset + len(data)}; {AGAIN}")
         return data

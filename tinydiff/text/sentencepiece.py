@@ -18,6 +18,7 @@ from tokenizers import Tokenizer as BackendTokenizer
 from tinydiff.errors import ModelError
 from tinydiff.files import read_json
 from tinydiff.protobuf import values
+from tinydiff.system import unreadable
 from tinydiff.text.tokenizer import SubwordTokenizer
 
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
@@ -59,7 +60,7 @@ class T5Tokenizer(SubwordTokenizer):
         except (ModelError, KeyboardInterrupt, SystemExit):
             raise
         except OSError as error:
-            raise ModelError(f"{error.filename}: {error.strerror}; copy the whole tokenizer folder") from error
+            raise unreadable(error, folder) from error
         except BaseException as error:  # the tokenizers library raises bare Exception; its panics are BaseException
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise ModelError(f"{folder}: not a T5 tokenizer ({reason}); restore the folder") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,12 +21,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tinydiff import processes
+from tinydiff import processes, temporary
 from tinydiff.checkpoints import weights
 from tinydiff.checkpoints.header import header
 from tinydiff.errors import ModelError, ResourceError
-from tinydiff.files import MANIFEST, VersionError, committed, make_folder, named, read_json, shown, system_error, verify
+from tinydiff.files import MANIFEST, VersionError, committed, make_folder, named, read_json, shown, verify
 from tinydiff.stages import Stage
+from tinydiff.system import system_error
 from tinydiff.training.optim import Average, adamw
 from tinydiff.training.parallel import Piece, World, pieces
 
@@ -33,6 +35,7 @@ FORMAT = 3
 OLDER = 2  # a format that is still read: without buffers, of one player, whose name is the stage's
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("weights", "average", *MOMENTS, "buffers")
+OLD = re.compile(r"\.tmp-.+-[0-9a-f]{32}")  # what older versions left when they were killed
 
 
 @dataclass(frozen=True)
@@ -137,8 +140,8 @@ def save(
     with named(run_dir):  # a save must not make it again, without its lock
         if world.rank == 0 and not run_dir.is_dir():
             raise ResourceError(f"{shown(run_dir)}: removed while training; put it back, or start the run again")
-    with committed(path) if world.rank == 0 else named(path) as temporary:
-        place = Path(world.share(str(temporary), world.savers)) if writers > 1 else temporary
+    with committed(path) if world.rank == 0 else named(path) as made:
+        place = Path(world.share(str(made), world.savers)) if writers > 1 else made
         assert place is not None
         problem = write(place, saved, places, world.rank, writers)
         if writers > 1 and not world.all(problem is None, world.savers):
@@ -178,6 +181,16 @@ def set_aside(path: Path) -> Path:
         return path.rename(new)
 
 
+def checkpoints(folder: Path, stage: str) -> list[Path]:
+    """A stage's checkpoints, oldest first: folders named exactly as `save` names them, and no copies of any."""
+    name = re.compile(re.escape(stage) + "-([0-9]{8,})")
+    steps = {path: int(named_so[1]) for path in folder.glob(f"{stage}-*") if (named_so := name.fullmatch(path.name))}
+    return sorted(
+        (path for path, step in steps.items() if path.is_dir() and path.name.endswith(f"-{step:08d}")),
+        key=steps.__getitem__,
+    )
+
+
 def newest(folder: Path, stage: str, warn: Callable[[str], None], strict: bool = False) -> Path | None:
     """The valid checkpoint of the highest step; damaged ones are named and passed over.
 
@@ -185,7 +198,7 @@ def newest(folder: Path, stage: str, warn: Callable[[str], None], strict: bool =
     is sound, where another tinydiff wrote one, or where one is damaged and `strict` says that this is too many.
     """
     damaged: list[Path] = []
-    found = sorted(folder.glob(f"{stage}-[0-9]*"), reverse=True)
+    found = checkpoints(folder, stage)[::-1]
     for path in found:
         try:
             check(path, stage)
@@ -324,19 +337,18 @@ def make_room(folder: Path, training: Training) -> None:
 
 
 def prune(folder: Path, stage: str, keep: int, every: int = 0) -> None:
-    """Remove a stage's checkpoints but the newest `keep`, and those of every `every`-th step."""
+    """Remove a stage's checkpoints but the newest `keep`, and those of every `every`-th step; links are somebody else's."""
     with named(folder):
-        found = sorted(folder.glob(f"{stage}-[0-9]*"))
-    for path in found[:-keep]:
-        if not every or int(path.name.rpartition("-")[2]) % every:
-            aside = path.with_name(f".tmp-{path.name}-{uuid4().hex}")
-            with named(path, aside):  # moved first, so that under its name it is whole or gone
-                path.rename(aside)
-                shutil.rmtree(aside)
+        for path in checkpoints(folder, stage)[:-keep]:
+            if (not every or int(path.name.rpartition("-")[2]) % every) and not path.is_symlink():
+                temporary.discard(path)
 
 
 def sweep(run_dir: Path) -> None:
     """Remove what a killed process left half-written or half-removed; the caller holds the run's lock."""
     with named(run_dir):
-        for path in [*run_dir.glob(".tmp-*"), *run_dir.glob("*/.tmp-*")]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        inner = (path for path in run_dir.iterdir() if path.is_dir() and not path.is_symlink())
+        for folder in (run_dir, *inner):
+            temporary.sweep(folder)
+            for path in (path for path in folder.glob(".tmp-*") if OLD.fullmatch(path.name) and not path.is_symlink()):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
