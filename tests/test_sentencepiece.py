@@ -341,6 +341,29 @@ def test_transformers_reads_a_model_by_hand(hand, tmp_path):
     check_same(hand, open_peer(tmp_path), [*EXAMPLES, *texts(300), "abba ab red<extra_id_1> b"])
 
 
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layout", ["added_tokens_decoder", "tokenizer.json"])
+def test_added_tokens_have_the_ids_of_transformers(trained, tokenizer, tmp_path, layout):
+    transformers = pytest.importorskip("transformers")
+    new = [transformers.AddedToken("<cat-toy>"), transformers.AddedToken("SKS", normalized=False, rstrip=True)]
+    theirs = open_peer(trained)
+    theirs.add_tokens(new)
+    theirs.save_pretrained(tmp_path)
+    if layout == "added_tokens_decoder":
+        whole = json.loads((tmp_path / "tokenizer.json").read_text())
+        (tmp_path / "tokenizer.json").unlink()
+        (tmp_path / "spiece.model").write_bytes((trained / "spiece.model").read_bytes())
+        config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        config["added_tokens_decoder"] = {token.pop("id"): token for token in whole["added_tokens"]}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = T5Tokenizer.load(tmp_path)
+    assert ours.vocab_size == tokenizer.vocab_size + 2
+    check_same(ours, theirs, [*EXAMPLES, "a <cat-toy> b", "red<cat-toy>", "SKS  sks circle", *texts(100)])
+    ours.save(tmp_path / "again")
+    check_same(T5Tokenizer.load(tmp_path / "again"), theirs, ["a <cat-toy> b", "SKS  sks circle"])
+
+
 def plain(text: str) -> str:
     """`text` without what `tokenizers` is known to read unlike SentencePiece.
 

@@ -121,6 +121,67 @@ def test_stable_diffusion_settings_give_equal_ids(saved, tmp_path, special):
     assert ours.pad == theirs.pad_token_id
 
 
+LEARNT = {  # added tokens: their flags that are not the default ones
+    "<cat-toy>": {},
+    "<cat-toy>_1": {},  # another one begins like it
+    "<Midjourney-Style>": {},  # matched in lower case, as all text
+    "<exact>": {"normalized": False},
+    "sks": {"single_word": True},
+    "<left>": {"lstrip": True},
+    "<right>": {"rstrip": True, "special": True},
+    "circle": {},  # which merges may make too
+    "九": {},
+}
+WITH_LEARNT = [
+    "a <cat-toy>",
+    "a <cat-toy>_1, <cat-toy>",
+    "<MIDJOURNEY-style> x",
+    "in  <left>  and <right>  a",
+    "<exact> <EXACT>",
+]
+WITH_LEARNT += ["sks dog, asks, sks", "circles circle", "x九y", "(<cat-toy>)", ""]
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("layout", ["added_tokens.json", "tokenizer.json", "added_tokens_decoder"])
+def test_added_tokens_have_the_ids_of_transformers(saved, tmp_path, layout):
+    """Whatever file lists them, and again in the folder that is written of them."""
+    transformers = pytest.importorskip("transformers")
+    for path in saved.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    if layout == "added_tokens.json":
+        new = [text for text in LEARNT if text != "circle"]  # which has an id
+        (tmp_path / layout).write_text(json.dumps({text: 600 + i for i, text in enumerate(new)}))
+    else:
+        peer = open_peer(tmp_path)
+        peer.add_tokens([transformers.AddedToken(text, **flags) for text, flags in LEARNT.items()])
+        peer.save_pretrained(tmp_path)
+    if layout == "added_tokens_decoder":
+        whole = json.loads((tmp_path / "tokenizer.json").read_text())
+        config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        config["added_tokens_decoder"] = {token.pop("id"): token for token in whole["added_tokens"]}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        (tmp_path / "tokenizer.json").unlink()
+    ours, theirs = Tokenizer.load(tmp_path), open_peer(tmp_path)
+    wanted = [peer_ids(theirs, text) for text in [*EXAMPLES, *WITH_LEARNT]]
+    assert any(id >= 600 for ids in wanted for id in ids)
+    assert ours.encode([*EXAMPLES, *WITH_LEARNT]).tolist() == wanted
+    ours.save(tmp_path / "again")
+    assert Tokenizer.load(tmp_path / "again").encode([*EXAMPLES, *WITH_LEARNT]).tolist() == wanted
+    again = open_peer(tmp_path / "again")
+    assert [peer_ids(again, text) for text in [*EXAMPLES, *WITH_LEARNT]] == wanted
+
+
+@pytest.mark.parametrize("wrong", [-1, 2**31, 2**63, 10**400, True, None, "600", 1.5, [600], 3])
+def test_ids_that_are_none_are_refused(saved, tmp_path, wrong):
+    for path in saved.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<cat>": wrong}))
+    with pytest.raises(ModelError, match="not a CLIP tokenizer") as caught:
+        Tokenizer.load(tmp_path)
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))
+
+
 def test_vocabulary_is_in_the_order_of_clip(tokenizer):
     tokens = list(tokenizer.vocab)
     assert [tokenizer.vocab[token] for token in tokens] == list(range(600))

@@ -19,7 +19,7 @@ from tinydiff.errors import ModelError
 from tinydiff.files import read_json
 from tinydiff.protobuf import values
 from tinydiff.system import unreadable
-from tinydiff.text.tokenizer import SubwordTokenizer
+from tinydiff.text.tokenizer import MOST_IDS, SubwordTokenizer, listed_tokens
 
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
 SPACE = "▁"  # U+2581
@@ -42,6 +42,8 @@ class T5Tokenizer(SubwordTokenizer):
         backend.no_padding()
         self._backend, self.max_length, self.eos, self.pad = backend, max_length, eos, pad
         self.vocab_size = max(backend.get_vocab().values()) + 1
+        if self.vocab_size > MOST_IDS:
+            raise ValueError(f"an id is {self.vocab_size - 1}, over {MOST_IDS - 1}")
 
     @classmethod
     def load(cls, folder: str | Path, max_length: int | None = None) -> T5Tokenizer:
@@ -84,10 +86,18 @@ class T5Tokenizer(SubwordTokenizer):
 
 
 def _backend(folder: Path, config: dict[str, Any]) -> BackendTokenizer:
-    """tokenizer.json as it is or, without one, spiece.model converted as transformers does."""
+    """tokenizer.json as it is or, without one, spiece.model converted as transformers does, with the tokens added since."""
     if (folder / "tokenizer.json").is_file():
         return BackendTokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    return from_spiece((folder / "spiece.model").read_bytes(), int(config.get("extra_ids", SENTINELS)))
+    sentinels = int(config.get("extra_ids", SENTINELS))
+    if not 0 <= sentinels < MOST_IDS:
+        raise ValueError(f"extra_ids is {str(sentinels)[:40]}")
+    backend = from_spiece((folder / "spiece.model").read_bytes(), sentinels)
+    for content, (index, token) in sorted(listed_tokens(folder, config).items(), key=lambda item: item[1][0]):
+        backend.add_special_tokens([token]) if token.special else backend.add_tokens([token])
+        if backend.token_to_id(content) != index:
+            raise ValueError(f"{content[:40]!a} is listed with id {str(index)[:40]}, which is another token's")
+    return backend
 
 
 def from_spiece(data: bytes, sentinels: int = SENTINELS) -> BackendTokenizer:

@@ -8,7 +8,7 @@ words. Every byte is a symbol, so no text is unknown. Prompt syntax (weights, AN
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ from tinydiff.files import read_json
 BOS = "<|startoftext|>"
 EOS = "<|endoftext|>"
 END_OF_WORD = "</w>"
+FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 SPECIAL = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
 CLIP_LENGTH = 77
 SMALLEST_VOCABULARY = 2 * 256 + 2
+MOST_IDS = 2**22  # sixteen times the largest vocabularies: an id is an index into a table of vectors
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
@@ -74,16 +76,24 @@ class Tokenizer(SubwordTokenizer):
         merges: Sequence[tuple[str, str]],
         max_length: int = CLIP_LENGTH,
         special: dict[str, AddedToken] | None = None,
+        added: dict[int, AddedToken] | None = None,
     ) -> None:
-        """Raises KeyError or ValueError if `vocab` lacks a symbol, merge or token of `special` (keys as in `SPECIAL`)."""
+        """`added`: by id, what is one token wherever it stands, such as a learnt word; it need not be in `vocab`.
+
+        Raises KeyError or ValueError if `vocab` lacks a symbol, merge or token of `special` (keys as in `SPECIAL`), or where
+        two tokens have one id.
+        """
         if max_length < 3:
             raise ValueError(f"max_length is {max_length}; it holds BOS, EOS and at least one token")
-        self.vocab, self.merges, self.max_length = vocab, list(merges), max_length
-        self.vocab_size = max(vocab.values()) + 1
+        self.vocab, self.merges, self.max_length, self.added = vocab, list(merges), max_length, added or {}
+        ids = vocab | {token.content: index for index, token in self.added.items()}
+        check_ids(ids)
+        self.vocab_size = max(ids.values()) + 1
         special = special or _special({})
-        self.bos, self.eos, _, self.pad = (vocab[special[key].content] for key in SPECIAL)
-        self._backend = _backend(models.BPE(vocab, self.merges, end_of_word_suffix=END_OF_WORD, unk_token=EOS))
+        self.bos, self.eos, _, self.pad = (ids[special[key].content] for key in SPECIAL)
+        self._backend = _backend(models.BPE(ids, self.merges, end_of_word_suffix=END_OF_WORD, unk_token=EOS))
         self._backend.add_special_tokens(list(special.values()))
+        self._backend.add_tokens(list(self.added.values()))
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
@@ -93,9 +103,12 @@ class Tokenizer(SubwordTokenizer):
             config |= read_json(path) if path.is_file() else {}
         try:
             vocab, merges = _vocabulary(folder)
-            length = int(config.get("model_max_length", CLIP_LENGTH))
+            listed, length = listed_tokens(folder, config), int(config.get("model_max_length") or CLIP_LENGTH)
+            special = _special(config, {content: token for content, (_, token) in listed.items()})
+            known = vocab.keys() & {token.content for token in special.values()}
+            added = {index: token for content, (index, token) in listed.items() if content not in known}
             # transformers writes 1e30 for "not set"
-            return cls(vocab, merges, length if length < 10**6 else CLIP_LENGTH, _special(config))
+            return cls(vocab, merges, length if length < 10**6 else CLIP_LENGTH, special, added)
         except ModelError:
             raise
         except Exception as error:  # the tokenizers library raises bare Exception
@@ -126,14 +139,19 @@ class Tokenizer(SubwordTokenizer):
         return cls(vocab, [(left, right) for left, right in state["merges"]], max_length)
 
     def save(self, folder: str | Path) -> None:
-        """Write the four files that transformers' CLIPTokenizer reads."""
+        """Write the files that transformers' CLIPTokenizer reads: four, and one of added tokens if there are any."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tokens = dict(sorted(self.vocab.items(), key=lambda item: item[1]))
         names: dict[int | None, str] = {index: token for token, index in tokens.items()}
+        names |= {index: token.content for index, token in self.added.items()}
         special = {"bos_token": names[self.bos], "eos_token": names[self.eos], "pad_token": names[self.pad]}
         special["unk_token"] = EOS
         config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.max_length, **special}
+        if self.added:
+            _write(folder / "added_tokens.json", json.dumps({t.content: i for i, t in self.added.items()}, indent=2))
+            flags = ("content", *FLAGS, "special")
+            config["added_tokens_decoder"] = {i: {k: getattr(t, k) for k in flags} for i, t in self.added.items()}
         merges = ["#version: 0.2", *(f"{left} {right}" for left, right in self.merges)]
         _write(folder / "vocab.json", json.dumps(tokens, ensure_ascii=False))
         _write(folder / "merges.txt", "\n".join(merges))
@@ -174,19 +192,41 @@ def _vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     return vocab, [(left, right) for left, right in pairs]
 
 
-def _special(config: dict[str, Any]) -> dict[str, AddedToken]:
-    """The special tokens that `config` names, as transformers adds them: `added_tokens_decoder` takes precedence."""
-    tokens = {key: config.get(key) or text for key, text in SPECIAL.items()}
-    listed = {token["content"]: token for token in config.get("added_tokens_decoder", {}).values()}
-    return {key: _added(listed.get(_added(token).content, token)) for key, token in tokens.items()}
+def check_ids(vocab: dict[str, int]) -> None:
+    """ValueError unless every token has an id of its own that can be an index."""
+    wrong = next((i for i in vocab.values() if type(i) is not int or not 0 <= i < MOST_IDS), None)
+    if wrong is not None:
+        raise ValueError(f"id {str(wrong)[:40]} is not one of 0 to {MOST_IDS - 1}")
+    if len(set(vocab.values())) < len(vocab):
+        raise ValueError("two tokens have one id")
 
 
-def _added(token: str | dict[str, Any]) -> AddedToken:
-    """A special token from its description in the folder: a string, or transformers' AddedToken as a dict."""
+def listed_tokens(folder: Path, config: dict[str, Any]) -> dict[str, tuple[int, AddedToken]]:
+    """What a folder lists as added tokens: by content, their ids and how they are found in a text.
+
+    Read are added_tokens.json, `added_tokens_decoder` of tokenizer_config.json, and `added_tokens` of tokenizer.json, the
+    later one counting.
+    """
+    path, whole = folder / "added_tokens.json", folder / "tokenizer.json"
+    plain = read_json(path) if path.is_file() else {}
+    listed = [{"id": index, "content": text} for text, index in plain.items()]
+    listed += [{**token, "id": int(index)} for index, token in (config.get("added_tokens_decoder") or {}).items()]
+    listed += (read_json(whole).get("added_tokens") or []) if whole.is_file() else []
+    return {token["content"]: (token["id"], _added(token, bool(token.get("special")))) for token in listed}
+
+
+def _special(config: dict[str, Any], listed: Mapping[str, AddedToken] | None = None) -> dict[str, AddedToken]:
+    """The special tokens that `config` names, as transformers adds them: what is `listed` takes precedence."""
+    tokens = {key: _added(config.get(key) or text) for key, text in SPECIAL.items()}
+    return {key: (listed or {}).get(token.content, token) for key, token in tokens.items()}
+
+
+def _added(token: str | dict[str, Any], special: bool = True) -> AddedToken:
+    """A token from its description in the folder: a string, or transformers' AddedToken as a dict."""
     if isinstance(token, str):
         return AddedToken(token, special=True, normalized=False)
-    flags = {key: bool(token[key]) for key in ("lstrip", "rstrip", "single_word", "normalized") if key in token}
-    return AddedToken(token["content"], special=True, **flags)
+    flags = {key: bool(token[key]) for key in FLAGS if key in token}
+    return AddedToken(token["content"], special=special, **flags)
 
 
 def _write(path: Path, text: str) -> None:
