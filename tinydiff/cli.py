@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tinydiff import __version__, flags, processes
+from tinydiff import __version__, flags, interrupts, processes
 from tinydiff.diffusion.predictions import PREDICTIONS
 from tinydiff.diffusion.samplers import SAMPLERS
 from tinydiff.diffusion.schedules import SPACINGS
@@ -359,7 +359,12 @@ def inspect(
 def one_line_errors() -> Iterator[None]:
     """Turn what escapes a command into one line on stderr and the exit code it stands for."""
     try:
-        yield
+        try:
+            yield
+        except Exception:
+            if interrupts.heard:
+                raise KeyboardInterrupt from None
+            raise
     except HungError as error:
         with contextlib.suppress(SystemExit):
             fail(str(error), error.code)
@@ -367,7 +372,7 @@ def one_line_errors() -> Iterator[None]:
     except UserError as error:
         fail(str(error), error.code)
     except KeyboardInterrupt:
-        fail("interrupted", 130)
+        fail("interrupted", interrupts.CODE)
     except BrokenPipeError:
         closed_pipe()
     except SystemExit as stop:
