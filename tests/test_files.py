@@ -75,13 +75,6 @@ def test_commits_are_byte_identical(tmp_path):
     assert (tmp_path / "a" / "manifest.json").read_bytes() == (tmp_path / "b" / "manifest.json").read_bytes()
 
 
-def test_without_manifest(tmp_path):
-    with committed(tmp_path / "sheet", manifest=False) as folder:
-        (folder / "a.png").write_bytes(b"x")
-    assert [path.name for path in (tmp_path / "sheet").iterdir()] == ["a.png"]
-    verify(tmp_path / "sheet")
-
-
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_failed_block_leaves_nothing(tmp_path, error):
     write_folder(tmp_path / "model", "old")
@@ -109,6 +102,40 @@ def test_replace_spares_what_tinydiff_did_not_write(tmp_path):
     with pytest.raises(UsageError, match="not a folder that tinydiff wrote"):
         write_folder(tmp_path / "photos", "new", replace=True)
     assert (tmp_path / "photos" / "a.jpg").read_bytes() == b"x"
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("links", [True, False])
+def test_what_somebody_put_into_a_folder_survives_its_replacement(tmp_path, monkeypatch, links):
+    """Under its name; readers say of what is not hidden that it is no part of the folder."""
+    if not links:
+        fail_at(monkeypatch, "link", 1, code=errno.EPERM, onwards=True)
+    model = tmp_path / "model"
+    write_folder(model, "old")
+    notes = {".git/objects/ab": "x", "unet/.notes": "y", "mine/.a/b": "z"}
+    for name, text in notes.items():
+        (model / name).parent.mkdir(parents=True, exist_ok=True)
+        (model / name).write_text(text)
+    (model / ".link").symlink_to("nowhere")
+    for text in ("new", "newer"):
+        write_folder(model, text, replace=True)
+        assert text_of(model) == text and os.readlink(model / ".link") == "nowhere"
+        assert {name: (model / name).read_text() for name in notes} == notes
+    (model / "README.md").write_text("mine")
+    write_folder(model, "newest", replace=True)
+    assert (model / "README.md").read_text() == "mine" and leftovers(tmp_path) == []
+    with pytest.raises(ModelError, match=r"README\.md: not listed"):
+        verify(model)
+
+
+def test_a_file_system_without_modes_will_do(tmp_path, monkeypatch):
+    def chmod(*_, **__) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "chmod", chmod)
+    with committed(tmp_path / "model") as folder:
+        (folder / "a").touch(mode=0o600)
+    verify(tmp_path / "model")
 
 
 @pytest.mark.parametrize("onwards", [False, True])

@@ -596,10 +596,13 @@ def test_pruning_and_resuming_know_exact_names(tmp_path):
     (folder / "denoiser-00000001").symlink_to(elsewhere)
     for name in ("00000003-best", "00000012.bak", "3", "000000012", "٠٠٠٠٠٠٠٣", "0000001x"):
         (folder / f"denoiser-{name}").mkdir()
+    (folder / "denoiser-00000002").mkdir()
+    for name in ("manifest.json", "notes.txt"):  # a checkpoint that somebody put something into
+        (folder / "denoiser-00000002" / name).write_text('{"format": 1, "files": {}}')
     for name in ("00000003.tar", "00000015", "00000012.tar.gz"):
         (folder / f"denoiser-{name}").write_text("x")
     before = {path.name for path in folder.iterdir()}
-    assert [path.name[-1] for path in state.checkpoints(folder, "denoiser")] == ["1", "3", "6", "9"]
+    assert [path.name[-1] for path in state.checkpoints(folder, "denoiser")] == ["1", "2", "3", "6", "9"]
     for every, gone in ((6, {"denoiser-00000003"}), (0, {"denoiser-00000003", "denoiser-00000006"})):
         state.prune(folder, "denoiser", 1, every)
         assert before - {path.name for path in folder.iterdir()} == gone

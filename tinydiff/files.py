@@ -42,23 +42,24 @@ class ReplacedError(BusyError):
 
 
 @contextmanager
-def committed(path: str | Path, *, replace: bool = False, manifest: bool = True) -> Iterator[Path]:
+def committed(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` if the block succeeds, and is removed if it raises.
 
     `replace` allows an existing tinydiff folder to be replaced: there is the old one or the new one at any moment, where the
-    file system can exchange two names, and else one of them is there or beside it, where readers look. A link stays, and
-    what it leads to is replaced. Raises UsageError if `path` exists and may not be replaced, BusyError while another
-    process makes it, ResourceError for any OSError, also one from the block.
+    file system can exchange two names; else one of them is there or beside it, where readers look. A link stays, and what it
+    leads to is replaced; files in it that are not ours stay too. Raises UsageError if `path` exists and may not be replaced,
+    BusyError while another process makes it, ResourceError for any OSError, also one from the block.
     """
     path = Path(os.path.realpath(path))
     with named(path):
         make_folder(path.parent)
         with temporary.alone(path) as folder:
             _recover(path)
-            _check_free(path, replace, manifest)
+            _check_free(path, replace)
             folder.mkdir()
             yield folder
-            _seal(folder, manifest)
+            _seal(folder)
+            _keep(foreign(path), path, folder)
             _install(folder, path)
 
 
@@ -210,23 +211,23 @@ def _recover(path: Path) -> None:
     aside = _aside(path)
     if os.path.lexists(aside):
         if os.path.lexists(path):
-            _remove(aside)
+            temporary.remove(aside)
         else:
             os.rename(aside, path)
 
 
-def _check_free(path: Path, replace: bool, manifest: bool) -> None:
+def _check_free(path: Path, replace: bool) -> None:
     """Refuse an existing `path`, or with `replace` only one that tinydiff did not write."""
     if not os.path.lexists(path):
         return
     if not replace:
         raise UsageError(f"{shown(path)}: exists; use --force to replace it or choose another path")
     ours = path.is_dir() and ((path / MANIFEST).is_file() or not any(path.iterdir()))
-    if manifest and not ours:
+    if not ours:
         raise UsageError(f"{shown(path)}: not a folder that tinydiff wrote; remove it yourself or choose another path")
 
 
-def _seal(folder: Path, manifest: bool) -> None:
+def _seal(folder: Path) -> None:
     """Sync every file, made as readable as the folder is, then the manifest, then every folder, innermost first."""
     entries, mode = {}, stat.S_IMODE(folder.stat().st_mode)  # by the umask, or what the folder above it says
     for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
@@ -236,10 +237,9 @@ def _seal(folder: Path, manifest: bool) -> None:
             entries[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
             _open_up(path, mode & 0o666)
             _sync(path)
-    if manifest:
-        text = json.dumps({"format": FORMAT, "files": entries}, indent=2) + "\n"
-        (folder / MANIFEST).write_bytes(text.encode())
-        _sync(folder / MANIFEST)
+    text = json.dumps({"format": FORMAT, "files": entries}, indent=2) + "\n"
+    (folder / MANIFEST).write_bytes(text.encode())
+    _sync(folder / MANIFEST)
     for path in sorted(filter(Path.is_dir, [folder, *folder.rglob("*")]), reverse=True):
         _open_up(path, mode)
         _sync(path)
@@ -248,7 +248,34 @@ def _seal(folder: Path, manifest: bool) -> None:
 def _open_up(path: Path, mode: int) -> None:
     """Set the mode: libraries make files that only their owner reads, and copies of folders are like the original."""
     if stat.S_IMODE(path.stat().st_mode) != mode:
-        path.chmod(mode)
+        try:
+            path.chmod(mode)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):  # a file system without modes
+                raise
+
+
+def foreign(folder: Path) -> list[Path]:
+    """Files in a folder with a manifest that the manifest does not list: somebody else's."""
+    try:
+        ours = {MANIFEST, *_entries(folder)} if (folder / MANIFEST).is_file() else None
+    except ModelError:
+        return []
+    files = (path for path in folder.rglob("*") if path.is_symlink() or path.is_file()) if ours else ()
+    return [path for path in files if ours and path.relative_to(folder).as_posix() not in ours]
+
+
+def _keep(files: list[Path], old: Path, new: Path) -> None:
+    """Have files of the old folder in the new one too."""
+    for path in files:
+        target = new / path.relative_to(old)
+        if not os.path.lexists(target):
+            make_folder(target.parent)
+            try:
+                os.link(path, target, follow_symlinks=False)
+            except OSError:  # a file system without hard links
+                shutil.copy2(path, target, follow_symlinks=False)
+            _sync(target.parent)
 
 
 def _install(folder: Path, path: Path) -> None:
@@ -264,7 +291,7 @@ def _install(folder: Path, path: Path) -> None:
             os.rename(aside, path)
             raise
     _sync(path.parent)
-    _remove(aside)
+    temporary.remove(aside)
 
 
 def _sync(path: Path) -> None:
@@ -278,14 +305,6 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    """Remove a folder or file; what cannot be removed from a folder stays."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _verify(folder: Path, parts: Collection[str] | None) -> None:

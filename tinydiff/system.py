@@ -33,7 +33,7 @@ FIXES = {  # what helps, by what the system says
         "choose a path where no folder is": "EISDIR",
         "give a shorter name": "ENAMETOOLONG",
         "give the path of the file itself, its links lead nowhere": "ELOOP",
-        "close the program that uses it, or choose another path": "EBUSY ETXTBSY",
+        "choose another path, such as a folder in it, or close the program that uses it": "EBUSY ETXTBSY",
         "check the disk": "EIO EUCLEAN EREMOTEIO EBADMSG",
         "check that the drive is connected": "ENODEV ENXIO ENOMEDIUM",
         "check the network drive, then run the same command again": "ESTALE ETIMEDOUT EHOSTDOWN EHOSTUNREACH ENETDOWN"

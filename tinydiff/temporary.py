@@ -7,6 +7,7 @@ that writes there removes it. Libraries that write under names of their own do s
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -56,16 +57,26 @@ def alone(path: Path) -> Iterator[Path]:
 def beside(path: Path) -> Iterator[Path]:
     """Yield a path in a temporary folder in the folder of `path`, for this process alone."""
     _sweep_once(path.parent)
-    while (held := _make(place := path.with_name(NAME.format(secrets.token_hex(8))))) is None:
-        pass
-    with _until_done(place, held):
-        yield place / "new"
+    for _ in range(100):
+        if (held := _make(place := path.with_name(NAME.format(secrets.token_hex(8))))) is not None:
+            with _until_done(place, held):
+                yield place / "new"
+            return
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK), str(path))
 
 
 def discard(path: Path) -> None:
     """Remove a folder; under its name it is whole or gone."""
     with beside(path) as aside:
         os.rename(path, aside)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder or file; what cannot be removed from a folder stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sweep(folder: Path) -> None:
@@ -159,11 +170,9 @@ def _until_done(place: Path, held: int) -> Iterator[None]:
 
 def _clear(place: Path) -> None:
     """Remove what is in a temporary folder but its lock."""
-    for path in (path for path in place.iterdir() if path.name != LOCK):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+    for path in place.iterdir():
+        if path.name != LOCK:
+            remove(path)
 
 
 def _remove(place: Path, held: int) -> None:
@@ -172,6 +181,7 @@ def _remove(place: Path, held: int) -> None:
         with contextlib.suppress(OSError):
             _clear(place)
             os.unlink(place / LOCK)
-            os.rmdir(place)
     finally:
-        os.close(held)
+        os.close(held)  # first: an open file that is removed is still there on network drives, under another name
+    with contextlib.suppress(OSError):
+        os.rmdir(place)

@@ -25,7 +25,7 @@ from tinydiff import processes, temporary
 from tinydiff.checkpoints import weights
 from tinydiff.checkpoints.header import header
 from tinydiff.errors import ModelError, ResourceError
-from tinydiff.files import MANIFEST, VersionError, committed, make_folder, named, read_json, shown, verify
+from tinydiff.files import MANIFEST, VersionError, committed, foreign, make_folder, named, read_json, shown, verify
 from tinydiff.stages import Stage
 from tinydiff.system import system_error
 from tinydiff.training.optim import Average, adamw
@@ -337,10 +337,14 @@ def make_room(folder: Path, training: Training) -> None:
 
 
 def prune(folder: Path, stage: str, keep: int, every: int = 0) -> None:
-    """Remove a stage's checkpoints but the newest `keep`, and those of every `every`-th step; links are somebody else's."""
+    """Remove a stage's checkpoints but the newest `keep`, and those of every `every`-th step.
+
+    Links are somebody else's, and so is a folder that they put something into.
+    """
     with named(folder):
         for path in checkpoints(folder, stage)[:-keep]:
-            if (not every or int(path.name.rpartition("-")[2]) % every) and not path.is_symlink():
+            due = not every or int(path.name.rpartition("-")[2]) % every
+            if due and not path.is_symlink() and not foreign(path):
                 temporary.discard(path)
 
 
