@@ -24,6 +24,7 @@ from tinydiff.networks.text import TextEncoder
 from tinydiff.networks.unet import UNet
 from tinydiff.schema import build, extended, key, merge, read_toml, section, set_key, to_dict
 from tinydiff.stages import STAGES, Stage
+from tinydiff.system import shown
 
 Say = Callable[[str], object]
 DENSITIES, PRECISIONS = ("uniform", "high_noise", "logit_normal"), ("auto", "fp32", "bf16", "fp16")
@@ -158,14 +159,14 @@ def load(path: Path | None = None, overrides: Sequence[str] = (), say: Say = lam
     problems: list[str] = []
     config = build(whole(), modern(read_toml(path), str(path), say) if path else {}, "", problems)
     if problems:
-        raise UsageError(f"{path}: " + "; ".join(problems))
+        raise UsageError(f"{shown(path)}: " + "; ".join(problems))
     table: dict[str, Any] = {}
     for text in overrides:
         set_key(table, text, problems)
     config = build(whole(), merge(to_dict(config), modern(table, "--set", say)), "", problems) if overrides else config
     problems += list(conflicts(config)) if not problems else []
     if problems:
-        raise UsageError(("--set: " if overrides else f"{path}: ") + "; ".join(problems))
+        raise UsageError(("--set: " if overrides else f"{shown(path)}: ") + "; ".join(problems))
     return config
 
 

@@ -49,18 +49,18 @@ def read_toml(path: Path) -> dict[str, Any]:
     """A TOML file as a dict; UsageError where it is missing, over 1 MB or not TOML."""
     try:
         if path.exists() and not path.is_file() and not path.is_dir():
-            raise UsageError(f"{path}: not a regular file; give a tinydiff.toml")
+            raise UsageError(f"{shown(path)}: not a regular file; give a tinydiff.toml")
         data = path.read_bytes()
         if len(data) > 1_000_000:
-            raise UsageError(f"{path}: {len(data)} bytes is no configuration; expected a tinydiff.toml")
+            raise UsageError(f"{shown(path)}: {len(data)} bytes is no configuration; expected a tinydiff.toml")
         return tomllib.loads(data.decode("utf-8"))
     except FileNotFoundError:
         fix = "`tinydiff inspect > tinydiff.toml` writes the default"
-        raise UsageError(f"{path}: no such configuration; {fix}") from None
+        raise UsageError(f"{shown(path)}: no such configuration; {fix}") from None
     except OSError as error:
         raise unreadable(error, path, UsageError) from None
     except (ValueError, RecursionError) as error:  # besides bad TOML and UTF-8, an integer of thousands of digits
-        raise UsageError(f"{path}: not valid TOML: {str(error) or 'nested too deep'}") from None
+        raise UsageError(f"{shown(path)}: not valid TOML: {str(error) or 'nested too deep'}") from None
 
 
 def set_key(table: dict[str, Any], text: str, problems: list[str]) -> None:

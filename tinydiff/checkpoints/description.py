@@ -17,6 +17,7 @@ from tinydiff.errors import ModelError
 from tinydiff.networks import AUTOENCODER, VAE, denoiser_in, network_of
 from tinydiff.networks.autoencoder import SCALING
 from tinydiff.networks.network import Array
+from tinydiff.system import shown
 
 
 @dataclass(frozen=True)
@@ -70,4 +71,4 @@ def describe(configs: Mapping[str, dict[str, Any]], path: Path, generate: config
             conditions=network.conditions(table),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{path}: its configuration files lack or misstate {error}") from None
+        raise ModelError(f"{shown(path)}: its configuration files lack or misstate {error}") from None

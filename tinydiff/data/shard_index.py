@@ -228,7 +228,9 @@ class _Contents:
         self.text += size
         if self.text > MAX_TEXT:
             path = shown(self.file.path)
-            raise DataError(f"{path}: names and captions over {MAX_TEXT >> 20} MiB; split it into several shards")
+            raise DataError(
+                f"{shown(path)}: names and captions over {MAX_TEXT >> 20} MiB; split it into several shards"
+            )
 
     def _add(self, member: Member, sample: _Sample, kind: str) -> None:
         rank = RANKS[kind]

@@ -58,7 +58,7 @@ class Claim:
         old, new = flat(config.load(self.dir / CONFIG)) if self.begun else {}, flat(cfg)
         changed = [k for k in old if new[k] != old[k] and not any(f in k for f in FREE)]
         if changed and not self.accept:
-            what = ", ".join(f"{k} ({old[k]} -> {new[k]})" for k in changed[:10])
+            what = ", ".join(f"{k} ({shown(old[k])} -> {shown(new[k])})" for k in changed[:10])
             fix = "use --accept-changes to go on so, --fresh or another --run-dir"
             raise UsageError(f"{shown(self.dir)}: the run was begun with other settings: {what}; {fix}")
         if new != old:
@@ -69,12 +69,12 @@ class Claim:
         world, path, origin = self.runtime.world, self.dir / DATA, self.runtime.config.data.path
         now = {"fingerprint": images.source.fingerprint(), "images": len(images.source)}
         if world.share(now["fingerprint"]) != now["fingerprint"]:
-            raise DataError(f"process {world.rank} reads other data than process 0; give all the same {origin}")
+            raise DataError(f"process {world.rank} reads other data than process 0; give all the same {shown(origin)}")
         begun = files.read_json(path) if self.begun and path.exists() else None
         if begun not in (None, now) and not self.accept:
             counts = f"{begun.get('images')} images then, {now['images']} now"  # type: ignore[union-attr]
             fix = "put it back, or use --accept-changes to go on with it, or --fresh to start over"
-            raise DataError(f"{origin}: changed since the run was begun ({counts}); {fix}")
+            raise DataError(f"{shown(origin)}: changed since the run was begun ({counts}); {fix}")
         if begun != now:
             self.notes[DATA] = json.dumps(now).encode()
         if images.source.skipped:
