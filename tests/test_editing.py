@@ -12,6 +12,7 @@ from PIL import Image
 
 from tinydiff import images
 from tinydiff.backends import open_backend
+from tinydiff.checkpoints import scheduler
 from tinydiff.checkpoints.source import Source
 from tinydiff.diffusion import noise
 from tinydiff.diffusion.samplers import SAMPLERS
@@ -55,6 +56,24 @@ def test_strength_is_the_share_of_steps():
         fake.encode_image = lambda pixels: np.zeros((1, 6, 4, 4), np.float32)
         generate(fake, ["a"], [0], REQUEST, edit=Edit(IMAGE[:8, :8], strength))
         assert [t for _, t in fake.calls] == times
+
+
+@pytest.mark.parametrize("noisy", [True, False], ids=["noise left at the end", "none left"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_less_than_a_step_is_the_image_whatever_the_seed(name, noisy):
+    """Also where the last level still has noise, as with `set_alpha_to_one` false; no network is asked."""
+    found = []
+    for strength, seeds in ((0.0, [1, 2]), (0.24, [3, 4])):
+        fake = Fake()
+        ends = scheduler.read({"set_alpha_to_one": not noisy, "clip_sample": False, "steps_offset": 1})
+        fake.description = replace(fake.description, scheduler=ends)
+        fake.encode_image = lambda pixels: np.concatenate([pixels[..., ::2, ::2]] * 2, axis=1)
+        found += [
+            *generate(fake, ["a", "b"], seeds, replace(REQUEST, sampler=name), edit=Edit(IMAGE[:8, :8], strength))
+        ]
+        assert fake.calls == []
+    wanted = IMAGE[:8:2, :8:2].repeat(2, axis=0).repeat(2, axis=1)
+    assert all(np.abs(image.astype(int) - wanted).max() <= 1 for image in found)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -122,6 +141,28 @@ def test_an_inpainting_model_reads_mask_and_masked_image():
     np.testing.assert_allclose(x[0, 4:, :, :2], 0, atol=0.01)
 
 
+def test_an_inpainting_model_is_told_a_mask_of_0_and_1():
+    """diffusers' own mask processor and interpolation give the same mask, and the same image without what is masked."""
+    diffusers = pytest.importorskip("diffusers")
+    import torch
+
+    fake, seen = Fake(), []
+    fake.description = replace(fake.description, in_channels=7)
+    fake.encode_image = lambda pixels: seen.append(pixels) or np.concatenate([pixels[..., ::2, ::2]] * 2, axis=1)
+    told = []
+    fake.denoise = lambda x, t, condition: told.append(x[0, 3]) or np.zeros_like(x[:, :3])
+    soft = np.random.default_rng(1).random((8, 8)).astype(np.float32)
+    generate(fake, ["a"], [0], REQUEST, edit=Edit(IMAGE[:8, :8], 1.0, soft))
+    processor = diffusers.image_processor.VaeImageProcessor(
+        vae_scale_factor=2, do_normalize=False, do_binarize=True, do_convert_grayscale=True
+    )
+    mask = processor.preprocess(torch.from_numpy(soft)[None, None])
+    wanted = torch.nn.functional.interpolate(mask, size=(4, 4))[0, 0].numpy()
+    assert all((each == wanted).all() for each in told) and set(wanted.ravel()) == {0, 1}
+    (masked,) = seen[:1]
+    np.testing.assert_array_equal(masked, images.to_pixels(IMAGE[None, :8, :8]) * (mask < 0.5).numpy())
+
+
 def test_extending():
     canvas, mask = extended(IMAGE, (2, 0, 4, 1), 3)
     assert canvas.shape == (SIDE + 1, SIDE + 6, 3) and mask.shape == canvas.shape[:2]
@@ -157,9 +198,13 @@ def test_a_mask_of_another_size_is_refused(tmp_path):
         read(image, 1.0, mask)
 
 
+SOFT = np.clip(np.linspace(1.7, -0.9, SIDE), 0, 1).astype(np.float32).repeat(SIDE).reshape(SIDE, SIDE).T
+
+
 @pytest.mark.peers
 @pytest.mark.filterwarnings("ignore")
-def test_diffusers_paints_the_same_with_an_inpainting_model(make_model, tiny_config, monkeypatch):
+@pytest.mark.parametrize("area", [LEFT, SOFT], ids=["hard", "soft"])
+def test_diffusers_paints_the_same_with_an_inpainting_model(make_model, tiny_config, monkeypatch, area):
     """A network of nine channels with random weights. Theirs draws the masked image's latents where ours takes the mean, and
     hands back the decoded image where ours puts in the pixels that were kept."""
     import json
@@ -180,7 +225,7 @@ def test_diffusers_paints_the_same_with_an_inpainting_model(make_model, tiny_con
     monkeypatch.setattr(
         pipe, "_encode_vae_image", lambda image, generator: pipe.vae.encode(image).latent_dist.mean * scaling
     )
-    backend, mask = open_backend(Source(path), "torch", "cpu"), Image.fromarray((LEFT * 255).astype(np.uint8))
+    backend, mask = open_backend(Source(path), "torch", "cpu"), Image.fromarray(np.rint(area * 255).astype(np.uint8))
     latents = noise.normal([3], (4, 8, 8)) * np.float32(backend.description.schedule[-1].sigma)
     theirs = pipe(
         "a red square",
@@ -195,7 +240,7 @@ def test_diffusers_paints_the_same_with_an_inpainting_model(make_model, tiny_con
         output_type="np",
     ).images[0]
     request = Request(10, 2.0, "ddim", "trailing", SIDE, SIDE)
-    ours = generate(backend, ["a red square"], [3], request, edit=Edit(IMAGE, 1.0, LEFT))[0]
-    half = slice(0, SIDE // 2)
-    assert ours[:, half].std() > 5
-    assert (np.abs(ours[:, half] - np.rint(theirs[:, half] * 255)) <= 1).mean() >= 0.999
+    ours = generate(backend, ["a red square"], [3], request, edit=Edit(IMAGE, 1.0, area))[0]
+    drawn = area == 1
+    assert drawn.any() and ours[drawn].std() > 5
+    assert (np.abs(ours[drawn] - np.rint(theirs[drawn] * 255)) <= 1).mean() >= 0.999

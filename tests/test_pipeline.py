@@ -14,10 +14,18 @@ from tinydiff.condition import encode
 from tinydiff.diffusion import noise
 from tinydiff.diffusion.samplers import SAMPLERS
 from tinydiff.diffusion.schedules import Level
+from tinydiff.editing import Edit
 from tinydiff.errors import DivergedError, ModelError, UsageError
 from tinydiff.networks.network import HIDDEN, Array
 from tinydiff.pipeline import Request, check_size, generate, scale
 from tinydiff.text.prompts import blend, parse
+
+PARTS = {
+    "text encoder": "encode_text",
+    "denoiser at step 1 of 2": "denoise",
+    "autoencoder's encoder": "encode_image",
+    "autoencoder's decoder": "decode",
+}
 
 
 def near(a, b):
@@ -67,6 +75,41 @@ def test_weights_move_vectors_from_those_of_the_empty_prompt():
 
 def test_long_prompts_are_chunks_side_by_side_and_short_ones_filled_up():
     assert contexts(["a bb ccc dddd", "ee"]) == [[0, 1, 2, 3, 0, 0, 4, 0, 0, 0], [0, 2, 0, 0, 0] + [0] * 5]
+
+
+def test_negative_prompts_have_the_syntax_of_prompts():
+    """Weights and long prompts as in `contexts`; branches composed on the empty prompt, whose answer is 0."""
+
+    def drawn(negative, prompt="abcd"):
+        return generate(Fake(), [prompt], [0], REQUEST, [negative]).reshape(-1)[0]
+
+    def level(u, c=0.04):
+        return round((u + 3 * (c - u)) / 0.5 / 2 * 255 + 127.5)
+
+    assert drawn(parse("(ab:1.0)")) == drawn("ab") == level(0.02)
+    assert drawn(parse("((ab))(:1)")) != drawn("((ab))(:1)")
+    assert drawn(parse("ab AND abc :2")) == level(0.02 + 2 * 0.03)
+    assert drawn(parse("ab AND abc :-1"), parse("a AND bb")) == level(-0.01, 0.01 + 0.02 + 0.01)
+    fake = Fake()
+    generate(fake, ["a", "bb"], [0, 1], REQUEST, [parse("c AND dd"), "eee"])
+    assert {n for n, _ in fake.calls} == {2 + 3 + 2}  # the empty prompts, the negative ones, the prompts
+
+
+@pytest.mark.parametrize("given", [{"cfg_scale": s} for s in (0.0, 0.3, 1.0)] + [{"cfg_scale": 0.0, "cfg_max": 0.5}])
+def test_there_is_no_guidance_at_a_scale_of_1_nor_below(given):
+    """As in diffusers, whose distilled models are drawn with 0: the prompt counts, and the negative one does not."""
+    fake = Fake()
+    found = generate(fake, ["abcd"], [0], replace(REQUEST, **given), ["e" * 40])
+    assert (found == round(0.04 / 0.5 / 2 * 255 + 127.5)).all() and [n for n, _ in fake.calls] == [1] * 4
+
+
+def test_scales_below_1_join_those_above():
+    def drawn(**given):
+        return generate(Fake(), ["abcd"], [0], replace(REQUEST, **given), ["ab"]).reshape(-1)[0].astype(int)
+
+    levels = [drawn(cfg_scale=s) for s in np.linspace(0, 3, 61).tolist()]
+    assert np.diff(levels).min() >= 0 and np.diff(levels).max() <= 1
+    assert drawn(cfg_scale=0.0, cfg_complex=0.5) == drawn(cfg_scale=1.0)
 
 
 def test_branches_are_composed_by_their_weights():
@@ -133,7 +176,34 @@ def test_a_size_that_fits_is_not():
     check_size(Fake().description, 4, 400)
 
 
-@pytest.mark.filterwarnings("ignore:invalid value")  # infinity minus infinity, in numpy
+@pytest.mark.parametrize(("part", "call"), PARTS.items())
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_names_its_part_and_warns_nobody(part, call, bad):
+    """One bad value of one image of a batch, out of any part of the model; pytest raises numpy's warnings."""
+    fake = Fake()
+    fake.encode_image = lambda pixels: np.zeros((len(pixels), 6, 4, 4), np.float32)
+    fine = getattr(fake, call)
+
+    def spoilt(*given):
+        array = given_back = fine(*given)
+        if call == "encode_text":
+            (array,) = given_back.values()
+        array.reshape(-1)[0] = bad
+        return given_back
+
+    setattr(fake, call, spoilt)
+    edit = Edit(np.zeros((8, 8, 3), np.uint8), 0.5)
+    with pytest.raises(DivergedError, match=f"^the {part} .*NaN or infinite values; use fp32 weights"):
+        generate(fake, ["a", "bb"], [0, 1], REQUEST, edit=edit)
+
+
+def test_weights_that_no_float_holds_are_named():
+    with pytest.raises(DivergedError, match="text encoder.*smaller weights in the prompt"):
+        generate(Fake(), [parse(f"({'a' * 300}:3e38)")], [0], replace(REQUEST, cfg_scale=1.0))
+    with pytest.raises(DivergedError, match="denoiser at step 1 of 4.*smaller weights in the prompt"):
+        generate(Fake(), [parse(f"{'a' * 300} :3e38 AND b")], [0], REQUEST)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_non_finite_values_name_their_step(bad):
     fake = Fake()

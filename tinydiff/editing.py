@@ -25,6 +25,10 @@ class Edit:
     strength: float
     mask: np.ndarray | None = None
 
+    def steps(self, most: int) -> int:
+        """How many of a sampler's steps the strength is worth."""
+        return int(most * self.strength)
+
     def over(self, drawn: np.ndarray) -> np.ndarray:
         """Blend drawn images uint8 (B, H, W, 3) over the image by the mask; where it is 0, pixels stay bit for bit."""
         if self.mask is None:

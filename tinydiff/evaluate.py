@@ -200,8 +200,10 @@ def reconstruction_psnr(backend: pipeline.Backend, originals: Iterable[np.ndarra
     error, count, rest = 0.0, 0, iter(originals)
     while batch := list(islice(rest, batch_size)):
         pixels = images.to_pixels(np.stack(batch))
-        mean, _ = np.split(backend.encode_image(pixels), 2, axis=1)
-        output = np.clip(backend.decode(mean), -1, 1).astype(np.float64)
+        with np.errstate(all="ignore"):  # `latents` and `decoded` report what numpy would warn of
+            scaling = np.float32(backend.description.scaling_factor)
+            output = pipeline.decoded(backend, pipeline.latents(backend, pixels) / scaling)
+        output = np.clip(output, -1, 1).astype(np.float64)
         error, count = error + float(((output - pixels) ** 2).sum()), count + pixels.size
     return 10 * math.log10(4 / max(error / count, 1e-12))
 

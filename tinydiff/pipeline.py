@@ -26,6 +26,7 @@ from tinydiff.errors import DivergedError, UsageError
 from tinydiff.text.prompts import Branch, Piece, Tokens
 
 Prompt = str | Sequence[Branch]
+OTHER_AUTOENCODER = "use fp32 weights, or the autoencoder of another file (--vae)"
 
 
 class Backend(Protocol):
@@ -71,6 +72,11 @@ class Request:
     cfg_interval: tuple[float, float] = (0.0, 1.0)  # where there is guidance, as shares of the noise levels
     cfg_rescale: float = 0.0
 
+    @property
+    def guided(self) -> bool:
+        """Whether there is any guidance, which begins above a scale of 1."""
+        return max(self.cfg_scale, self.cfg_max or 0, self.cfg_complex or 0) > 1
+
 
 def check_size(description: Description, width: int, height: int) -> None:
     """UsageError naming the nearest sizes where the model cannot draw this one."""
@@ -87,21 +93,23 @@ def generate(
     prompts: Sequence[Prompt],
     seeds: Sequence[noise.Seed],
     request: Request,
-    negatives: Sequence[str] | None = None,
+    negatives: Sequence[Prompt] | None = None,
     on_step: Callable[[int], Any] = lambda step: None,
     edit: Edit | None = None,
 ) -> np.ndarray:
     """One image a prompt: uint8 (B, H, W, 3). `seeds` key the noise; `on_step` hears of every finished step.
 
-    A prompt is plain text, or what `text.prompts.parse` makes of one with weights and ANDs. With an `edit` its image,
-    of the request's size, is changed: at strength 0 it goes through the autoencoder and back, at 1 only a mask keeps any of
-    it. Raises UsageError for a size the model cannot draw and DivergedError where the network returns non-finite values.
+    A prompt, negative or not, is plain text, or what `text.prompts.parse` makes of one with weights and ANDs. With an
+    `edit` its image, of the request's size, is changed: below one step's strength it goes through the autoencoder and back,
+    at 1 only a mask keeps any of it. Raises UsageError for a size the model cannot draw, and DivergedError naming the part of
+    the model that gives NaN or infinite values.
     """
     d = backend.description
     check_size(d, request.width, request.height)
-    with np.errstate(all="ignore"):  # what is not finite is reported by its step
+    with np.errstate(all="ignore"):  # `finite` reports what numpy would warn of
         (x,) = deque(denoise_latents(backend, prompts, seeds, request, negatives, on_step, edit), maxlen=1)
-    drawn = images.to_uint8(tiling.decode(backend.decode, x / np.float32(d.scaling_factor), d.factor))
+        pixels = decoded(backend, x / np.float32(d.scaling_factor))
+    drawn = images.to_uint8(pixels)
     return edit.over(drawn) if edit else drawn
 
 
@@ -110,7 +118,7 @@ def denoise_latents(
     prompts: Sequence[Prompt],
     seeds: Sequence[noise.Seed],
     request: Request,
-    negatives: Sequence[str] | None,
+    negatives: Sequence[Prompt] | None,
     on_step: Callable[[int], Any],
     edit: Edit | None = None,
 ) -> Iterator[np.ndarray]:
@@ -122,61 +130,78 @@ def denoise_latents(
     denoise = guided(backend, prompts, negatives or [""] * len(prompts), request, beside)
     x = noise.normal(seeds, shape)
     if edit:
-        known = latents(backend, edit.image)
-        levels = Levels(levels[request.steps - int(request.steps * edit.strength) :], levels.at)
+        known = latents(backend, images.to_pixels(edit.image[None]))
+        levels = Levels(levels[-1 - edit.steps(len(levels) - 1) :], levels.at)
         if edit.mask is not None and beside is None:
             denoise = guidance.keeping(denoise, known, cells(edit.mask, d.factor))
         # SDEdit (Meng et al. 2022, algorithm 1), but for a start of noise alone where nothing of the image is to stay
         x = x * levels[0].sigma + (known * levels[0].alpha if edit.strength < 1 else 0)
+        x = x if len(levels) > 1 else np.repeat(known, len(seeds), axis=0)  # the last level may still have noise
     else:
         x = x * levels[0].sigma
     yield x
     sampler = SAMPLERS[request.sampler](denoise, x, levels, lambda step: noise.normal(seeds, shape, step + 1))
     for step, (x, _) in enumerate(sampler):
-        if not np.isfinite(x).all():
-            where = f"step {step + 1} of {len(levels) - 1}"
-            raise DivergedError(f"the network returned non-finite values at {where}; use fp32 weights")
+        fix = "use fp32 weights, a lower --cfg-scale or smaller weights in the prompt"
+        finite(x, f"the denoiser at step {step + 1} of {len(levels) - 1}", fix)
         on_step(step + 1)
         yield x
 
 
-def latents(backend: Backend, image: np.ndarray) -> np.ndarray:
-    """The scaled mean latent (1, C, h, w) float32 of one uint8 image (H, W, 3)."""
+def finite(array: np.ndarray, part: str, fix: str) -> np.ndarray:
+    """The array. Raises DivergedError naming the `part` of the model that gave it and the fix, if not all is finite."""
+    if not np.isfinite(array).all():
+        raise DivergedError(f"{part} gives NaN or infinite values; {fix}")
+    return array
+
+
+def latents(backend: Backend, pixels: np.ndarray) -> np.ndarray:
+    """The scaled mean latents (B, C, h, w) float32 of images (B, 3, H, W) in [-1, 1]."""
     d = backend.description
-    moments = tiling.encode(backend.encode_image, images.to_pixels(image[None]), d.factor)
-    return moments[:, : d.latent_channels] * np.float32(d.scaling_factor)
+    moments = tiling.encode(backend.encode_image, pixels, d.factor)[:, : d.latent_channels]
+    return finite(moments * np.float32(d.scaling_factor), "the autoencoder's encoder", OTHER_AUTOENCODER)
+
+
+def decoded(backend: Backend, z: np.ndarray) -> np.ndarray:
+    """The images (B, 3, H, W) of latents (B, C, h, w), already divided by the scaling factor."""
+    pixels = tiling.decode(backend.decode, z, backend.description.factor)
+    return finite(pixels, "the autoencoder's decoder", OTHER_AUTOENCODER)
 
 
 def concatenated(backend: Backend, edit: Edit | None, shape: tuple[int, ...]) -> np.ndarray | None:
-    """What an inpainting model reads beside x: the mask and the masked image's latents (1, 1 + C, h, w); else None."""
+    """What an inpainting model reads beside x: the mask and the masked image's latents (1, 1 + C, h, w); else None.
+
+    It learnt masks of 0 and 1, so a soft one is cut at a half, and a cell is told its first pixel: as diffusers does.
+    """
     d = backend.description
     if d.in_channels == d.latent_channels:
         return None
-    everything = np.ones((shape[1] * d.factor, shape[2] * d.factor), np.float32)  # is to be drawn where no mask says
-    mask = edit.mask if edit and edit.mask is not None else everything
-    grey = edit.image if edit else np.full((*mask.shape, 3), 127, np.uint8)
-    kept = np.where(mask[..., None] < 0.5, grey, np.uint8(127))
-    return np.concatenate([cells(mask, d.factor)[None, None], latents(backend, kept)], axis=1)
+    mask = np.ones((shape[1] * d.factor, shape[2] * d.factor), bool)  # everything is drawn where no mask says
+    pixels = np.zeros((1, 3, *mask.shape), np.float32)  # grey
+    if edit and edit.mask is not None:
+        mask = edit.mask >= 0.5
+        pixels = images.to_pixels(edit.image[None]) * ~mask
+    told = mask[None, None, :: d.factor, :: d.factor].astype(np.float32)
+    return np.concatenate([told, latents(backend, pixels)], axis=1)
 
 
 def guided(
     backend: Backend,
     prompts: Sequence[Prompt],
-    negatives: Sequence[str],
+    negatives: Sequence[Prompt],
     request: Request,
     beside: np.ndarray | None = None,  # (1, C', h, w), concatenated to what the network reads
 ) -> Denoise:
     """The denoiser (x, level) -> x0 under the request's guidance; where that is 1, the prompt alone is asked."""
     d, count = backend.description, len(prompts)
-    branches = [[plain(prompt)] if isinstance(prompt, str) else prompt for prompt in prompts]
-    rows = [i for i, parts in enumerate(branches) for _ in parts]  # the image of each conditional row
-    weights = [branch.weight for parts in branches for branch in parts]
-    alone = len(rows) == count and set(weights) == {1.0}
-    strength = scale(request, branches, len(d.schedule))
-    blank = [] if alone and strength is request.cfg_scale and strength == 1 else negatives
-    asked = [*map(plain, blank), *(branch for parts in branches for branch in parts)]
-    told = condition.of_branches(backend, asked)
-    told |= condition.of_size(d.conditions, request.height, request.width, len(asked))
+    wanted, unwanted = Rows(prompts), Rows(negatives)
+    strength = scale(request, wanted.branches, len(d.schedule))
+    unguided = wanted.alone and isinstance(strength, float) and strength == 1
+    rows = [wanted] if unguided else [unwanted, wanted] if unwanted.alone else [Rows([""] * count), unwanted, wanted]
+    told = condition.of_branches(backend, [branch for each in rows for parts in each.branches for branch in parts])
+    for array in told.values():
+        finite(array, "the text encoder", "use fp32 weights, or smaller weights in the prompt")
+    told |= condition.of_size(d.conditions, request.height, request.width, sum(len(each.image) for each in rows))
     to_x0 = PREDICTIONS[d.prediction].to_x0
 
     def ask(x: np.ndarray, level: Level, told: Condition) -> np.ndarray:
@@ -184,26 +209,45 @@ def guided(
         return to_x0(backend.denoise(read, level.t, told), x, level.alpha, level.sigma)
 
     def both(x: np.ndarray, level: Level) -> tuple[np.ndarray, np.ndarray]:
-        each = ask(np.concatenate([x, x[rows]]), level, told)
-        u, c = each[:count], each[count:]
-        if alone:
-            return u, c
-        parts = [[(weights[j], c[j]) for j, row in enumerate(rows) if row == i] for i in range(count)]
-        return u, np.stack([guidance.composed(u[i], part) for i, part in enumerate(parts)])
+        ends = np.cumsum([len(each.image) for each in rows])
+        answers, u, c = np.split(ask(np.concatenate([x[each.image] for each in rows]), level, told), ends), x, x
+        for each, x0 in zip(rows, answers, strict=False):
+            u, c = c, each.composed(x0, c)
+        return u, c
 
-    one = partial(ask, told={name: array[-count:] for name, array in told.items()}) if alone else None
+    one = partial(ask, told={name: array[-count:] for name, array in told.items()}) if wanted.alone else None
     share = request.cfg_rescale
     adjust = guidance.rescale(PREDICTIONS[d.prediction], share) if share else guidance.unadjusted
     return guidance.classifier_free(both, strength, one, adjust)
 
 
+class Rows:
+    """The prompts of a batch, or the negative ones, as rows of a network call: one for each branch."""
+
+    def __init__(self, prompts: Sequence[Prompt]):
+        self.branches = [[plain(prompt)] if isinstance(prompt, str) else prompt for prompt in prompts]
+        self.image = [i for i, parts in enumerate(self.branches) for _ in parts]  # the one of each row
+        self.weights = [branch.weight for parts in self.branches for branch in parts]
+        self.alone = len(self.image) == len(prompts) and set(self.weights) == {1.0}  # no ANDs
+
+    def composed(self, c: np.ndarray, u: np.ndarray) -> np.ndarray:
+        """One x0 an image, of the rows' own x0 `c`: themselves, or by their weights' composition upon each image's `u`."""
+        if self.alone:
+            return c
+        parts = [[(w, c[j]) for j, w in enumerate(self.weights) if self.image[j] == i] for i in range(len(u))]
+        return np.stack([guidance.composed(u[i], part) for i, part in enumerate(parts)])
+
+
 def scale(request: Request, branches: Sequence[Sequence[Branch]], levels: int) -> guidance.Scale:
-    """How strong guidance is: a number, or a function of the level that gives a number or one an image."""
-    base: Any = request.cfg_scale
+    """How strong guidance is: a number, or a function of the level that gives a number or one an image.
+
+    There is none at a scale of 1, nor below it, as in diffusers: distilled models are drawn with 0.
+    """
+    base: Any = max(1.0, request.cfg_scale)
     if request.cfg_complex is not None:
         shares = [guidance.complexity(" ".join(branch.text for branch in parts).split()) for parts in branches]
-        base = (base + (request.cfg_complex - base) * np.array(shares, np.float32))[:, None, None, None]
-    strength = base if request.cfg_max is None else guidance.growing(base, request.cfg_max, levels)
+        base = (base + (max(1.0, request.cfg_complex) - base) * np.array(shares, np.float32))[:, None, None, None]
+    strength = base if request.cfg_max is None else guidance.growing(base, max(1.0, request.cfg_max), levels)
     all_levels = request.cfg_interval == (0.0, 1.0)
     return strength if all_levels else guidance.within(strength, *request.cfg_interval, levels)
 
