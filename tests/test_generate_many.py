@@ -90,11 +90,28 @@ def test_what_all_meet_is_said_once(tmp_path: Path) -> None:
 
 def test_what_one_meets_names_it(tiny_model: Path, tmp_path: Path) -> None:
     words = ("generate", "-", "-m", str(tiny_model), "-o", "out/", "--steps", "2", "--batch-size", "1")
-    done = many(2, *words, cwd=tmp_path, stdin=b"a square\na AND\n")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "0001.png").write_bytes(b"mine")
+    done = many(2, *words, cwd=tmp_path, stdin=b"a square\na corner\n")
     said = [line for line in done.stderr.decode().splitlines() if line.startswith("tinydiff: ")]
     assert done.returncode != 0 and len(said) == 1
-    assert said[0].startswith("tinydiff: [rank 1] ") and "'a AND'" in said[0]
-    assert list(contents(tmp_path / "out")) == ["0000.png"]
+    assert said[0].startswith("tinydiff: [rank 1] ") and "0001.png: exists" in said[0]
+    assert contents(tmp_path / "out")["0001.png"] == b"mine"
+
+
+def test_bad_lines_are_said_and_the_rest_is_drawn(tiny_model: Path, tmp_path: Path, one: Callable[..., str]) -> None:
+    """Others' names and seeds do not change. A line that only its network call shows to be bad is met by the second process."""
+    words = ("generate", "-", "-m", str(tiny_model), "-s", "5", "--steps", "2", "--batch-size", "1", "--json", "-o")
+    lines = [b"a square", b"", b"(blue:3e38)", b"a AND", b"a corner", b"a stripe", b"x" * 10**5, b"green"]
+    done = many(2, *words, "many/", cwd=tmp_path, stdin=b"\n".join(lines))
+    said = [line for line in done.stderr.decode().splitlines() if line.startswith("tinydiff: ")]
+    assert sorted(line.split(":")[1] for line in said) == [f" line {n} of stdin" for n in (3, 4, 7)]
+    assert b"exitcode  : 5" in done.stderr  # as of line 3
+    lines[2:4] = [b"a red one", b"a blue one"]
+    lines[6] = b"another"
+    one(*words, "one/", stdin=b"\n".join(lines))
+    drawn, alone = contents(tmp_path / "many"), contents(tmp_path / "one")
+    assert sorted(drawn) == [f"{i:04d}.png" for i in (0, 3, 4, 6)] and drawn.items() <= alone.items()
 
 
 def test_closed_pipe_ends_all(tiny_model: Path, tmp_path: Path) -> None:

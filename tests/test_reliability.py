@@ -384,6 +384,46 @@ def test_text_in_an_image_is_no_setting(run: Callable[..., tuple], tiny_model: P
     assert (written["prompt"], written["steps"], written["seed"], written["model"]) == ("mine", 2, 1, "model")
 
 
+# ---- numbers that are NaN -----------------------------------------------------------------------------------------------
+
+SPOILT = {
+    "the text encoder": "text_model.final_layer_norm.bias",
+    "the denoiser at step 1 of 1": "conv_out.bias",
+    "the autoencoder's encoder": "quant_conv.bias",
+    "the autoencoder's decoder": "decoder.conv_out.bias",
+}
+
+
+def spoil(path: Path, name: str) -> None:
+    """Makes a tensor NaN where it lies, in the files that have it: graphs that name them read it too."""
+    for file in path.rglob("*.safetensors"):
+        data = bytearray(file.read_bytes())
+        start = 8 + int.from_bytes(data[:8], "little")
+        first, end = json.loads(data[8:start]).get(name, {}).get("data_offsets", (0, 0))
+        data[start + first : start + end] = b"\xff" * (end - first)
+        file.write_bytes(data)
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnx"])
+@pytest.mark.parametrize("part", SPOILT)
+def test_weights_of_nan_are_told_by_their_part(
+    part: str, backend: str, run: Callable[..., tuple], tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    shutil.copytree(ROOT / "weights" / "emoji", tmp_path / "model", ignore=shutil.ignore_patterns("manifest.json"))
+    spoil(tmp_path / "model", SPOILT[part])
+    Image.new("RGB", (64, 64)).save(tmp_path / "in.png")
+    before = sorted(tmp_path.rglob("*"))
+    words = ("generate", "heart", "-m", "model", "-s", "1", "--steps", "1", "--backend", backend)
+    code, out, error = run(*words, "-i", "in.png", "--strength", "1")
+    assert (code, out, error.count("\n")) == (5, "", 1) and f"tinydiff: {part} gives NaN or infinite values; " in error
+    assert sorted(tmp_path.rglob("*")) == before and not recwarn.list
+    if part == "the autoencoder's encoder":  # which drawing does not ask
+        assert run(*words)[0] == 0
+        assert (
+            run("evaluate", "model", "--data", "shapes", "--count", "1", "--steps", "1", "--backend", backend)[0] == 5
+        )
+
+
 # ---- streams -------------------------------------------------------------------------------------------------------
 
 

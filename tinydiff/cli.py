@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,8 +21,9 @@ from tinydiff import __version__, flags, interrupts, processes
 from tinydiff.diffusion.predictions import PREDICTIONS
 from tinydiff.diffusion.samplers import SAMPLERS
 from tinydiff.diffusion.schedules import SPACINGS
-from tinydiff.errors import HungError, UsageError, UserError
-from tinydiff.system import cut, told
+from tinydiff.errors import HungError, UsageError, UserError, out_of_memory
+from tinydiff.progress import note
+from tinydiff.system import one_line, shown, told
 
 if TYPE_CHECKING:
     from tinydiff.checkpoints.source import Source
@@ -38,7 +40,6 @@ app = typer.Typer(
         "token_normalize_func": lambda name: ALIASES.get(name, name.replace("_", "-")),
     },
 )
-LONGEST = 1000  # characters of an error
 BACKENDS, DEVICES = ("auto", "torch", "onnx"), ("auto", "cpu", "cuda")
 ALIASES = {f"guidance{x}scale": "cfg-scale" for x in "_-"} | {f"num{x}inference{x}steps": "steps" for x in "_-"}
 ALIASES |= {"schedule": "spacing"}
@@ -52,7 +53,7 @@ def flag(text: str, *names: str, **more: Any) -> Any:
 Json = Annotated[bool, flag("Results as JSON lines on stdout.", "--json")]
 BatchSize = Annotated[int | None, flag("Images at once.", min=1, max=4096)]
 Steps = Annotated[int | None, flag("Sampling steps.", min=1, max=1000)]
-CfgScale = Annotated[float | None, flag("Guidance; 1 is none.", min=0, max=100)]
+CfgScale = Annotated[float | None, flag("Guidance; 1 or less is none.", min=0, max=100)]
 SamplerName = Annotated[str | None, flag(" | ".join(SAMPLERS))]
 Spacing = Annotated[str | None, flag("Noise levels visited: " + " | ".join(SPACINGS))]
 BackendName = Annotated[str, flag(" | ".join(BACKENDS))]
@@ -123,12 +124,6 @@ def train(
         print(result)
 
 
-def note(text: str) -> None:
-    """A line for a person, of several processes once."""
-    if processes.rank() == 0:
-        print(f"note: {text}", file=sys.stderr)
-
-
 def default_name(path: Path | None) -> str:
     """A run's name from its configuration file: the stem, or the folder of a tinydiff.toml."""
     if path is None or path.name == "tinydiff.toml":
@@ -192,6 +187,9 @@ def generate(
 ) -> None:
     """Draw images from prompts.
 
+    A line of stdin that cannot be drawn is reported with its number, the others are drawn, and the exit code at the end is
+    that of the first such line.
+
     Under torchrun (`torchrun --nproc-per-node 4 -m tinydiff generate - -o out/`) several processes draw the same images in
     less time: the first one reads the prompts, and a batch is drawn as soon as it is full.
     """
@@ -199,7 +197,7 @@ def generate(
     flags.choose("--device", device, DEVICES)
     processes.own_device()
     opened = opening(model, backend, device, vae, prediction)
-    from tinydiff import drawing  # imported while the graphs are being opened
+    from tinydiff import drawing, reading  # imported while the graphs are being opened
 
     given = flags.Flags(
         *(prompt, seed, count, to, seed_path, frames, batch_size, steps, cfg_scale, cfg_max, cfg_complex, cfg_interval),
@@ -208,28 +206,30 @@ def generate(
     moving = to is not None or seed_path is not None
     if frames and not moving:
         raise UsageError("--frames: there is no way to go; give --to PROMPT or --seed-path 1,2")
-    reel = moving and "%" not in output and not output.endswith("/") and not Path(output).is_dir()
+    reel = moving and "%" not in output and not output.endswith("/") and not os.path.isdir(output)
     sink = drawing.Reel(output, force) if reel else drawing.Sink(output, force, many=prompt == "-" or count > 1)
-    prompts = drawing.read_prompts(prompt)
+    prompts = reading.read_prompts(prompt)
     request, size = flags.complete(opened, given)
     request, edit = flags.edited(opened, request, given)
-    jobs = flags.way(prompts, given) if moving else drawing.jobs(prompts, seed, count)
-    for drawn in drawing.draw(opened, jobs, negative, request, size, edit):
+    jobs = flags.way(given) if moving else drawing.jobs(prompts, seed, count)
+    mistakes = drawing.Mistakes()
+    for drawn in drawing.draw(opened, jobs, negative, request, size, edit, mistakes):
         path = sink.write(drawn, None if no_metadata else drawn.settings)
         say_image(path, drawn, as_json)
     sink.close()
+    if code := mistakes.code():
+        raise typer.Exit(code)
 
 
 def say_image(path: str, image: Any, as_json: bool) -> None:
     """One image's line: JSON on stdout, or for a person on stderr."""
-    from tinydiff.files import shown
-
     # Its end is written with it: under torchrun, which turns buffering off, other processes' lines would get in between.
     if as_json:
         row = {"path": path, **image.settings, "seconds": round(image.seconds, 4)}
         print(json.dumps(row) + "\n", end="", flush=True)
     else:
-        print(f"{shown(path)}: {image.settings['prompt']!r}, seed {image.settings['seed']}\n", end="", file=sys.stderr)
+        prompt, seed = shown(image.settings["prompt"]), image.settings["seed"]
+        print(f"{shown(path)}: {prompt!r}, seed {seed}\n", end="", file=sys.stderr)
 
 
 def opening(
@@ -379,11 +379,11 @@ def one_line_errors() -> Iterator[None]:
         if isinstance(stop.__context__, BrokenPipeError):  # click turns it into an exit of its own
             closed_pipe()
         raise
-    except MemoryError:
-        fail("out of memory; lower --batch-size or the image size", 7)
     except OSError as error:
         fail(told(error, "input/output"), 7)
     except Exception as error:
+        if out_of_memory(error):
+            fail("out of memory; lower --batch-size or the image size", 7)
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error.format_message(), file=sys.stderr)  # type: ignore[attr-defined]
             raise SystemExit(2) from None
@@ -397,8 +397,7 @@ def fail(message: str, code: int) -> None:
     if os.environ.get("TINYDIFF_DEBUG"):
         raise  # noqa: PLE0704
     with contextlib.suppress(OSError, ValueError, AttributeError, KeyboardInterrupt):
-        line = cut("".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split())), LONGEST)
-        if line:  # of many processes that stop together one speaks for all
+        if line := one_line(message):  # of many processes that stop together one speaks for all
             print(f"tinydiff: {processes.turn()}{line}", file=sys.stderr)
     raise SystemExit(code) from None
 
@@ -416,6 +415,8 @@ def main() -> None:
         pass  # a closed standard stream points at nothing, lest a file that is opened gets its number and its text
     os.close(descriptor)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # of libraries: what concerns a person is checked, and said in a line
     with one_line_errors():
         code = app(standalone_mode=False)
         if sys.stdout is not None:

@@ -6,13 +6,14 @@ first process reads the prompts and the batches are dealt out.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import itertools
 import json
-import queue
+import os
 import re
 import secrets
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,16 +25,15 @@ import numpy as np
 from tinydiff import images, pipeline, processes
 from tinydiff.diffusion.noise import Seed
 from tinydiff.editing import Edit
-from tinydiff.errors import ResourceError, UsageError
-from tinydiff.files import shown, write_file
+from tinydiff.errors import DivergedError, UsageError, UserError
+from tinydiff.files import write_file
 from tinydiff.pipeline import Backend, Request
-from tinydiff.progress import Progress
-from tinydiff.text.prompts import Branch, blend, parse
+from tinydiff.progress import Progress, note
+from tinydiff.reading import Line, Reader, clean, understood
+from tinydiff.system import named, one_line, shown
 
-NUMBERED = "%04d.png"
-MAX_PROMPT = 10_000  # characters
-MAX_LINE = 2**20  # bytes read of stdin before a line's end is waited for no longer: it is no prompt
-COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+NUMBERED = ("%04d", ".png")  # what comes after the folder
+PATTERN = re.compile(r"%0?(?:1?[1-9]|[12]0)?d")
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,27 @@ class Job:
     seed: Seed
     toward: str | None = None  # on the way to this prompt
     share: float = 0.0
+    line: int = 0  # of stdin
+
+
+class Mistakes:
+    """The lines of stdin that cannot be drawn, each said once on stderr: {line: exit code}."""
+
+    def __init__(self) -> None:
+        self.codes: dict[int, int] = {}
+
+    def add(self, job: Job, error: UserError) -> None:
+        """Say it, or raise it where there are no other lines to draw."""
+        if not job.line:
+            raise error
+        if job.line not in self.codes:
+            print(one_line(f"tinydiff: line {job.line} of stdin: {error}"), file=sys.stderr)
+        self.codes[job.line] = error.code
+
+    def code(self) -> int:
+        """The exit code of the first line that any process met; 0 without one, and in all processes but the first."""
+        firsts = map(json.loads, processes.collected(json.dumps(sorted(self.codes.items())[:1]).encode()))
+        return min(itertools.chain.from_iterable(firsts), default=(0, 0))[1]
 
 
 @dataclass(frozen=True)
@@ -57,16 +78,33 @@ class Drawn:
     seconds: float
 
 
-def refuse_existing(path: Path, force: bool) -> None:
-    """UsageError, before anything is drawn, where a file would be lost. Of several processes the first one looks."""
-    if processes.rank() == 0 and path.exists() and not force:
-        raise UsageError(f"{shown(path)}: exists; use --force to replace it, or another -o")
+def refuse_place(path: Path, force: bool) -> None:
+    """Before anything is drawn: UsageError where a file would be lost, ResourceError where the system will not have it.
+
+    Of several processes the first one looks.
+    """
+    if processes.rank():
+        return
+    with named(path):
+        with contextlib.suppress(FileNotFoundError):  # any other error is one of writing, too
+            os.lstat(path)
+            if not force:
+                raise UsageError(f"{shown(path)}: exists; use --force to replace it, or another -o")
+        folder = next(each for each in path.absolute().parents if os.path.lexists(each))
+        longest = max(len(os.fsencode(name)) for name in path.parts)
+        code = (
+            (not folder.is_dir() and errno.ENOENT)  # a link to nowhere
+            or (not os.access(folder, os.W_OK | os.X_OK) and errno.EACCES)
+            or (longest > os.pathconf(folder, "PC_NAME_MAX") and errno.ENAMETOOLONG)
+        )
+        if code:
+            raise OSError(code, os.strerror(code), str(path))
 
 
 def refuse_many(output: str) -> None:
     """UsageError where several processes would write one file."""
     if processes.world() > 1:
-        raise UsageError(f"-o {output}: several processes cannot write one file; give a folder, such as out/")
+        raise UsageError(f"-o {shown(output)}: several processes cannot write one file; give a folder, such as out/")
 
 
 class Reel:
@@ -79,9 +117,9 @@ class Reel:
         self.path, self.force, self.drawn = Path(output), force, list[Drawn]()
         if self.path.suffix.lower() not in (".png", *self.MOVING):
             raise UsageError(
-                f"-o {output}: frames go to a .png, .webp, .gif or .apng file, a folder, or out/{NUMBERED}"
+                f"-o {shown(output)}: frames go to a .png, .webp, .gif or .apng file, a folder, or out/{''.join(NUMBERED)}"
             )
-        refuse_existing(self.path, force)
+        refuse_place(self.path, force)
 
     def write(self, image: Drawn, settings: dict[str, Any] | None) -> str:
         self.drawn.append(replace(image, settings=settings or {}))
@@ -112,28 +150,23 @@ class Sink:
             if sys.stdout.isatty():
                 raise UsageError("-o -: PNG bytes do not belong on a terminal; redirect stdout or give a file")
             return
+        if not output:
+            raise UsageError("-o: the name is empty; give a file, a folder such as out/, or - for stdout")
         path = Path(output)
-        if "%" in output:
-            self.pattern = output
-        elif output.endswith("/") or path.is_dir():
-            self.pattern = f"{output.rstrip('/')}/{NUMBERED}"
+        if os.path.isdir(output) or (output.endswith("/") and "%" not in output):
+            self.name = (f"{output.rstrip('/')}/", *NUMBERED)
+        elif "%" in output:
+            self.name = parts(output)
         else:
-            self.pattern = str(path.with_name(f"{path.stem}-%04d{path.suffix}")) if many else ""
+            self.name = (str(path.with_suffix("")) + "-", NUMBERED[0], path.suffix) if many else (output, "", "")
         first = self.path(0)
         if first.suffix.lower() != ".png":
-            raise UsageError(f"-o {output}: images are written as PNG; give a name that ends in .png")
-        refuse_existing(first, force)
+            raise UsageError(f"-o {shown(output)}: images are written as PNG; give a name that ends in .png")
+        refuse_place(first, force)
 
     def path(self, index: int) -> Path:
-        if not self.pattern:
-            return Path(self.output)
-        try:
-            name = self.pattern % index
-        except (TypeError, ValueError):
-            name = self.pattern
-        if name == self.pattern or name == self.pattern % (index + 1):
-            raise UsageError(f"-o {self.output}: no number pattern; write one like out/{NUMBERED}")
-        return Path(name)
+        before, number, after = self.name
+        return Path(before + (number % index if number else "") + after)
 
     def close(self) -> None:
         """Every image is written already."""
@@ -150,74 +183,25 @@ class Sink:
         return str(path)
 
 
-def read_prompts(prompt: str) -> Iterator[str | None]:
-    """The prompt, or stdin's lines for '-': None means that no further line is waiting at this moment."""
-    if prompt == "-":
-        return _stdin()
-    if not prompt.strip():
-        raise UsageError("the prompt is empty; say what to draw, such as 'red heart'")
-    understood(clean(prompt))  # says what is wrong with it before anything is drawn
-    return iter([clean(prompt)])
+def parts(output: str) -> tuple[str, str, str]:
+    """What comes before the %d of a name, the %d as it stands, and what comes after. UsageError for any other use of %."""
+    match = PATTERN.search(output)
+    before, number, after = (output[: match.start()], match[0], output[match.end() :]) if match else (output, "", "")
+    if not number or "%" in before + after:
+        fix = f"use it once, as %d or %04d, for the image's number, as in out/{''.join(NUMBERED)}"
+        raise UsageError(f"-o {shown(output)}: % has no other meaning in a name; {fix}")
+    return before, number, after
 
 
-def clean(text: str) -> str:
-    """One line of valid Unicode without control characters and terminal colours."""
-    valid = COLOURS.sub(" ", text.encode("utf-8", "replace").decode("utf-8"))
-    return " ".join("".join(c if c.isprintable() or c in "\u200d\ufe0f" else " " for c in valid).split())
-
-
-def understood(prompt: str, toward: str | None = None, share: float = 0.0) -> list[Branch]:
-    """The prompt's branches, or those on the way to another; UsageError names the prompt too, it may be one of many."""
-    for text in (prompt, toward or ""):
-        refuse_long(text)
-    try:
-        return parse(prompt) if toward is None else blend(prompt, toward, share)
-    except UsageError as error:
-        raise UsageError(f"{error} (in {prompt[:60]!r})") from None
-
-
-def refuse_long(text: str) -> None:
-    """UsageError for a prompt so long that what the network looks at would fill the memory."""
-    if len(text) > MAX_PROMPT:
-        raise UsageError(f"prompt: {len(text)} characters are over {MAX_PROMPT}; shorten it (it begins {text[:60]!r})")
-
-
-def _stdin() -> Iterator[str | None]:
-    lines: queue.Queue[bytes | OSError | None] = queue.Queue(1024)
-
-    def read() -> None:
-        try:
-            if sys.stdin:  # a reader of our own: Python aborts where it ends while a thread is reading its own one
-                with open(sys.stdin.fileno(), "rb", closefd=False) as stdin:
-                    while line := stdin.readline(MAX_LINE):
-                        lines.put(line)
-            lines.put(None)
-        except OSError as error:  # stdin is open for writing only, say
-            lines.put(error)
-
-    threading.Thread(target=read, daemon=True).start()
-    while True:
-        try:
-            line = lines.get(timeout=0.02)
-        except queue.Empty:
-            yield None
-            line = lines.get()
-        if isinstance(line, OSError):
-            raise ResourceError(f"stdin: {line.strerror}; give it prompts, one a line") from line
-        if line is None:
-            return
-        if text := clean(line.decode("utf-8", "replace").lstrip("\ufeff")):
-            yield text
-
-
-def jobs(prompts: Iterator[str | None], seed: int | None, count: int) -> Iterator[Job | None]:
+def jobs(prompts: Iterator[Line | None], seed: int | None, count: int) -> Iterator[Job | None]:
     """`count` jobs a prompt; image i of the whole call has seed + i."""
     start, indices = secrets.randbelow(2**31) if seed is None else seed, itertools.count()
     for prompt in prompts:
         if prompt is None:
             yield None
         else:
-            yield from (Job(index, prompt, (start + index) % 2**63) for index in itertools.islice(indices, count))
+            for index in itertools.islice(indices, count):
+                yield Job(index, prompt.text, (start + index) % 2**63, line=prompt.number)
 
 
 def frames(prompt: str, toward: str | None, seeds: Sequence[int], count: int) -> Iterator[Job]:
@@ -257,34 +241,68 @@ def job_of(values: dict[str, Any]) -> Job:
 
 
 def draw(
-    backend: Backend, items: Iterator[Job | None], negative: str, request: Request, size: int, edit: Edit | None = None
+    backend: Backend,
+    items: Iterator[Job | None],
+    negative: str,
+    request: Request,
+    size: int,
+    edit: Edit | None = None,
+    mistakes: Mistakes | None = None,
 ) -> Iterator[Drawn]:
-    """Every job's image, in order; under torchrun only those of rank 0's `items`, each drawn by one of the processes."""
-    negative, first = clean(negative), processes.rank() == 0
-    refuse_long(negative)
-    noted = set() if first else {negative}
-    for batch in shares(items, size):
-        prompts = [understood(job.prompt, job.toward, job.share) for job in batch]
-        for text in dict.fromkeys([negative, *(branch.text for branches in prompts for branch in branches)]):
-            note_of_parts(backend, text, noted)
-        last = f" to {batch[-1].index + 1}" if len(batch) > 1 else ""
-        bar = Progress(f"image {batch[0].index + 1}{last}", request.steps)
-        on_step = bar.update if bar.bar and first else lambda step: None
-        begun, seeds, negatives = time.monotonic(), [job.seed for job in batch], [negative] * len(batch)
-        pixels = pipeline.generate(backend, prompts, seeds, request, negatives, on_step, edit)
-        seconds = (time.monotonic() - begun) / len(batch)
-        for job, image in zip(batch, pixels, strict=True):
-            settings = {"prompt": job.prompt, "negative": negative, "seed": job.seed, **asdict(request)}
-            settings |= {"toward": job.toward, "share": job.share} if job.toward is not None else {}
-            settings |= {"strength": edit.strength} if edit else {}
-            settings |= {"model": backend.description.path.name, "backend": backend.name}
-            yield Drawn(job.index, image, settings, seconds)
+    """Every job's image, in order; under torchrun only those of rank 0's `items`, each drawn by one of the processes.
+
+    A job that came from stdin and cannot be drawn is left out and added to `mistakes`. It keeps its number and its seed, so
+    the other images do not depend on it.
+    """
+    negative, mistakes, reader = clean(negative), mistakes or Mistakes(), Reader(backend.tokenizers)
+    reader.read(negative)
+    if negative and not request.guided:
+        note("-n is unused without guidance, which begins above a --cfg-scale of 1")
+    if edit and not edit.steps(request.steps):
+        note(f"--strength {edit.strength:g} is less than one of {request.steps} steps: nothing is drawn")
+
+    def attempt(batch: list[Job]) -> Iterator[Drawn]:
+        try:
+            yield from drawn(backend, batch, negative, request, edit)
+        except (UsageError, DivergedError) as error:
+            if len(batch) == 1 or not batch[0].line:
+                mistakes.add(batch[0], error)
+            else:  # whichever it is, the others are drawn
+                yield from itertools.chain.from_iterable(attempt([job]) for job in batch)
+
+    for batch in shares(readable(items, reader, mistakes), size):
+        yield from attempt(batch)
 
 
-def note_of_parts(backend: Backend, text: str, noted: set[str]) -> None:
-    """Say, once, that a text is longer than the model reads at a time, and where its second part begins."""
-    tokenizer = next(iter(backend.tokenizers.values()))
-    if text not in noted and (rest := tokenizer.cut(text)):
-        limit = tokenizer.max_length
-        print(f"note: the model reads {limit} tokens at a time; read in parts, from here on: {rest!r}", file=sys.stderr)
-    noted.add(text)
+def readable(items: Iterator[Job | None], reader: Reader, mistakes: Mistakes) -> Iterator[Job | None]:
+    """The items whose prompts the model can be told; the others are added to `mistakes`."""
+    last, fine = None, True
+    for job in items:
+        if job and last != (last := (job.line, job.prompt, job.toward)):
+            try:
+                reader.read(job.prompt, job.toward)
+                fine = True
+            except UsageError as error:
+                mistakes.add(job, error)
+                fine = False
+        if job is None or fine:
+            yield job
+
+
+def drawn(
+    backend: Backend, batch: Sequence[Job], negative: str, request: Request, edit: Edit | None
+) -> Iterator[Drawn]:
+    """The images of one batch."""
+    prompts = [understood(job.prompt, job.toward, job.share) for job in batch]
+    last = f" to {batch[-1].index + 1}" if len(batch) > 1 else ""
+    bar = Progress(f"image {batch[0].index + 1}{last}", request.steps)
+    on_step = bar.update if bar.bar and processes.rank() == 0 else lambda step: None
+    begun, seeds, negatives = time.monotonic(), [job.seed for job in batch], [understood(negative)] * len(batch)
+    pixels = pipeline.generate(backend, prompts, seeds, request, negatives, on_step, edit)
+    seconds = (time.monotonic() - begun) / len(batch)
+    for job, image in zip(batch, pixels, strict=True):
+        settings = {"prompt": job.prompt, "negative": negative, "seed": job.seed, **asdict(request)}
+        settings |= {"toward": job.toward, "share": job.share} if job.toward is not None else {}
+        settings |= {"strength": edit.strength} if edit else {}
+        settings |= {"model": backend.description.path.name, "backend": backend.name}
+        yield Drawn(job.index, image, settings, seconds)

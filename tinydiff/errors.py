@@ -6,14 +6,6 @@ Python callers catch `UserError` or a subclass. Anything else that escapes is a 
 
 from __future__ import annotations
 
-LONGEST = 2000  # characters of a message
-
-
-def one_line(message: str) -> str:
-    """A message as one line that a terminal only shows, without its middle where it is very long."""
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
-    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
-
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: Python's, torch's or a device's, which say so in their text alone."""

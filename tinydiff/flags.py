@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from tinydiff.diffusion.samplers import SAMPLERS
 from tinydiff.diffusion.schedules import SPACINGS
 from tinydiff.errors import UsageError
+from tinydiff.progress import note
 from tinydiff.schema import nearest
+from tinydiff.system import shown
 
 MAX_SIDE = 16384  # pixels, as of -W and -H
 SCALES = ("cfg_scale", "cfg_max", "cfg_complex", "cfg_rescale")
@@ -68,6 +70,8 @@ def complete(opened: Backend, given: Flags) -> tuple[Request, int]:
     if request.steps > (most := len(d.schedule)):
         raise UsageError(f"--steps {request.steps}: the model has {most} noise levels; give at most that many")
     check_size(d, request.width, request.height)
+    if given.cfg_scale is not None and given.cfg_scale < 1:
+        note(f"--cfg-scale {given.cfg_scale:g}, as 1, is no guidance: the prompt counts, a negative prompt is unused")
     return request, given.batch_size or d.generate.batch_size
 
 
@@ -100,7 +104,9 @@ def margins(text: str) -> tuple[int, int, int, int]:
     parts = text.split(",")
     sides = [int(part) for part in parts if part.strip().isdecimal() and len(part) < 10]
     if len(parts) != 4 or len(sides) != 4 or not any(sides):
-        raise UsageError(f"--outpaint {text}: give four numbers of pixels, left,top,right,bottom, such as 0,0,64,0")
+        raise UsageError(
+            f"--outpaint {shown(text)}: give four numbers of pixels, left,top,right,bottom, such as 0,0,64,0"
+        )
     if max(sides) > MAX_SIDE:
         raise UsageError(f"--outpaint {text}: {max(sides)} pixels are over {MAX_SIDE}; give less")
     return sides[0], sides[1], sides[2], sides[3]
@@ -113,7 +119,7 @@ def interval(text: str) -> tuple[float, float]:
     except ValueError:
         low, high = 1.0, 0.0
     if not 0 <= low <= high <= 1:
-        raise UsageError(f"--cfg-interval {text}: give two shares of the noise levels, such as 0.2,0.8")
+        raise UsageError(f"--cfg-interval {shown(text)}: give two shares of the noise levels, such as 0.2,0.8")
     return low, high
 
 
@@ -126,14 +132,14 @@ def finite(flag: str, value: float) -> None:
 def choose(flag: str, value: str, names: tuple[str, ...]) -> None:
     """UsageError with the nearest name where `value` is none of `names`."""
     if value not in names:
-        raise UsageError(f"{flag}: unknown name {value!r}{nearest(value, names)}")
+        raise UsageError(f"{flag}: unknown name {shown(value)!r}{nearest(value[:100], names)}")
 
 
-def way(prompts: Iterator[str | None], given: Flags) -> Iterator[Any]:
+def way(given: Flags) -> Iterator[Any]:
     """The frames' jobs. Raises UsageError for flags that do not fit."""
     from secrets import randbelow
 
-    from tinydiff import drawing
+    from tinydiff import drawing, reading
 
     if given.prompt == "-" or given.count > 1:
         raise UsageError("--to, --seed-path: one prompt and one way; give the prompt itself, and no --count")
@@ -143,6 +149,8 @@ def way(prompts: Iterator[str | None], given: Flags) -> Iterator[Any]:
     except ValueError:
         seeds = []
     if not seeds or (given.seed_path and len(seeds) < 2) or min(seeds) < 0 or max(seeds) >= 2**63:
-        raise UsageError(f"--seed-path {given.seed_path}: give two or more seeds below 2^63, such as 1,2,3")
-    to = drawing.clean(given.to) if given.to is not None else None
-    return drawing.frames(next(prompts) or "", to, seeds, given.frames or 16)
+        raise UsageError(
+            f"--seed-path {shown(given.seed_path or '')}: give two or more seeds below 2^63, such as 1,2,3"
+        )
+    to = reading.clean(given.to) if given.to is not None else None
+    return drawing.frames(reading.clean(given.prompt), to, seeds, given.frames or 16)

@@ -10,7 +10,9 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from queue import Queue
 from typing import Any
 
@@ -56,10 +58,27 @@ def dealt(items: Iterator[bytes]) -> Iterator[bytes]:
 
     Only rank 0 reads `items`, in a thread, and raises what they raise. Raises ResourceError if a process is lost.
     """
+    with _in_touch():
+        yield from _deal(items) if rank() == 0 else _received()
+
+
+def collected(item: bytes) -> list[bytes]:
+    """The items of all processes in rank 0, once all are done, where torchrun's ending all of them ends no work; else none."""
+    if world() == 1:
+        return [item]
+    with _in_touch():
+        if not rank():
+            return [item, *(_popped(_store(), "done") for _ in range(1, world()))]
+        _store().queue_push("done", item)
+        return []
+
+
+@contextmanager
+def _in_touch() -> Iterator[None]:
     from torch.distributed import DistError
 
     try:
-        yield from _deal(items) if rank() == 0 else _received()
+        yield
     except DistError as error:
         raise ResourceError("the processes lost each other; look for the first message of another one") from error
 
@@ -99,11 +118,14 @@ def _hand_out(items: Iterator[bytes], own: Queue[Any]) -> None:
 
 def _received() -> Iterator[bytes]:
     store, name = _store(), str(rank())
-    while True:
-        _wait(lambda: store.queue_len(name) > 0)
-        if not (item := store.queue_pop(name)):
-            return
+    while item := _popped(store, name):
         yield item
+
+
+def _popped(store: Any, name: str) -> bytes:
+    """The next item of a queue, waited for."""
+    _wait(lambda: store.queue_len(name) > 0)
+    return store.queue_pop(name)
 
 
 def _wait(ready: Any) -> None:
@@ -115,6 +137,7 @@ def _wait(ready: Any) -> None:
         time.sleep(POLL)
 
 
+@cache
 def _store() -> Any:
     """The key-value store of torch's process groups, with a prefix of its own for each restart by torchrun."""
     from torch.distributed.distributed_c10d import PrefixStore

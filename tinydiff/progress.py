@@ -6,6 +6,15 @@ import sys
 import time
 from typing import TextIO
 
+from tinydiff import processes
+from tinydiff.system import one_line
+
+
+def note(text: str) -> None:
+    """A line for a person, of several processes once."""
+    if processes.rank() == 0:
+        print(one_line(f"note: {text}"), file=sys.stderr)
+
 
 def duration(seconds: float) -> str:
     """Seconds as 45s, 3m20s or 2h05m."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from tinydiff.errors import ModelError, ResourceError, UserError
 
 LONGEST = 200  # characters of a value in a message
+LINE = 1000  # characters of a message
 RESTORE = "copy or download it again"
 TEMPORARY = re.compile(r"/\.tmp-tinydiff-[0-9a-f]{16}(/[^/]+)?")  # as `temporary` names them, and what is made there
 NUMBER = re.compile(r"\((?:os error )?(\d{1,3})\)")  # how libraries in Rust and C++ report what the system said
@@ -65,6 +66,11 @@ def escaped(text: str) -> str:
 def shown(value: object) -> str:
     """A value, such as a path, for a message: cut and escaped."""
     return cut(escaped(cut(str(value))))
+
+
+def one_line(message: str) -> str:
+    """A message as one line that a terminal only shows."""
+    return cut("".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split())), LINE)
 
 
 def told(error: OSError, path: object, fixes: dict[int, str] = FIX) -> str:

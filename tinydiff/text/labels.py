@@ -56,10 +56,10 @@ class Labels:
             return self.pad
         if name in self.numbers:
             return self.numbers[name]
-        if name.isdecimal() and int(name) < self.pad:
+        if name.isdecimal() and len(name) < 20 and int(name) < self.pad:
             return int(name)
-        near = nearest(name, list(self.numbers)[:2000]) if self.numbers else ""
-        raise UsageError(f"{text!r}: no class of this model{near}; give a label, or a number below {self.pad}")
+        near = nearest(name[:100], list(self.numbers)[:2000]) if self.numbers else ""
+        raise UsageError(f"{text[:60]!r}: no class of this model{near}; give a label, or a number below {self.pad}")
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Class numbers (B, 1) int64. Raises UsageError for an unknown label."""

@@ -15,7 +15,7 @@ Text without this syntax is one branch with one piece of weight 1, exactly as ty
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Protocol
@@ -27,6 +27,7 @@ from tinydiff.errors import UsageError
 STEP = 1.1
 LARGEST = float(np.finfo(np.float32).max)
 CLOSING = {"(": ")", "[": "]"}
+NO_WEIGHTS = "prompt: this model draws classes; give a label alone, without weights or brackets"
 # No two repeats can match the same characters, so that the scan takes linear time on any text.
 NUMBER = r"[+-]?(?:(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|(?i:nan|inf(?:inity)?))"
 AND = r"(?<!\S)AND(?!\S)"
@@ -37,6 +38,25 @@ MARKS = re.compile(
     rf"|(?P<weight>(?<!\S):\s*(?P<number>{NUMBER})\s*(?={AND}|\Z))"
     rf"|(?P<AND>{AND})"
 )
+
+
+# What other programs give a meaning and this one reads as words: what it is there, and how to find it. In each pattern, what
+# repeats stops at the character that begins the next match, so that the scan takes linear time.
+FOREIGN = {
+    "a break between chunks": r"\bBREAK\b",
+    "a prompt that changes from step to step": r"\[[^\[\]]*:\s*[\d.]+\s*\]",
+    "words that take turns": r"\[[^\[\]|]*\|[^\[\]]*\]",
+    "a choice or emphasis in braces": r"\{[^{}]*\}",
+    "a wildcard": r"(?<!\w)__[\w/*.-]+?__(?!\w)",
+    "a network to load": r"<[^<>\s:]+:[^<>]*>",
+    "a learnt word": r"<[^<>\s:]+>|(?<!\w)(?:embedding|emb):[^\s,()]+",
+    "emphasis by plus or minus signs": r"\w(?:\+{2,}|-{2,})(?![\w+-])|[)\"](?:\++|-+)(?![\w+-])",
+    "a call": r"\)\.(?:blend|and|swap)\(",
+    "an option": r"(?<!\S)--[a-z]\w*",
+    "a weight after two colons": r"::\s*-?[\d.]+",
+    "a weight outside brackets": r"(?<=[^\W\d]|[)\]]):[ ]?\d*\.\d+(?!\s*[)\]\d])",
+    "a region": r"\b(?:ADDCOMM|ADDBASE|ADDCOL|ADDROW|AND_PERP|AND_SALT|AND_TOPK)\b",
+}
 
 
 class Tokens(Protocol):
@@ -94,12 +114,28 @@ def parse(text: str) -> list[Branch]:
     return branches
 
 
+def foreign(text: str) -> Iterator[tuple[str, str]]:
+    """The syntax of other programs in a prompt: (what it is there, as it stands here)."""
+    plain = re.sub(r"\\[()\[\]:\\]", " ", text)
+    for what, pattern in FOREIGN.items():
+        yield from ((what, match[0]) for match in re.finditer(pattern, plain))
+
+
 def blend(start: str, end: str, share: float) -> list[Branch]:
     """A branch with text vectors a `share` of the way from one prompt's to another's. Raises UsageError for AND."""
     one, other = parse(start), parse(end)
     if len(one) > 1 or len(other) > 1:
         raise UsageError("there is no way between prompts with AND; write each without it")
     return [Branch(one[0].pieces, 1.0, other[0].pieces, share)]
+
+
+def refuse_no_label(pieces: Sequence[Piece], tokenizer: Tokens) -> None:
+    """UsageError for what a model of classes cannot be told: weights, and a text that is no label."""
+    if tokenizer.max_length > 1:
+        return
+    if any(piece.weight != 1 for piece in pieces):
+        raise UsageError(NO_WEIGHTS)
+    tokenizer.encode(["".join(piece.text for piece in pieces)])
 
 
 def chunks(pieces: Sequence[Piece], tokenizer: Tokens) -> tuple[np.ndarray, np.ndarray]:
@@ -110,7 +146,7 @@ def chunks(pieces: Sequence[Piece], tokenizer: Tokens) -> tuple[np.ndarray, np.n
     word (text between white space) is split only if longer than a chunk. Raises UsageError for a model of classes.
     """
     if tokenizer.max_length == 1:
-        raise UsageError("prompt: this model draws classes; give a label alone, without weights or brackets")
+        raise UsageError(NO_WEIGHTS)
     head = [] if tokenizer.bos is None else [tokenizer.bos]
     text = "".join(piece.text for piece in pieces)
     tokens, starts = tokenizer.spans(text)
