@@ -1,7 +1,7 @@
 """The networks on onnxruntime, as a `pipeline.Backend`: numpy in, numpy out, and never torch.
 
-Reads bundles in optimum's layout, tinydiff's own and others'. Weights outside a graph ("external data") must be plain
-files in the graph's own folder; that is checked here, before onnxruntime sees the graph.
+Reads bundles in optimum's layout, tinydiff's own and others'. What a graph takes and gives is compared with what the network
+of its configuration does, before the first call and at each.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
-import mmap
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -20,23 +19,22 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from tinydiff.backends.graph import RESTORE, check
 from tinydiff.checkpoints.source import Source
 from tinydiff.condition import Condition, joined, texts_of
 from tinydiff.errors import ModelError, ResourceError
 from tinydiff.files import shown, undisturbed, verify
 from tinydiff.networks import graphs
 from tinydiff.networks.network import HIDDEN, Graph
-from tinydiff.protobuf import BYTES, fields
-from tinydiff.system import unreadable
 from tinydiff.text.labels import one_hot
 
-ENCODER = "vae_encoder"
-DRAWING = ("text_encoder", "vae_decoder", "scheduler", "tokenizer")  # folders that drawing reads
+ENCODER, DECODER = "vae_encoder", "vae_decoder"
+FIX = "export it with tinydiff or optimum"
+DRAWING = ("text_encoder", DECODER, "scheduler", "tokenizer")  # folders that drawing reads
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 DTYPES |= {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
-RESTORE = "copy or export it again"
 IDENTITY = (  # y = x, the smallest graph that shows whether a provider works
     b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
     b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
@@ -99,32 +97,57 @@ class OnnxBackend:
         if name not in self.sessions:
             return {HIDDEN: one_hot(ids, self.tokenizers[name].vocab_size)}
         told = texts_of(self.description.conditions).values()
-        return run(self.sessions[name].result(), [k for k in self.graphs[name].outputs if k in told], input_ids=ids)
+        session = self.sessions[name].result()
+        return self.run(session, name, [k for k in self.graphs[name].outputs if k in told], input_ids=ids)
 
     def denoise(self, x: np.ndarray, t: float, condition: Condition) -> np.ndarray:
-        session = self.sessions[self.denoiser].result()
-        return run(session, ["out_sample"], sample=x, timestep=np.array(t), **condition)["out_sample"]
+        session, given = self.sessions[self.denoiser].result(), {"sample": x, "timestep": np.array(t), **condition}
+        return self.run(session, self.denoiser, ["out_sample"], **given)["out_sample"]
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
-        return run(self.vae_encoder, ["latent_parameters"], sample=pixels)["latent_parameters"]
+        return self.run(self.vae_encoder, ENCODER, ["latent_parameters"], sample=pixels)["latent_parameters"]
 
     def decode(self, z: np.ndarray) -> np.ndarray:
-        return run(self.sessions["vae_decoder"].result(), ["sample"], latent_sample=z)["sample"]
+        return self.run(self.sessions[DECODER].result(), DECODER, ["sample"], latent_sample=z)["sample"]
 
+    def run(
+        self, session: ort.InferenceSession, name: str, outputs: list[str], **inputs: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """Outputs of a graph by name, in float32; inputs are converted to what it declares. ModelError for another shape."""
+        path, graph = self.path / name / "model.onnx", self.graphs[name]
+        feed, batch = {}, session.get_inputs()[0].shape[:1]
+        for declared in session.get_inputs():
+            value = inputs[declared.name].astype(DTYPES[declared.type], copy=False)
+            if len(declared.shape) == 1 and value.ndim == 0:  # some exporters want one a sample, some one in a list
+                value = np.full(len(inputs["sample"]) if declared.shape == batch else 1, value)
+            elif fixed := [
+                n for n, m in zip(declared.shape, value.shape, strict=False) if isinstance(n, int) and n != m
+            ]:
+                given = f"{declared.name} of {shown(declared.shape)} alone (here {value.shape})"
+                fix = f"draw as many images of that size, or {FIX} with sizes that vary"
+                raise ModelError(f"{shown(path)}: takes {given}, of which {fixed[0]} is fixed; {fix}")
+            feed[declared.name] = np.asarray(
+                value, order="C"
+            )  # a scalar stays one, which ascontiguousarray makes a list
+        try:
+            results: Any = session.run(outputs, feed)
+        except Exception as error:  # onnxruntime's exceptions share no other base
+            raise failure(shown(path), error) from error
+        sizes = self.sizes(graph, inputs)
+        for key, value in zip(outputs, results, strict=True):
+            wanted = [sizes.get(axis, -1) if isinstance(axis, str) else axis or -1 for axis in graph.outputs[key].axes]
+            if len(wanted) != value.ndim or any(n not in (-1, m) for n, m in zip(wanted, value.shape, strict=True)):
+                raise ModelError(f"{shown(path)}: gives {key} of {value.shape} where {wanted} is asked for; {FIX}")
+        return {key: value.astype(np.float32, copy=False) for key, value in zip(outputs, results, strict=True)}
 
-def run(session: ort.InferenceSession, outputs: list[str], **inputs: np.ndarray) -> dict[str, np.ndarray]:
-    """Outputs of a session by name, in float32; inputs are converted to what the graph declares."""
-    feed, batch = {}, session.get_inputs()[0].shape[:1]
-    for declared in session.get_inputs():
-        value = inputs[declared.name].astype(DTYPES[declared.type], copy=False)
-        if len(declared.shape) == 1 and value.ndim == 0:  # some exporters want one for each sample, some one in a list
-            value = np.full(len(inputs["sample"]) if declared.shape == batch else 1, value)
-        feed[declared.name] = np.asarray(value, order="C")  # a scalar stays one, which ascontiguousarray makes a list
-    try:
-        results: Any = session.run(outputs, feed)
-    except Exception as error:  # onnxruntime's exceptions share no other base
-        raise failure(f"the graph that gives {outputs[0]}", error) from error
-    return {name: each.astype(np.float32, copy=False) for name, each in zip(outputs, results, strict=True)}
+    def sizes(self, graph: Graph, inputs: Mapping[str, np.ndarray]) -> dict[str, int]:
+        """What the axes of a graph's arrays are for these inputs, those of the autoencoder's outputs included."""
+        shapes = (zip(array.axes, inputs[name].shape, strict=False) for name, array in graph.inputs.items())
+        sizes = {axis: size for shape in shapes for axis, size in shape if isinstance(axis, str)}
+        factor = self.description.factor
+        for side in {"height", "width"} & sizes.keys():
+            sizes |= {f"image_{side}": sizes[side] * factor, f"latent_{side}": sizes[side] // factor}
+        return sizes
 
 
 def open_session(bundle: Path, name: str, graph: Graph, device: str) -> ort.InferenceSession:
@@ -133,7 +156,7 @@ def open_session(bundle: Path, name: str, graph: Graph, device: str) -> ort.Infe
     Raises ModelError where the graph is missing or damaged, ResourceError where onnxruntime turns from cuda to the CPU.
     """
     path = bundle / name / "model.onnx"
-    check_external_data(path)
+    check(path)
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = level(bundle, name, device)
@@ -156,13 +179,24 @@ def level(bundle: Path, name: str, device: str) -> ort.GraphOptimizationLevel:
 
 
 def check_io(path: Path, session: ort.InferenceSession, graph: Graph) -> None:
-    """ModelError unless the session takes exactly the graph's inputs, of types we can give, and has its first output."""
-    takes, output = {value.name: value.type for value in session.get_inputs()}, next(iter(graph.outputs))
-    if takes.keys() != graph.inputs.keys() or not set(takes.values()) <= DTYPES.keys():
-        wanted = ", ".join(graph.inputs)
-        raise ModelError(f"{shown(path)}: takes {takes}, not {wanted}; export it with tinydiff or optimum")
-    if output not in {value.name for value in session.get_outputs()}:
-        raise ModelError(f"{shown(path)}: has no output {output}; export it with tinydiff or optimum")
+    """ModelError unless the session takes the graph's inputs and has its first output, of types and shapes that fit."""
+    inputs, outputs = ({each.name: each for each in some} for some in (session.get_inputs(), session.get_outputs()))
+    if inputs.keys() != graph.inputs.keys():
+        raise ModelError(f"{shown(path)}: takes {shown(', '.join(inputs))}, not {', '.join(graph.inputs)}; {FIX}")
+    if (first := next(iter(graph.outputs))) not in outputs:
+        raise ModelError(f"{shown(path)}: has no output {first}; {FIX}")
+    given = [(graph.outputs[name], each) for name, each in outputs.items() if name in graph.outputs]
+    for array, each in [(array, inputs[name]) for name, array in graph.inputs.items()] + given:
+        kinds = {"tokens": "ui", "time": "uif"}.get(array.values, "f")
+        if np.dtype(DTYPES.get(each.type, "O")).kind not in kinds:
+            raise ModelError(f"{shown(path)}: {each.name} is of type {shown(each.type)}; {FIX}")
+        fits = len(each.shape) == len(array.axes) and all(
+            not isinstance(n, int) or isinstance(axis, str) or n == axis or not axis
+            for n, axis in zip(each.shape, array.axes, strict=True)
+        )
+        if each.shape and not fits and (array.values, len(each.shape)) != ("time", 1):  # [] is also an unknown rank
+            wanted = ", ".join(str(axis) for axis in array.axes)
+            raise ModelError(f"{shown(path)}: {each.name} is of shape {shown(each.shape)}, not ({wanted}); {FIX}")
 
 
 def failure(what: str, error: Exception) -> ModelError | ResourceError:
@@ -202,62 +236,3 @@ def cuda_problem() -> str:
     except Exception:  # onnxruntime's exceptions share no other base
         works = False
     return "" if works else "onnxruntime cannot load its CUDA libraries; install onnxruntime-gpu[cuda,cudnn]"
-
-
-NESTED = {  # the protobuf messages of onnx.proto in which a tensor can be: field number -> message
-    "Model": {7: "Graph", 20: "Training", 25: "Function"},
-    "Training": {1: "Graph", 2: "Graph"},
-    "Function": {7: "Node", 11: "Attribute"},
-    "Graph": {1: "Node", 5: "Tensor", 15: "Sparse"},
-    "Node": {5: "Attribute"},
-    "Attribute": {5: "Tensor", 6: "Graph", 10: "Tensor", 11: "Graph", 22: "Sparse", 23: "Sparse"},
-    "Sparse": {1: "Tensor", 2: "Tensor"},
-    "Tensor": {13: "Entry"},
-}
-
-
-def check_external_data(path: Path) -> None:
-    """ModelError unless every external tensor of a graph lies in a plain file of the graph's folder."""
-    try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            tensors = list(external_tensors(data[:])) if data.find(b"location") >= 0 else []
-    except OSError as error:
-        raise unreadable(error, path) from error
-    except (ValueError, IndexError) as error:
-        raise ModelError(f"{shown(path)}: damaged, not an ONNX graph; {RESTORE}") from error
-    sizes = {name: plain_size(path, name) for name in {tensor.get("location", "") for tensor in tensors}}
-    for tensor in tensors:
-        numbers = [tensor.get(key, "0") for key in ("offset", "length")]
-        if not all(n.isascii() and n.isdigit() and len(n) < 19 for n in numbers):
-            raise ModelError(f"{shown(path)}: external data at {numbers!a}; {RESTORE}")
-        if sum(map(int, numbers)) > sizes[tensor.get("location", "")]:
-            raise ModelError(f"{shown(path)}: external data after the end of {tensor['location']!a}; {RESTORE}")
-
-
-def plain_size(graph: Path, name: str) -> int:
-    """Bytes of a file beside a graph; ModelError where `name` leads elsewhere or to no plain file."""
-    path = graph.parent / name
-    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise ModelError(f"{shown(graph)}: external data in {name!a}, which is not beside it; {RESTORE}")
-    if path.is_symlink() or not path.is_file():
-        raise ModelError(f"{shown(path)}: missing or a link; put the file itself in its place")
-    return path.stat().st_size
-
-
-def external_tensors(data: bytes) -> Iterator[dict[str, str]]:
-    """The external-data entries (location, offset, length) of every tensor in an ONNX model, however deep.
-
-    Raises ValueError or IndexError where the bytes are no protobuf.
-    """
-    todo = [("Model", 0, len(data))]
-    while todo:
-        kind, *place = todo.pop()
-        known = NESTED[kind]
-        inner = [(known[n], a, b) for n, wire, a, b in fields(data, *place) if n in known and wire == BYTES]
-        if kind != "Tensor":
-            todo += inner
-        elif inner:
-            pairs = [
-                {n: data[a:b].decode() for n, wire, a, b in fields(data, *at) if wire == BYTES} for _, *at in inner
-            ]
-            yield {pair.get(1, ""): pair.get(2, "") for pair in pairs}
