@@ -435,6 +435,7 @@ def test_a_refused_command_leaves_the_run_as_it_was(change, finished, run_config
 def test_a_first_start_that_fails_claims_nothing(change, run_config, tmp_path):
     with pytest.raises(UserError):
         loop.run(change(run_config), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
     other = replace(run_config, text_encoder=replace(run_config.text_encoder, vocab_size=520))
     loop.run(other, tmp_path / "run", "autoencoder")
     assert config.load(tmp_path / "run" / "tinydiff.toml") == other

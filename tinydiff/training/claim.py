@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,10 +33,16 @@ FREE = (  # keys that change nothing that is learnt
 
 @contextlib.contextmanager
 def held(runtime: Runtime, run_dir: Path) -> Iterator[None]:
-    """The directory belongs to this run alone: rank 0 locks it for all."""
-    with files.lock(run_dir) if runtime.world.rank == 0 else contextlib.nullcontext():
-        runtime.world.wait()
-        yield
+    """The directory belongs to this run alone: rank 0 locks it for all. One that it made goes again if no run begins."""
+    first, made = runtime.world.rank == 0, not run_dir.exists()
+    with files.lock(run_dir) if first else contextlib.nullcontext():
+        try:
+            runtime.world.wait()
+            yield
+        except BaseException:
+            if first and made and run_dir.is_dir() and {*os.listdir(run_dir)} <= {".lock", "tokenizer"}:
+                shutil.rmtree(run_dir, ignore_errors=True)
+            raise
 
 
 class Claim:
