@@ -361,7 +361,7 @@ def test_only_regular_files_are_opened(tmp_path):
     for path in (tmp_path / "pipe.png", tmp_path, Path("/dev/zero")):
         with pytest.raises(DataError, match=f"{path}: not a regular file"):
             open_image(path)
-    with pytest.raises(DataError, match=r"absent\.png: No such file or directory; replace or remove"):
+    with pytest.raises(DataError, match=r"absent\.png: No such file or directory; check the path"):
         open_image(tmp_path / "absent.png")
 
 

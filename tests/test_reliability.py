@@ -330,6 +330,31 @@ def test_other_mistakes_are_one_line(words: tuple[str, ...], run: Callable[..., 
     assert [path.name for path in tmp_path.iterdir()] == ["ok.png"]
 
 
+FLAGS = "-m -o -s --count --seed-path --frames --batch-size --steps --cfg-scale --cfg-max --cfg-complex"
+
+
+FLAGS += " --cfg-interval --cfg-rescale --sampler --spacing -W -H -i --strength --mask --outpaint --prediction --device"
+
+
+@pytest.mark.parametrize("flag", FLAGS.split())
+def test_long_values_are_cut(flag: str, run: Callable[..., tuple], tmp_path: Path) -> None:
+    """Whatever a value of 5,000 characters does, every line is short and the fix is at its end."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "ok.png")
+    beside = ("-i", "ok.png") if flag in ("--strength", "--mask", "--outpaint") else ()
+    beside += ("--to", "y", "-o", "way.png") if flag in ("--seed-path", "--frames") else ()
+    for value in ("9" * 5000, "x\x1b /" * 1250):
+        code, _, error = run(*ONE, "--force", *beside, flag, value)
+        assert code in (2, 3, 4, 7) and len(error) <= 1020 and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words", [("generate", "x", "-m", ""), ("export", "", "-o", "x"), ("evaluate", "", "--data", "shapes")]
+)
+def test_an_empty_name_is_not_the_shipped_model(words: tuple[str, ...], run: Callable[..., tuple]) -> None:
+    code, out, error = run(*words)
+    assert (code, out, error.count("\n")) == (2, "", 1) and "name is empty" in error
+
+
 def test_messages_hold_no_control_characters(run: Callable[..., tuple]) -> None:
     name = "a\x1b[31m[/red]\n\u202e"
     for words in (
@@ -422,6 +447,37 @@ def test_weights_of_nan_are_told_by_their_part(
         assert (
             run("evaluate", "model", "--data", "shapes", "--count", "1", "--steps", "1", "--backend", backend)[0] == 5
         )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_weights_of_nan_are_not_exported(precision: str, run: Callable[..., tuple], tmp_path: Path) -> None:
+    """Also those of a part that no comparison can tell from torch, which gives NaN as well."""
+    shutil.copytree(ROOT / "weights" / "emoji", tmp_path / "model", ignore=shutil.ignore_patterns("manifest.json"))
+    spoil(tmp_path / "model", "quant_conv.bias")
+    code, out, error = run("export", "model", "-o", "bundle", "--precision", precision)
+    assert (code, out, error.count("\n")) == (4, "", 1) and "vae quant_conv.bias has NaN or infinite values" in error
+    assert not (tmp_path / "bundle").exists()
+
+
+MEMORY = [
+    MemoryError(),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
+    ),
+    RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+]
+
+
+@pytest.mark.parametrize("error", MEMORY, ids=lambda error: str(error)[:8])
+def test_too_little_memory_is_no_bug(
+    error: Exception, run: Callable[..., tuple], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("tinydiff.pipeline.generate", refuse)
+    code, out, said = run(*ONE)
+    assert (code, out, said.count("\n")) == (7, "", 1) and "out of memory; lower --batch-size" in said
 
 
 # ---- streams -------------------------------------------------------------------------------------------------------

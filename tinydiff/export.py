@@ -29,6 +29,7 @@ from tinydiff.files import committed, shown, undisturbed
 from tinydiff.graphs import link, name_axes, quiet, simplify, strip, translations
 from tinydiff.networks import LABELS, graphs, network_of
 from tinydiff.pipeline import Request, generate
+from tinydiff.system import RESTORE
 
 if TYPE_CHECKING:
     from onnx_ir import Model as IrModel
@@ -89,18 +90,16 @@ def export(
 
 
 def rounded(model: Model, dtype: torch.dtype, path: Path) -> Model:
-    """The model with every weight rounded to `dtype`, again in float32. ModelError where one does not fit."""
-    if dtype == torch.float32:
-        return model
-    model = replace(model, networks=deepcopy(model.networks))
+    """The model with every weight rounded to `dtype`, again in float32. ModelError where one is not finite or does not fit."""
+    full = dtype == torch.float32
+    model = model if full else replace(model, networks=deepcopy(model.networks))
     for name, part in model.networks.items():
         for key, value in part.state_dict().items():
-            if value.is_floating_point():
-                value.copy_(value.to(dtype))
+            what = f"{shown(path)}: {name} {shown(key)}"
             if not value.isfinite().all():
-                raise ModelError(
-                    f"{shown(path)}: {name} {shown(key)} is too large for {dtype}; export with --precision fp32"
-                )
+                raise ModelError(f"{what} has NaN or infinite values; {RESTORE}")
+            if value.is_floating_point() and not full and not value.copy_(value.to(dtype)).isfinite().all():
+                raise ModelError(f"{what} is too large for {dtype}; export with --precision fp32")
     return model
 
 

@@ -24,7 +24,7 @@ from PIL import Image, ImageColor
 from PIL.PngImagePlugin import PngInfo
 
 from tinydiff.errors import DataError, UsageError
-from tinydiff.files import shown
+from tinydiff.system import shown, unreadable
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 64 * 2**20
@@ -85,6 +85,8 @@ def open_image(source: Path | bytes, background: str = WHITE) -> np.ndarray:
         except (DataError, MemoryError):
             raise
         except Exception as error:  # Pillow's plugins raise many kinds
+            if isinstance(error, OSError) and error.errno:
+                raise unreadable(error, _name(source), DataError) from error
             raise DataError(f"{_name(source)}: {_reason(error)}; replace or remove the file") from error
 
 
@@ -295,6 +297,4 @@ def _name(source: Path | bytes) -> str:
 def _reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -19,6 +19,8 @@ def find_model(name: str | None) -> Path:
     """A model folder from its path, a training run's folder, or the name of a shipped model (the default)."""
     package = Path(__file__).resolve().parents[1]
     shipped = next((p for p in (package / "weights", package.parent / "weights") if p.is_dir()), package / "weights")
+    if name == "":
+        raise UsageError("the model's name is empty; give a model folder, a run, a file or a shipped model")
     path = Path(name) if name else shipped / SHIPPED
     if path.is_file():
         return path
