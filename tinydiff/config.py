@@ -94,6 +94,11 @@ class Generate:
     spacing: str = key("log_snr", "which noise levels are visited", choices=SPACINGS)
     batch_size: int = key(8, "images at once", 1, 4096)
 
+    @property
+    def schedule(self) -> str:
+        """The former name of `spacing`."""
+        return self.spacing
+
 
 @dataclass(frozen=True)
 class Config:

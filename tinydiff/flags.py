@@ -70,6 +70,9 @@ def complete(opened: Backend, given: Flags) -> tuple[Request, int]:
     if request.steps > (most := len(d.schedule)):
         raise UsageError(f"--steps {request.steps}: the model has {most} noise levels; give at most that many")
     check_size(d, request.width, request.height)
+    d.levels(request.sampler, request.steps, request.spacing)  # says what is wrong with them before anything is drawn
+    for text in d.notes:
+        note(text)
     if given.cfg_scale is not None and given.cfg_scale < 1:
         note(f"--cfg-scale {given.cfg_scale:g}, as 1, is no guidance: the prompt counts, a negative prompt is unused")
     return request, given.batch_size or d.generate.batch_size

@@ -21,7 +21,7 @@ from tinydiff.checkpoints.counts import counts_of, onnx_counts, safetensors_coun
 from tinydiff.checkpoints.description import Description, describe
 from tinydiff.checkpoints.header import PICKLES, Header
 from tinydiff.checkpoints.ldm import averaged
-from tinydiff.checkpoints.scheduler import BETA_SCHEDULES, read
+from tinydiff.checkpoints.scheduler import read
 from tinydiff.checkpoints.source import Source
 from tinydiff.cost import costs
 from tinydiff.errors import ModelError, UsageError
@@ -124,6 +124,7 @@ def of_source(source: Source, width: int | None = None, height: int | None = Non
         "cost": (counted := cost(configs, d, tokens["length"] or encoder.length, width, height, path)),
         "flops": flops(counted, source.denoiser),
         "generate": asdict(d.generate) if d else None,
+        "notes": list(d.notes) if d else [],
     }
 
 
@@ -141,13 +142,11 @@ def made_by(file: Header | None, index: dict[str, Any]) -> dict[str, str]:
 
 def sampling(configs: Configs, d: Description | None) -> dict[str, Any]:
     """What noise and latents are to the model."""
-    table, denoiser = configs["scheduler"], configs[denoiser_in(configs)]
-    scheduler = d.scheduler if d else read(table)
-    straight = table.get("use_flow_sigmas") or str(table.get("_class_name")).startswith("FlowMatch")
-    named = BETA_SCHEDULES.get(table.get("beta_schedule", "linear"), "custom")
+    denoiser = configs[denoiser_in(configs)]
+    scheduler = d.scheduler if d else read(configs["scheduler"])
     return {
         "prediction": scheduler.prediction,
-        "schedule": "flow" if straight else "custom" if table.get("trained_betas") else named,
+        "schedule": scheduler.form,
         "num_train_timesteps": len(scheduler.schedule),
         "latent_channels": d.latent_channels if d else denoiser["in_channels"],
         "latent_size": denoiser["sample_size"],

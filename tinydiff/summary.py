@@ -36,6 +36,7 @@ def lines(told: dict[str, Any]) -> list[str]:
     rows |= {"prompts": prompts_line(told["tokenizer"]), "cost": first}
     rows |= {f"  of {name}": cost for name, cost in (line.split(": ", 1) for line in others)}
     rows["defaults"] = ", ".join(f"{key} {value}" for key, value in (told["generate"] or {}).items())
+    rows |= {f"note {i}": note for i, note in enumerate(told["notes"], 1)}
     return table({key: value for key, value in rows.items() if value})
 
 

@@ -16,7 +16,7 @@ from tinydiff.diffusion.schedules import Levels
 from tinydiff.errors import ModelError
 from tinydiff.networks import AUTOENCODER, VAE, denoiser_in, network_of
 from tinydiff.networks.autoencoder import SCALING
-from tinydiff.networks.network import Array
+from tinydiff.networks.network import Array, imported
 from tinydiff.system import shown
 
 
@@ -34,6 +34,7 @@ class Description:
     size: int  # pixels, the side it was trained at
     generate: config.Generate
     conditions: Mapping[str, Array] = field(default_factory=dict)  # what the denoiser is told besides latent and level
+    notes: tuple[str, ...] = ()  # what of the files is not followed, each a line for a person
 
     @property
     def schedule(self) -> Levels:
@@ -49,15 +50,23 @@ class Description:
         return self.scheduler.levels(sampler, steps, spacing)
 
 
-def describe(configs: Mapping[str, dict[str, Any]], path: Path, generate: config.Generate | None = None) -> Description:
-    """The description of a model with these JSON files; ModelError names what they lack. `generate`: its defaults, which
-    otherwise are those of the model at `path`."""
-    denoiser, toml = denoiser_in(configs), path / "tinydiff.toml"
+def describe(
+    model: Mapping[str, dict[str, Any]] | Path, path: Path | None = None, generate: config.Generate | None = None
+) -> Description:
+    """The description of a model with these JSON files, or of the model at a path; ModelError names what they lack.
+
+    `generate`: its defaults, which otherwise are those of the model at `path`.
+    """
+    if isinstance(model, Path):
+        return imported("tinydiff.checkpoints.source:Source")(model).description  # which imports this module
+    path = path or Path()
+    denoiser, toml = denoiser_in(model), path / "tinydiff.toml"
+    own = generate or (config.load(toml).generate if toml.exists() else None)
     try:
-        network: Any = network_of(denoiser, configs[denoiser])
-        autoencoder, table = AUTOENCODER.complete(configs[VAE]), network.complete(configs[denoiser])
-        factor, scheduler = AUTOENCODER.factor(autoencoder), read(configs["scheduler"])
-        theirs = config.Generate(50, 7.5, scheduler.sampler, scheduler.spacing, 1)  # diffusers' defaults
+        network: Any = network_of(denoiser, model[denoiser])
+        autoencoder, table = AUTOENCODER.complete(model[VAE]), network.complete(model[denoiser])
+        scheduler = read(model["scheduler"], model.get("model_index"), ours=own is not None)
+        factor = AUTOENCODER.factor(autoencoder)
         return Description(
             path=path,
             scheduler=scheduler,
@@ -67,8 +76,9 @@ def describe(configs: Mapping[str, dict[str, Any]], path: Path, generate: config
             multiple=factor * network.reduction(table),
             scaling_factor=float(autoencoder.get("scaling_factor") or SCALING),
             size=int(table["sample_size"]) * factor,
-            generate=generate or (config.load(toml).generate if toml.exists() else theirs),
+            generate=own or config.Generate(50, 7.5, scheduler.sampler, scheduler.spacing, 1),  # diffusers' defaults
             conditions=network.conditions(table),
+            notes=scheduler.notes,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{shown(path)}: its configuration files lack or misstate {error}") from None

@@ -1,48 +1,58 @@
 """diffusers' `scheduler_config.json`: noise levels, prediction and solver, read from any folder and written for ours.
 
-Missing keys have diffusers' defaults, which depend on the class. It knows no network, and samplers by name only.
+Classes of diffusers, their defaults and what is not followed of them are in `solvers`. It knows no network, and samplers
+by name only.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import exp, inf, log
 from typing import Any
 
 from tinydiff import config
+from tinydiff.checkpoints import solvers
+from tinydiff.checkpoints.solvers import RESPACED, SCHEDULERS
 from tinydiff.diffusion import schedules
-from tinydiff.diffusion.schedules import CLEAN, RHOS, Level, Levels, sampling_levels, training_levels
+from tinydiff.diffusion.samplers import steep
+from tinydiff.diffusion.schedules import (
+    CLEAN,
+    INDICES,
+    RHOS,
+    Level,
+    Levels,
+    distilled,
+    log_snr,
+    sampling_levels,
+    training_levels,
+)
+from tinydiff.errors import UsageError
+from tinydiff.values import brief, choice, number, truth, whole
 
 BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 PREDICTION_TYPES = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v", "flow_prediction": "flow"}
-SINGLE = {"algorithm_type": "dpmsolver"}
-SDE = {"algorithm_type": "sde-dpmsolver++"}
-SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # our sampler -> diffusers' class and the settings it needs
-    "ddim": ("DDIMScheduler", {}),
-    "ddpm": ("DDPMScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "dpm2": ("KDPM2DiscreteScheduler", {}),
-    "dpm_solver_1": ("DPMSolverSinglestepScheduler", SINGLE | {"solver_order": 1}),
-    "dpm_solver_2": ("DPMSolverSinglestepScheduler", SINGLE | {"solver_order": 2}),
-    "dpm_solver_3": ("DPMSolverSinglestepScheduler", SINGLE | {"solver_order": 3}),
-    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
-    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", SDE),
-    "dpmpp_3m_sde": ("DPMSolverMultistepScheduler", SDE | {"solver_order": 3}),
-    "dpmpp_sde": ("DPMSolverSDEScheduler", {}),
-    "plms": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "lms": ("LMSDiscreteScheduler", {}),
-    "deis": ("DEISMultistepScheduler", {"solver_order": 3}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "lcm": ("LCMScheduler", {}),
-}
-LEADING = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LCMScheduler")  # the others' default is "linspace"
-RESPACED = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta"}
+MOST = 100_000  # training levels
+LEAST = 2.0**-60  # of alpha, but for a last level without signal: float32 loses what is divided by less
+FLOOR = 2.0**-12  # the alpha of a noisiest level without signal, in the classes that divide by it
+FLOORED = ("EulerDiscrete", "EulerAncestralDiscrete", "DPMSolverMultistep", "UniPCMultistep")
 TO_ALPHA_BAR = ("ddim", "plms")  # samplers whose last step depends on `set_alpha_to_one`
 # Samplers whose classes compute one timestep more than there are steps, and drop the last.
 BEYOND = ("dpm_solver_1", "dpm_solver_2", "dpm_solver_3", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "deis", "unipc")
 BETWEEN = ("euler", "euler_ancestral", "heun", "dpm2", "dpmpp_sde", "lms")  # their "linspace" has fractional timesteps
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How a class of diffusers places the levels of its file, where that is not how we place them."""
+
+    original: int = 0  # of LCM, whose steps are some of so many; it has no spacing
+    base: str = "linspace"  # the spacing whose ends a spacing by rho has
+    ends: tuple[float | None, float | None] = (None, None)  # or the largest and the smallest rho
+    time: Callable[[float], float] = float  # what the network is told of a level between two
+    last: Level = CLEAN
+    repeats: bool = False  # of a spacing by rho the last level is also where the sampler ends
 
 
 @dataclass(frozen=True)
@@ -55,58 +65,197 @@ class Scheduler:
     final: Level  # the last level of DDIM and PLMS
     sampler: str
     spacing: str
+    form: str = "custom"  # of the training levels: "flow", "custom", or what `BETA_SCHEDULES` calls them
+    grid: Grid | None = None  # of a file that is not ours, with its own sampler and spacing
+    notes: tuple[str, ...] = ()  # what of the file is not followed
 
     def levels(self, sampler: str, steps: int, spacing: str) -> Levels:
-        """The levels that a sampler's class in diffusers visits, noisiest first, the final one included."""
+        """The levels that a sampler's class in diffusers visits, noisiest first, the final one included.
+
+        Raises UsageError for steps or levels of which the network says nothing.
+        """
         end, whole = self.final if sampler in TO_ALPHA_BAR else CLEAN, sampler not in BETWEEN
-        return sampling_levels(self.schedule, steps, spacing, self.offset, end, whole, int(sampler in BEYOND))
+        levels = sampling_levels(self.schedule, steps, spacing, self.offset, end, whole, int(sampler in BEYOND))
+        if self.grid and (sampler, spacing) == (self.sampler, self.spacing):
+            levels = self._placed(self.grid, levels, steps)
+        if levels[0].alpha == 0 and self.prediction == "epsilon":
+            problem = "the noisiest level has no signal left, where a network that predicts the noise says nothing"
+            fix = "give --prediction v if it predicts v, or --spacing leading"
+            raise UsageError(f"--spacing {spacing}: {problem}; {fix}")
+        return levels
+
+    def _placed(self, grid: Grid, levels: Levels, steps: int) -> Levels:
+        """The levels that a sampler visits, as its class places them."""
+        at, kept = self.schedule.at, levels[:-1]
+        if grid.original:
+            if steps > grid.original:
+                raise UsageError(f"--steps {steps}: this LCM was distilled to {grid.original}; give at most that many")
+            kept = [self.schedule[i] for i in distilled(len(self.schedule), steps, grid.original)]
+        elif self.spacing in RHOS:
+            base = self.schedule[::-1]
+            if self.sampler in BETWEEN:
+                base = sampling_levels(self.schedule, steps, grid.base, self.offset, whole=False)[:-1]
+            high, low = (rho or exp(-log_snr(level)) for rho, level in zip(grid.ends, (base[0], base[-1]), strict=True))
+            placed = (at(-log(rho)) for rho in RHOS[self.spacing](high, low, steps))
+            kept = [level._replace(t=grid.time(level.t)) for level in placed]
+            return Levels([*kept, kept[-1] if grid.repeats else grid.last], at)
+        return Levels([*kept, levels[-1] if self.sampler in TO_ALPHA_BAR else grid.last], at)
 
 
-def read(scheduler: dict[str, Any]) -> Scheduler:
-    """A `Scheduler` from a scheduler_config.json. Raises KeyError, TypeError or ValueError for invalid values."""
-    kind, schedule = str(scheduler.get("_class_name")), _levels(scheduler)
-    straight = kind.startswith("FlowMatch")
-    spacing = scheduler.get("timestep_spacing") or ("leading" if kind in LEADING else "linspace")
-    to_one = scheduler.get("set_alpha_to_one", kind != "PNDMScheduler")
-    return Scheduler(
+def read(given: dict[str, Any], index: Mapping[str, Any] | None = None, ours: bool = False) -> Scheduler:
+    """A `Scheduler` from a scheduler_config.json and the model_index.json beside it, which names the class.
+
+    `ours`: the file is one of `write`, and how to sample is said elsewhere. Otherwise the class draws as diffusers'
+    pipeline lets it. Raises ValueError for what cannot be followed.
+    """
+    index = index or {}
+    listed = index.get("scheduler")
+    named = listed[1] if isinstance(listed, list) and len(listed) == 2 else None
+    kind = str(given.get("_class_name") or named or "DPMSolverMultistepScheduler")
+    table = solvers.completed(kind, given)
+    if str(index.get("_class_name")).startswith("StableDiffusion"):  # whose pipelines change these
+        table |= {key: value for key, value in (("steps_offset", 1), ("clip_sample", False)) if key in table}
+    schedule, sampler = _levels(kind, table, floored=not ours), solvers.sampler_of(kind, table)
+    spacing, lu = _spacing(given if ours else table)
+    scheduler = Scheduler(
         schedule=schedule,
-        prediction="flow" if straight else PREDICTION_TYPES[scheduler.get("prediction_type", "epsilon")],
-        offset=int(scheduler.get("steps_offset", 0)),
-        final=CLEAN if to_one else schedule[0],
-        sampler=_sampler(kind, scheduler),
-        spacing=next((name for key, name in RESPACED.items() if scheduler.get(key)), spacing),
+        prediction=_prediction(kind, table),
+        offset=whole(table | {"steps_offset": table.get("steps_offset", 0)}, "steps_offset", 0, len(schedule)),
+        final=CLEAN
+        if truth(table | {"set_alpha_to_one": table.get("set_alpha_to_one", True)}, "set_alpha_to_one")
+        else schedule[0],
+        sampler=sampler,
+        spacing=spacing,
+        form=_form(kind, table),
+    )
+    if ours:
+        return scheduler
+    grid = _grid(kind, table, given, scheduler, lu)
+    notes = [*solvers.unfollowed(kind, sampler, table), *_apart(scheduler, table)]
+    if named not in (None, kind):
+        notes.append(f"{kind}: of scheduler_config.json; model_index.json names {brief(named)}, which is not followed")
+    return replace(scheduler, grid=grid, notes=tuple(notes))
+
+
+def _spacing(table: Mapping[str, Any]) -> tuple[str, bool]:
+    """Which levels are visited, and whether by `use_lu_lambdas`."""
+    respaced = [key for key in (*RESPACED, "use_flow_sigmas") if key in table and truth(table, key)]
+    if len(respaced) > 1:
+        raise ValueError(f"{' and '.join(respaced)} are true; keep one of them")
+    lu = "use_lu_lambdas" in table and truth(table, "use_lu_lambdas") and "use_karras_sigmas" not in respaced
+    if lu or (respaced and respaced[0] in RESPACED):
+        return "exponential" if lu else RESPACED[respaced[0]], lu
+    if "original_inference_steps" in table:
+        return "leading", False  # LCM has but one
+    return choice({"timestep_spacing": "linspace"} | dict(table), "timestep_spacing", INDICES), False
+
+
+def _prediction(kind: str, table: Mapping[str, Any]) -> str:
+    if kind.startswith("FlowMatch"):
+        return "flow"
+    name = choice(table, "prediction_type", PREDICTION_TYPES)
+    if table.get("timestep_type") == "continuous" and name == "v_prediction":
+        raise ValueError('timestep_type is "continuous", which is not supported; give a model of discrete timesteps')
+    return PREDICTION_TYPES[name]
+
+
+def _grid(kind: str, table: Mapping[str, Any], given: Mapping[str, Any], scheduler: Scheduler, lu: bool) -> Grid:
+    """How the class of a file places its levels."""
+    cleanest, spacing = scheduler.schedule[0], scheduler.spacing
+    by_rho, cosine = spacing in RHOS, table.get("beta_schedule") == "squaredcos_cap_v2" and not table["trained_betas"]
+    if by_rho and scheduler.schedule[-1].alpha == 0 and not given.get("sigma_max"):
+        raise ValueError(
+            "trained_betas end without signal, where no spacing by sigmas begins; set use_*_sigmas to false"
+        )
+    multistep = scheduler.sampler in BEYOND
+    last, kept = CLEAN, table.get("final_sigmas_type", "sigma_min" if kind.startswith("DEIS") else "zero")
+    if choice({"final_sigmas_type": kept}, "final_sigmas_type", ("zero", "sigma_min")) == "sigma_min":
+        last = cleanest if multistep else Level(1.0, cleanest.sigma / cleanest.alpha, 0.0)
+    rounded = (spacing == "karras" or lu) and not (cosine and kind.startswith("DPMSolverMultistep"))
+    ends = [
+        number(given, key, 1e-6, 1e6) if by_rho and given.get(key) is not None else None
+        for key in ("sigma_max", "sigma_min")
+    ]
+    return Grid(
+        original=whole(table, "original_inference_steps", 1, len(scheduler.schedule))
+        if scheduler.sampler == "lcm"
+        else 0,
+        base=table.get("timestep_spacing", "linspace"),
+        ends=(ends[0], ends[1]),
+        time=(round if rounded else truncated) if multistep else float,
+        last=last,
+        repeats=by_rho and last != CLEAN and kind.startswith(("DEIS", "UniPC")),
     )
 
 
-def _sampler(kind: str, scheduler: dict[str, Any]) -> str:
-    """Our sampler for diffusers' class: the one with the most equal settings; DPM-Solver++ 2M for other classes."""
+def truncated(t: float) -> float:
+    """Its whole part, as found in float32, where 999 may be a little less."""
+    return float(max(0, int(t - 1e-3)))
+
+
+def _apart(scheduler: Scheduler, table: Mapping[str, Any]) -> Iterator[str]:
+    """What differs from diffusers' in how a sampler of ours draws these levels."""
+    sampler, levels = scheduler.sampler, scheduler.schedule
+    noisiest, eighth = levels[-1], levels[-1 - len(levels) // 8]  # one of eight steps below
+    if table.get("use_flow_sigmas"):
+        yield f"use_flow_sigmas: drawn by {sampler} on evenly spaced levels, one training level from those of diffusers"
+    if table.get("lambda_min_clipped", -inf) > log_snr(noisiest):
+        yield f"lambda_min_clipped {brief(table['lambda_min_clipped'])}: not followed, the noisiest levels are visited too"
+    if sampler in TO_ALPHA_BAR and scheduler.spacing == "linspace":
+        yield "timestep_spacing linspace: each step ends at the next level, in diffusers a whole number of levels below"
+    if sampler == "plms" and scheduler.prediction == "v":
+        yield "PNDMScheduler: averages the noise, in diffusers v; --sampler ddim is the same in both"
+    if sampler == "dpmpp_3m_sde":
+        yield "solver_order 3 with noise: the sign of one term is that of k-diffusion, in diffusers the other"
+    if sampler in solvers.STEEP and (steep(noisiest, eighth) or scheduler.spacing == "beta"):
+        yield f"{sampler}: steps in which the noise falls a hundredfold are of first order, in diffusers of a higher one"
+
+
+def _form(kind: str, table: Mapping[str, Any]) -> str:
+    if kind.startswith("FlowMatch") or table.get("use_flow_sigmas"):
+        return "flow"
+    return "custom" if table["trained_betas"] is not None else BETA_SCHEDULES[table["beta_schedule"]]
+
+
+def _levels(kind: str, table: Mapping[str, Any], floored: bool) -> Levels:
+    count = whole(table, "num_train_timesteps", 2, MOST)
     if kind.startswith("FlowMatch"):
-        return "heun" if kind.startswith("FlowMatchHeun") else "euler"
+        return schedules.flow(count, number(table, "shift", 0.01, 100))
+    if table.get("use_flow_sigmas"):
+        return schedules.flow(count, number(table, "flow_shift", 0.01, 100))
+    levels = (
+        schedules.from_betas(_betas(table["trained_betas"], count))
+        if table["trained_betas"] is not None
+        else _named(table, count)
+    )
+    if truth({"rescale_betas_zero_snr": False} | dict(table), "rescale_betas_zero_snr"):
+        levels = schedules.zero_terminal_snr(levels)
+        if floored and kind.startswith(FLOORED):
+            end = Level(FLOOR, (1 - FLOOR**2) ** 0.5, levels[-1].t)
+            levels = schedules.schedule([*levels[:-1], end], schedules.preserving)
+    vanished = levels[-2].alpha < LEAST or 0 < levels[-1].alpha < LEAST
+    if levels[0].sigma == 0 or vanished or any(a.alpha <= b.alpha for a, b in pairwise(levels)):
+        raise ValueError("noise levels that do not rise, or too far; check num_train_timesteps and betas")
+    return levels
 
-    def likeness(name: str) -> int:
-        theirs, settings = SCHEDULERS[name]
-        same = sum(scheduler.get(key) == value for key, value in settings.items())
-        return (theirs == kind) * (10 + 2 * same - len(settings))
 
-    best = max(SCHEDULERS, key=likeness)
-    return best if likeness(best) else "dpmpp_2m"
+def _named(table: Mapping[str, Any], count: int) -> Levels:
+    name = BETA_SCHEDULES[choice(table, "beta_schedule", BETA_SCHEDULES)]
+    if name == "cosine":
+        return schedules.cosine(count)
+    start, end = (number(table, key, 1e-12, 0.9999) for key in ("beta_start", "beta_end"))
+    return {"linear": schedules.linear, "scaled_linear": schedules.scaled_linear}[name](count, start, end)
 
 
-def _levels(scheduler: dict[str, Any]) -> Levels:
-    count = int(scheduler.get("num_train_timesteps", 1000))
-    if str(scheduler.get("_class_name")).startswith("FlowMatch"):
-        return schedules.flow(count, float(scheduler.get("shift", 1.0)))
-    if scheduler.get("use_flow_sigmas"):
-        return schedules.flow(count, float(scheduler.get("flow_shift", 1.0)))
-    name = BETA_SCHEDULES[scheduler.get("beta_schedule", "linear")]
-    if scheduler.get("trained_betas"):
-        levels = schedules.from_betas(scheduler["trained_betas"])
-    elif name == "cosine":
-        levels = schedules.cosine(count)
-    else:
-        betas = (scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02))
-        levels = {"linear": schedules.linear, "scaled_linear": schedules.scaled_linear}[name](count, *betas)
-    return schedules.zero_terminal_snr(levels) if scheduler.get("rescale_betas_zero_snr") else levels
+def _betas(betas: Any, count: int) -> list[float]:
+    """`trained_betas`: between 0 and 1, where only the last may be 1."""
+    if not isinstance(betas, list) or len(betas) != count:
+        had = f"{len(betas)} numbers" if isinstance(betas, list) else brief(betas)
+        raise ValueError(f"trained_betas is {had}; give a list of num_train_timesteps, {count}")
+    for i, beta in enumerate(betas):
+        place = f"trained_betas[{i}]"
+        number({place: beta}, place, 1e-12, 1 if i == count - 1 else 0.9999999)
+    return betas
 
 
 def write(cfg: config.Config) -> dict[str, Any]:

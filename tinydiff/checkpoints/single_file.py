@@ -44,7 +44,13 @@ PARTS = {"unet": "U-Net", "text_encoder": "text encoder", "vae": "autoencoder; g
 NAMES = ("_class_name", "architectures", "model_type")  # keys of a configuration that say nothing of size
 SCALING = 0.18215
 SPEC = "modelspec."  # metadata of https://github.com/Stability-AI/ModelSpec
-PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+PREDICTIONS |= {"v_pred": "v_prediction", "vpred": "v_prediction", "v_parameterization": "v_prediction"}
+TRUE = ("true", "1", "yes")
+V_KEYS = ("ss_v_parameterization", "ss_v_prediction", "v_pred")  # metadata of sd-scripts and others
+ZERO_SNR = ("ztsnr", "zsnr")  # marker tensors, as ComfyUI and sd-webui read them
+ZERO_SNR_KEYS = ("ss_zero_terminal_snr", f"{SPEC}zero_terminal_snr", f"{SPEC}ztsnr", *ZERO_SNR)
+EDM = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")  # marker tensors of other noise levels
 ARCHITECTURES = {"stable-diffusion-v2-512": "epsilon", "stable-diffusion-v2-768-v": "v_prediction"}
 Configs = Mapping[str, Mapping[str, Any]]  # the JSON files of a folder, as `configs` gives them
 
@@ -169,9 +175,20 @@ def required(file: Header, component: str, ema: bool = False) -> Part:
 def _said(file: Header) -> str | None:
     """What the file says that its U-Net predicts."""
     keys = (file.metadata.get(SPEC + key, "") for key in ("prediction_type", "predict_key"))
-    said = next((PREDICTIONS[value] for value in keys if value in PREDICTIONS), None)
+    said = next((PREDICTIONS[value] for value in map(_plain, keys) if value in PREDICTIONS), None)
     said = said or ARCHITECTURES.get(file.metadata.get(SPEC + "architecture", ""))
-    return said or ("v_prediction" if "v_pred" in _names(file) else None)
+    v = "v_pred" in _names(file) or any(_plain(file.metadata.get(key, "")) in TRUE for key in V_KEYS)
+    return said or ("v_prediction" if v else None)
+
+
+def _plain(said: str) -> str:
+    return said.strip().lower().replace("-", "_")
+
+
+def _without_signal(file: Header) -> bool:
+    """Whether a marker says that the noisiest level has no signal left."""
+    marked = any(_plain(file.metadata.get(key, "")) in TRUE for key in ZERO_SNR_KEYS)
+    return marked or any(name in _names(file) for name in ZERO_SNR)
 
 
 def _guess(file: Header, unet: Part, number: int) -> str:
@@ -194,13 +211,21 @@ def _scaling(file: Header) -> float:
 
 def _scheduler(file: Header, prediction: str) -> dict[str, Any]:
     """`scheduler_config.json` as Stable Diffusion's, with the file's own noise levels where they are others."""
+    if edm := [name for name in EDM if name in _names(file)]:
+        raise ModelError(
+            f"{shown(file.path)}: not supported, {edm[0]} says that its noise levels are EDM's; {SUPPORTED}"
+        )
     stored = _names(file).get("alphas_cumprod")
     bars = file.values(stored).reshape(-1).tolist() if stored else []
     betas = _betas(bars) if stored and not _standard(bars, file.tensors[stored].dtype) else None
     table: dict[str, Any] = {"_class_name": "PNDMScheduler" if prediction == "epsilon" else "DDIMScheduler"}
     table |= {"beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "clip_sample": False}
     table |= {"num_train_timesteps": len(bars) or 1000, "prediction_type": prediction, "set_alpha_to_one": False}
-    return table | {"skip_prk_steps": True, "steps_offset": 1, "trained_betas": betas}
+    table |= {"skip_prk_steps": True, "steps_offset": 1, "trained_betas": betas}
+    ends = bool(betas) and betas[-1] == 1
+    if ends or _without_signal(file):  # which only "trailing" begins at; PNDM cannot, and has no such key
+        table |= {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing", "rescale_betas_zero_snr": not ends}
+    return table
 
 
 def _standard(bars: list[float], dtype: str = "F32") -> bool:

@@ -138,6 +138,11 @@ def linspace(count: int, steps: int, offset: int = 0) -> list[int]:
     return [round(u) for u in _line(count - 1, 0, steps)]
 
 
+def distilled(count: int, steps: int, original: int) -> list[int]:
+    """Of `original` levels, multiples of count // original less 1, evenly spaced ones, noisiest first (Luo et al. 2023)."""
+    return [(original - int(i * (original / steps))) * (count // original) - 1 for i in range(steps)]
+
+
 def between(schedule: Levels, place: float) -> Level:
     """The level at a fractional index into a schedule: rho and t interpolated linearly."""
     below, above, share = schedule[math.floor(place)], schedule[math.ceil(place)], place % 1
