@@ -171,6 +171,7 @@ EXAMPLES = {
     "an option": ["a cat --ar 16:9", "cat --n blurry --s 20"],
     "a weight after two colons": ["hot::2 dog", "a ::-0.5"],
     "a weight outside brackets": ["a cat:1.3, b", "(a cat):1.3", "cat: 0.8 dog"],
+    "a comment": ["# landscapes"],
     "a region": ["a ADDCOL b", "x AND_PERP y"],
 }
 

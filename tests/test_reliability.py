@@ -347,12 +347,25 @@ def test_long_values_are_cut(flag: str, run: Callable[..., tuple], tmp_path: Pat
         assert code in (2, 3, 4, 7) and len(error) <= 1020 and error.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "words", [("generate", "x", "-m", ""), ("export", "", "-o", "x"), ("evaluate", "", "--data", "shapes")]
-)
-def test_an_empty_name_is_not_the_shipped_model(words: tuple[str, ...], run: Callable[..., tuple]) -> None:
+EMPTY = [
+    ("generate", "x", "-m", ""),
+    ("generate", "x", "-o", ""),
+    ("generate", "x", "-i", ""),
+    ("generate", "x", "-i", "x.png", "--mask", ""),
+    ("generate", "x", "--vae", ""),
+    ("export", "", "-o", "x"),
+    ("export", "-o", "", "--force"),
+    ("evaluate", "", "--data", "shapes"),
+    ("inspect", ""),
+    ("train", ""),
+    ("train", "--run-dir", ""),
+]
+
+
+@pytest.mark.parametrize("words", EMPTY, ids=" ".join)
+def test_an_empty_name_is_no_name(words: tuple[str, ...], run: Callable[..., tuple]) -> None:
     code, out, error = run(*words)
-    assert (code, out, error.count("\n")) == (2, "", 1) and "name is empty" in error
+    assert (code, out, error.count("\n")) == (2, "", 1) and "name is empty" in error and not list(Path().iterdir())
 
 
 def test_messages_hold_no_control_characters(run: Callable[..., tuple]) -> None:
@@ -398,6 +411,16 @@ def test_prompts_of_every_kind(run: Callable[..., tuple], tiny_model: Path, tmp_
         more = ("-n", "x" * 10_001) if words == "x" else ()
         code, _, error = run("generate", words, "-m", str(tiny_model), "-o", "long.png", *more, stdin=stdin)
         assert code == 2 and "over 10000; shorten it" in error and not (tmp_path / "long.png").exists()
+
+
+def test_a_bad_line_leaves_rows_of_the_others(run: Callable[..., tuple], tiny_model: Path) -> None:
+    words = ("-m", str(tiny_model), "-s", "3", "--steps", "1", "--json", "-o", "out/", "--count", "2")
+    code, out, error = run("generate", "-", *words, stdin=b"a heart\n(a\nred")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 2 and error.count("\n") == 1 and error.startswith("tinydiff: line 2 of stdin: prompt, character 1")
+    assert [(row["prompt"], row["seed"], row["path"][-8:]) for row in rows] == [
+        (prompt, 3 + i, f"{i:04d}.png") for i, prompt in ((0, "a heart"), (1, "a heart"), (4, "red"), (5, "red"))
+    ]
 
 
 def test_text_in_an_image_is_no_setting(run: Callable[..., tuple], tiny_model: Path, tmp_path: Path) -> None:

@@ -58,10 +58,26 @@ SamplerName = Annotated[str | None, flag(" | ".join(SAMPLERS))]
 Spacing = Annotated[str | None, flag("Noise levels visited: " + " | ".join(SPACINGS))]
 BackendName = Annotated[str, flag(" | ".join(BACKENDS))]
 Device = Annotated[str, flag(" | ".join(DEVICES))]
-Vae = Annotated[Path | None, flag("Take the autoencoder of this .safetensors file.")]
+
+
+def name(text: str) -> str:
+    """A name that is not empty, as that of a variable that is not set would be."""
+    if not text:
+        raise typer.BadParameter("the name is empty; give one, or . for the current folder")
+    return text
+
+
+def path(text: str) -> Path:
+    """A name as a path."""
+    return Path(name(text))
+
+
+Vae = Annotated[Path | None, flag("Take the autoencoder of this .safetensors file.", parser=path)]
 Predicts = Annotated[str | None, flag("Where a model does not say: " + " | ".join(PREDICTIONS), "--prediction")]
 Force = Annotated[bool, flag("Replace what is there.", "--force")]
-ConfigFile = Annotated[Path | None, typer.Argument(help="A tinydiff.toml; by default the one here, else the built-in.")]
+ConfigFile = Annotated[
+    Path | None, typer.Argument(help="A tinydiff.toml; by default the one here, else the built-in.", parser=path)
+]
 ModelName = Annotated[str | None, flag("Model folder, .safetensors file, run, or shipped name.", "-m", "--model")]
 Output = Annotated[str, flag("File, pattern ('out/%04d.png'), folder, or - for stdout.", "-o", "--output")]
 CfgMax = Annotated[float | None, flag("Guidance at the last step; it grows from --cfg-scale.", min=0, max=100)]
@@ -89,7 +105,7 @@ def options(
 @app.command()
 def train(
     config: ConfigFile = None,
-    run_dir: Annotated[Path | None, flag("Where the run lives; runs/NAME by default.")] = None,
+    run_dir: Annotated[Path | None, flag("Where the run lives; runs/NAME by default.", parser=path)] = None,
     set_: Annotated[list[str], flag("Change a key, such as train.seed=1.", "--set", metavar="KEY=VALUE")] = [],  # noqa: B006
     stage: Annotated[str | None, flag("Stop after this stage: autoencoder or denoiser.")] = None,
     fresh: Annotated[bool, flag("Start over in a new run directory.", "--fresh")] = False,
@@ -168,11 +184,11 @@ def generate(
     spacing: Spacing = None,
     width: Annotated[int | None, flag("Pixels.", "-W", "--width", min=1, max=16384)] = None,
     height: Annotated[int | None, flag("Pixels.", "-H", "--height", min=1, max=16384)] = None,
-    image: Annotated[Path | None, flag("Change this image.", "-i", "--image")] = None,
+    image: Annotated[Path | None, flag("Change this image.", "-i", "--image", parser=path)] = None,
     strength: Annotated[
         float | None, flag("How far from the image: 0 not at all, 1 anywhere. 0.6, or 1 where it is masked.")
     ] = None,
-    mask: Annotated[Path | None, flag("Change only what is white in this image.")] = None,
+    mask: Annotated[Path | None, flag("Change only what is white in this image.", parser=path)] = None,
     outpaint: Annotated[
         str | None, flag("Extend the image by this many pixels: left,top,right,bottom.", metavar="L,T,R,B")
     ] = None,
@@ -255,7 +271,7 @@ def look_up(model: str | None, vae: Path | None = None, prediction: str | None =
 @app.command()
 def export(
     model: Model = None,
-    output: Annotated[Path, flag("The bundle's folder, or the file.", "-o", "--output")] = ...,  # type: ignore[assignment]
+    output: Annotated[Path, flag("The bundle's folder, or the file.", "-o", "--output", parser=path)] = ...,  # type: ignore[assignment]
     format_: Annotated[
         str, flag("onnx graphs; or the weights as a diffusers folder, or as a single-file.", "--format")
     ] = "onnx",
@@ -336,7 +352,8 @@ def evaluate(
 @app.command()
 def inspect(
     what: Annotated[
-        str | None, typer.Argument(help="Model, configuration or image; the default configuration without.")
+        str | None,
+        typer.Argument(help="Model, configuration or image; the default configuration without.", parser=name),
     ] = None,
     width: Annotated[
         int | None, flag("Pixels that the cost is counted at; the model's own.", "-W", "--width", min=1, max=16384)

@@ -55,6 +55,7 @@ FOREIGN = {
     "an option": r"(?<!\S)--[a-z]\w*",
     "a weight after two colons": r"::\s*-?[\d.]+",
     "a weight outside brackets": r"(?<=[^\W\d]|[)\]]):[ ]?\d*\.\d+(?!\s*[)\]\d])",
+    "a comment": r"\A#(?=\s)",
     "a region": r"\b(?:ADDCOMM|ADDBASE|ADDCOL|ADDROW|AND_PERP|AND_SALT|AND_TOPK)\b",
 }
 
