@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 from tiny_stable_diffusion import configs_of, refusal
 
-from tinydiff.checkpoints import scheduler
+from tinydiff.checkpoints import scheduler, solvers
 from tinydiff.checkpoints.source import Source
 from tinydiff.diffusion.schedules import scaled_linear, zero_terminal_snr
 from tinydiff.errors import ModelError, UsageError
 from tinydiff.inspect import inspect
+from tinydiff.values import brief
 
 STABLE = {"_class_name": "StableDiffusionPipeline"}
 NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+LESSER = {  # keys that say something only beside one that is documented, or how noise is drawn
+    *("dynamic_thresholding_ratio", "sample_max_value", "clip_sample_range", "time_shift_type", "noise_sampler_seed"),
+    *("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "invert_sigmas", "stochastic_sampling"),
+    *("shift_terminal", "predictor_order", "corrector_order", "tau_func", "euler_at_final"),
+}
 BAD = [
     *(("num_train_timesteps", value) for value in (10**7, 0, -1, 1, 1.5, True, "1000", None, [1000], 10**400)),
     *(("num_train_timesteps", float(value)) for value in ("inf", "-inf", "nan")),
@@ -61,6 +68,40 @@ def test_values_with_one_meaning(change):
     usual = NOISE | ({"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02} if "beta_end" in change else {})
     read = scheduler.read({"_class_name": "DDIMScheduler", **NOISE, **change}, STABLE)
     assert read == scheduler.read({"_class_name": "DDIMScheduler", **usual}, STABLE) and not read.notes
+
+
+PUBLISHED = {  # as the folders of Stable Diffusion 1.5, 2.1 and 2.1 base have them, and of DiT-XL/2
+    "StableDiffusionPipeline": [
+        {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}
+        | {"clip_sample": False, "num_train_timesteps": 1000, "trained_betas": None},
+        {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction", "set_alpha_to_one": False}
+        | {"clip_sample": False, "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None},
+        {"_class_name": "EulerDiscreteScheduler", "interpolation_type": "linear", "use_karras_sigmas": False}
+        | {"prediction_type": "epsilon", "sample_max_value": 1.0, "steps_offset": 1, "timestep_spacing": "leading"},
+        {"_class_name": "LCMScheduler", "original_inference_steps": 50, "timestep_scaling": 10.0},
+        {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver++", "solver_order": 2}
+        | {"solver_type": "midpoint", "lower_order_final": True, "thresholding": False, "use_karras_sigmas": True}
+        | {"lambda_min_clipped": -float("inf"), "variance_type": None, "euler_at_final": False},
+    ],
+    "DiTPipeline": [{"_class_name": "DDIMScheduler", "clip_sample": False, "beta_schedule": "linear"}],
+}
+
+
+@pytest.mark.parametrize(("pipeline", "table"), [(k, table) for k, tables in PUBLISHED.items() for table in tables])
+def test_nothing_is_reported_of_published_schedulers(pipeline, table):
+    read = scheduler.read(NOISE | table, {"_class_name": pipeline})
+    assert not read.notes and read.levels(read.sampler, 20, read.spacing)
+
+
+def test_the_documentation_lists_every_class_and_setting():
+    text = (Path(__file__).parents[1] / "docs" / "stable-diffusion.md").read_text(encoding="utf-8")
+    for kind in solvers.CLASSES:
+        samplers = [name for name, row in solvers.SCHEDULERS.items() if row[0] == solvers.SAME.get(kind, kind)]
+        for sampler in samplers:
+            settings = ", ".join(f"`{k}` {brief(v)}" for k, v in solvers.SCHEDULERS[sampler][1].items())
+            assert f"| {kind} | `{sampler}` | {settings or 'any'} |" in text
+        assert samplers or f"| {kind} | `{solvers.NEAREST[kind]}` instead | reported |" in text
+    assert all(f"`{key}`" in text for table in solvers.CLASSES.values() for key in table if key not in LESSER)
 
 
 def test_the_class_of_the_index_counts_where_the_file_names_none():

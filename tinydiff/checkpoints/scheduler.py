@@ -37,6 +37,10 @@ MOST = 100_000  # training levels
 LEAST = 2.0**-60  # of alpha, but for a last level without signal: float32 loses what is divided by less
 FLOOR = 2.0**-12  # the alpha of a noisiest level without signal, in the classes that divide by it
 FLOORED = ("EulerDiscrete", "EulerAncestralDiscrete", "DPMSolverMultistep", "UniPCMultistep")
+PATCHES = {  # what diffusers' pipelines change, by the beginning of their names
+    "StableDiffusionInpaint": {"steps_offset": 1, "skip_prk_steps": True},
+    "StableDiffusion": {"steps_offset": 1, "clip_sample": False},
+}
 TO_ALPHA_BAR = ("ddim", "plms")  # samplers whose last step depends on `set_alpha_to_one`
 # Samplers whose classes compute one timestep more than there are steps, and drop the last.
 BEYOND = ("dpm_solver_1", "dpm_solver_2", "dpm_solver_3", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "deis", "unipc")
@@ -113,8 +117,9 @@ def read(given: dict[str, Any], index: Mapping[str, Any] | None = None, ours: bo
     named = listed[1] if isinstance(listed, list) and len(listed) == 2 else None
     kind = str(given.get("_class_name") or named or "DPMSolverMultistepScheduler")
     table = solvers.completed(kind, given)
-    if str(index.get("_class_name")).startswith("StableDiffusion"):  # whose pipelines change these
-        table |= {key: value for key, value in (("steps_offset", 1), ("clip_sample", False)) if key in table}
+    pipeline = str(index.get("_class_name"))
+    patches = next((patches for prefix, patches in PATCHES.items() if pipeline.startswith(prefix)), {})
+    table |= {key: value for key, value in patches.items() if key in table}
     schedule, sampler = _levels(kind, table, floored=not ours), solvers.sampler_of(kind, table)
     spacing, lu = _spacing(given if ours else table)
     scheduler = Scheduler(

@@ -328,6 +328,7 @@ def _buffers(configs: Configs) -> dict[str, Tensor]:
     factor = float(configs["vae"].get("scaling_factor") or SCALING)
     bars = [level.alpha**2 for level in scheduler.read(dict(configs["scheduler"])).schedule]
     out = {} if factor == SCALING else {"scale_factor": torch.tensor(factor, dtype=torch.float64)}
+    out |= {ZERO_SNR[0]: torch.tensor([])} if configs["scheduler"].get("rescale_betas_zero_snr") else {}
     return out if _standard(bars) else out | {"alphas_cumprod": torch.tensor(bars, dtype=torch.float64)}
 
 

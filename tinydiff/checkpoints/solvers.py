@@ -137,7 +137,7 @@ TAKEN = {
 }
 TAKEN["DPMSolverSinglestepScheduler"] = TAKEN["DPMSolverMultistepScheduler"]
 STEEP = ("heun", "dpm2", "dpm_solver_1", "dpm_solver_2", "dpm_solver_3", "plms", "lms", "deis")
-OVER = "--sampler chooses another"
+OVER = "unless --sampler names another"
 
 
 def completed(kind: str, given: Table) -> Table:
@@ -146,6 +146,7 @@ def completed(kind: str, given: Table) -> Table:
         raise ValueError(f"_class_name is {brief(kind)}, which is not supported; give DDIMScheduler or another that is")
     defaults, unset = CLASSES[kind], given.get("_use_default_values") or ()
     table = defaults | {k: v for k, v in given.items() if k in defaults and k not in unset}
+    table |= {k: False for k, v in table.items() if v is None and isinstance(defaults[k], bool)}
     for key, (others, own) in TAKEN.get(kind, {}).items():
         table[key] = own if table[key] in others else table[key]
     return table
@@ -163,9 +164,9 @@ def sampler_of(kind: str, table: Table) -> str:
 def unfollowed(kind: str, sampler: str, table: Table) -> list[str]:
     """What of a class and its settings our sampler does not draw, in a line each."""
     if kind in NEAREST:
-        return [f"{kind}: drawn by {sampler} instead; {OVER}"]
+        return [f"{kind}: drawn by {sampler} instead, {OVER}"]
     wanted = {k: v for k, v in ALWAYS.items() if k in table} | SCHEDULERS[sampler][1]
     if sampler == "dpmpp_2m" and table.get("final_sigmas_type") == "zero":
         del wanted["lower_order_final"]  # its last step is of first order anyway
     other = [f"{key} {brief(table[key])}" for key, value in wanted.items() if table[key] != value]
-    return [f"{kind}: {', '.join(other)} not followed: drawn by {sampler}; {OVER}"] if other else []
+    return [f"{kind}: {', '.join(other)} not followed: drawn by {sampler}, {OVER}"] if other else []
