@@ -10,6 +10,7 @@ import pytest
 from tiny_stable_diffusion import configs_of, refusal
 
 from tinydiff.checkpoints import scheduler, solvers
+from tinydiff.checkpoints.description import describe
 from tinydiff.checkpoints.source import Source
 from tinydiff.diffusion.schedules import scaled_linear, zero_terminal_snr
 from tinydiff.errors import ModelError, UsageError
@@ -115,6 +116,18 @@ def test_two_ways_to_place_levels_are_refused():
     table = {"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True, "use_beta_sigmas": True}
     with pytest.raises(ValueError, match="use_karras_sigmas and use_beta_sigmas"):
         scheduler.read(table)
+
+
+def test_ends_of_sigmas_the_wrong_way_round():
+    table = {"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True, "sigma_max": 0.1, "sigma_min": 1.0}
+    read = scheduler.read(table)
+    with pytest.raises(ModelError, match="sigma_max 0.1 is not above sigma_min 1"):
+        read.levels("euler", 10, "karras")
+
+
+def test_a_model_is_described_by_its_path(tiny_model):
+    d = describe(tiny_model)
+    assert d == Source(tiny_model).description and d.generate.schedule == d.generate.spacing
 
 
 # ---- levels without signal -----------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def describe(
     try:
         network: Any = network_of(denoiser, model[denoiser])
         autoencoder, table = AUTOENCODER.complete(model[VAE]), network.complete(model[denoiser])
-        scheduler = read(model["scheduler"], model.get("model_index"), ours=own is not None)
+        scheduler = _scheduler(model, path, own is not None)
         factor = AUTOENCODER.factor(autoencoder)
         return Description(
             path=path,
@@ -82,3 +82,10 @@ def describe(
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{shown(path)}: its configuration files lack or misstate {error}") from None
+
+
+def _scheduler(configs: Mapping[str, dict[str, Any]], path: Path, ours: bool) -> Scheduler:
+    try:
+        return read(configs["scheduler"], configs.get("model_index"), ours)
+    except ValueError as error:
+        raise ModelError(f"{shown(path)}: scheduler_config.json: {error}") from None

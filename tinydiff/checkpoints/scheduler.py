@@ -28,7 +28,7 @@ from tinydiff.diffusion.schedules import (
     sampling_levels,
     training_levels,
 )
-from tinydiff.errors import UsageError
+from tinydiff.errors import ModelError, UsageError
 from tinydiff.values import brief, choice, number, truth, whole
 
 BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
@@ -76,7 +76,7 @@ class Scheduler:
     def levels(self, sampler: str, steps: int, spacing: str) -> Levels:
         """The levels that a sampler's class in diffusers visits, noisiest first, the final one included.
 
-        Raises UsageError for steps or levels of which the network says nothing.
+        Raises UsageError for steps or levels of which the network says nothing, ModelError where they do not fall.
         """
         end, whole = self.final if sampler in TO_ALPHA_BAR else CLEAN, sampler not in BETWEEN
         levels = sampling_levels(self.schedule, steps, spacing, self.offset, end, whole, int(sampler in BEYOND))
@@ -100,6 +100,10 @@ class Scheduler:
             if self.sampler in BETWEEN:
                 base = sampling_levels(self.schedule, steps, grid.base, self.offset, whole=False)[:-1]
             high, low = (rho or exp(-log_snr(level)) for rho, level in zip(grid.ends, (base[0], base[-1]), strict=True))
+            if high <= low:
+                raise ModelError(
+                    f"scheduler_config.json: sigma_max {high:g} is not above sigma_min {low:g}; leave both out"
+                )
             placed = (at(-log(rho)) for rho in RHOS[self.spacing](high, low, steps))
             kept = [level._replace(t=grid.time(level.t)) for level in placed]
             return Levels([*kept, kept[-1] if grid.repeats else grid.last], at)
