@@ -118,6 +118,14 @@ def test_two_ways_to_place_levels_are_refused():
         scheduler.read(table)
 
 
+def test_steps_are_at_most_those_that_a_model_was_distilled_to():
+    read = scheduler.read({"_class_name": "LCMScheduler", "original_inference_steps": 20})
+    assert read.most == 20 and len(read.levels("lcm", 20, "leading")) == 21
+    with pytest.raises(UsageError, match="--steps 21.*20"):
+        read.levels("lcm", 21, "leading")
+    assert scheduler.read({"num_train_timesteps": 30}).most == 30
+
+
 def test_ends_of_sigmas_the_wrong_way_round():
     table = {"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True, "sigma_max": 0.1, "sigma_min": 1.0}
     read = scheduler.read(table)

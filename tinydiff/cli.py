@@ -299,6 +299,8 @@ def export(
         source = look_up(model, vae, prediction)
         with undisturbed(source.stamps):
             source.check()
+            for text in source.description.notes if format_ == "single-file" else ():  # which holds no scheduler
+                note(text)
         if format_ != "onnx":
             from tinydiff.checkpoints.convert import FORMATS
 

@@ -211,7 +211,7 @@ def verify_image(bundle: Path) -> dict[str, Any]:
     backends = OnnxBackend(source, "cpu"), TorchBackend.open(source, "cpu")
     g = (d := source.description).generate
     side = min(d.size, max(1, MOST // d.multiple) * d.multiple)
-    request = Request(min(g.steps, 20, len(d.schedule)), g.cfg_scale, g.sampler, g.spacing, side, side)
+    request = Request(min(g.steps, 20, d.scheduler.most), g.cfg_scale, g.sampler, g.spacing, side, side)
     prompt = "0" if LABELS in source.tokenizers else "red heart"
     ours, theirs = (generate(backend, [prompt], [0], request).astype(int) for backend in backends)
     same = float((np.abs(ours - theirs).max(axis=-1) <= 1).mean())

@@ -66,7 +66,7 @@ def describe(
         network: Any = network_of(denoiser, model[denoiser])
         autoencoder, table = AUTOENCODER.complete(model[VAE]), network.complete(model[denoiser])
         scheduler = _scheduler(model, path, own is not None)
-        factor = AUTOENCODER.factor(autoencoder)
+        factor, steps = AUTOENCODER.factor(autoencoder), min(50, scheduler.most)
         return Description(
             path=path,
             scheduler=scheduler,
@@ -76,7 +76,7 @@ def describe(
             multiple=factor * network.reduction(table),
             scaling_factor=float(autoencoder.get("scaling_factor") or SCALING),
             size=int(table["sample_size"]) * factor,
-            generate=own or config.Generate(50, 7.5, scheduler.sampler, scheduler.spacing, 1),  # diffusers' defaults
+            generate=own or config.Generate(steps, 7.5, scheduler.sampler, scheduler.spacing, 1),  # diffusers' defaults
             conditions=network.conditions(table),
             notes=scheduler.notes,
         )

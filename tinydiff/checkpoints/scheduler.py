@@ -73,6 +73,11 @@ class Scheduler:
     grid: Grid | None = None  # of a file that is not ours, with its own sampler and spacing
     notes: tuple[str, ...] = ()  # what of the file is not followed
 
+    @property
+    def most(self) -> int:
+        """How many steps there can be."""
+        return (self.grid and self.grid.original) or len(self.schedule)
+
     def levels(self, sampler: str, steps: int, spacing: str) -> Levels:
         """The levels that a sampler's class in diffusers visits, noisiest first, the final one included.
 
