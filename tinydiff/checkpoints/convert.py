@@ -41,6 +41,10 @@ def to_single_file(source: Source, out: Path, precision: str | None = None, forc
         if set(tables) != set(single_file.PARTS) or not network_of("text_encoder", tables["text_encoder"]).single_file:
             only = "only a Stable Diffusion U-Net with CLIP's text encoder has a single-file layout"
             raise ModelError(f"{shown(source.path)}: {only}")
+        if added := source.tokenizers["text_encoder"].added:
+            words = ", ".join(token.content for token in added.values())
+            problem = f"a single file has no place for added tokens ({shown(words)})"
+            raise ModelError(f"{shown(source.path)}: {problem}; write a folder")
         tensors = {name: source.tensors(name) for name in tables}
     if precision:
         tensors = {name: {k: v.to(PRECISIONS[precision]) for k, v in part.items()} for name, part in tensors.items()}

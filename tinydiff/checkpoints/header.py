@@ -22,7 +22,17 @@ from tinydiff.system import escaped, unreadable
 MAX_HEADER = 16 * 2**20  # bytes; the largest models need a hundredth of it, and parsed JSON takes ten times the memory
 MAX_COMMAS = 120_000  # in a header, eight for a convolution's kernel: six times the tensors of SDXL
 MAX_AXES = 64  # the most dimensions of a tensor, as in torch
-NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1"}
+FLOATS = {
+    "F64": 2**-52,
+    "F32": 2**-23,
+    "F16": 2**-10,
+    "BF16": 2**-7,
+    "F8_E4M3": 2**-3,
+    "F8_E5M2": 2**-2,
+}  # and their steps
+OTHERS = {b"gguf": "a GGUF file of quantised weights", b"<!doctype": "a web page", b"<html": "a web page"}
+OTHERS |= {b"\x89hdf": "an HDF5 file", b"{": "a JSON file"}
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 # Training scripts pickle a few other objects with the tensors; each is replaced by a stub, so none of their code runs.
 CONVERT = (
@@ -59,7 +69,21 @@ class Header:
         with open(self.path, "rb") as file:
             file.seek(start)
             data = np.frombuffer(file.read(end - start), NUMPY[dtype])
-        return ((data.astype("<u4") << 16).view("<f4") if dtype == "BF16" else data).astype(float)
+        return decoded(data, dtype).astype(float)
+
+
+def decoded(data: np.ndarray, dtype: str) -> np.ndarray:
+    """The numbers of a type that numpy lacks, from their bits: the upper ones of a longer type, or float8 with 4 bits of
+    exponent, which has no infinity."""
+    if dtype == "BF16":
+        return (data.astype("<u4") << 16).view("<f4")
+    if dtype == "F8_E5M2":
+        return (data.astype("<u2") << 8).view("<f2")
+    if dtype != "F8_E4M3":
+        return data
+    exponent, fraction = (data >> 3 & 15).astype(int), (data & 7) / 8
+    size = np.where(exponent == 0, np.ldexp(fraction, -6), np.ldexp(1 + fraction, exponent - 7))
+    return np.where(data & 127 == 127, np.nan, np.where(data & 128, -size, size))
 
 
 def header(path: str | Path) -> Header:
@@ -78,7 +102,7 @@ def header(path: str | Path) -> Header:
         if text.count(b",") > MAX_COMMAS:
             raise ValueError("too many tensors")
         table = json.loads(text, object_pairs_hook=_unique)
-        metadata = {str(k): str(v) for k, v in table.pop("__metadata__", {}).items()}
+        metadata = {str(k): str(v) for k, v in (table.pop("__metadata__", None) or {}).items()}
         tensors = {name: _stored(entry, 8 + size) for name, entry in table.items()}
         _check_places(tensors, 8 + size, length)
     except OSError as error:
@@ -126,4 +150,6 @@ def _misfit(path: Path, start: bytes) -> str:
         out = out if out != path else path.with_name(f"{path.stem}-converted.safetensors")
         command = shlex.join([sys.executable, "-c", CONVERT, str(path), str(out)])
         return f"a pickle, which could run any code when opened; convert it with {escaped(command)}"
+    if other := next((what for magic, what in OTHERS.items() if start.lstrip().lower().startswith(magic)), None):
+        return f"{other}, not a safetensors file; fetch the .safetensors"
     return f"damaged, or not a safetensors file; {RESTORE}"

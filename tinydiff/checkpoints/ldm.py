@@ -64,7 +64,11 @@ def vae_pairs(layout: Layout) -> Pairs:
     """Their decoder's levels are numbered from the image, ours from the latent."""
     levels, n = len(layout["down_block_types"]), layout["layers_per_block"]
     yield from ((name, name) for name in VAE[2:])
-    yield from ((f"{half}.{a}", f"{half}.{b}") for half in VAE[:2] for a, b in VAE_HALF.items())
+    for half in VAE[:2]:
+        yield from (
+            (f"{half}.mid_block.attentions.0.{a}", f"{half}.mid.attn_1.{a}") for a in VAE_ATTENTION
+        )  # also read
+        yield from ((f"{half}.{a}", f"{half}.{b}") for a, b in VAE_HALF.items())
     for i in range(levels):
         down, up = f"encoder.down_blocks.{i}", f"decoder.up_blocks.{levels - 1 - i}"
         yield f"{down}.downsamplers.0.conv", f"encoder.down.{i}.downsample.conv"
@@ -190,11 +194,6 @@ def sizes(shapes: Mapping[str, Shapes], kind: Kind) -> dict[str, dict[str, Any]]
     """The configurations of three networks from their shapes. Raises KeyError, ValueError or IndexError where they lack some."""
     unet, vae = _unet(shapes["unet"], kind), autoencoder(shapes["vae"])
     text = _text_encoder(shapes["text_encoder"], kind)
-    latents, extra = vae["latent_channels"], unet["in_channels"] - unet["out_channels"]
-    if unet["out_channels"] != latents or extra not in (0, latents + 1):
-        raise ValueError(f"{unet['in_channels']} channels in and {unet['out_channels']} out, latents have {latents}")
-    if unet["cross_attention_dim"] != text["hidden_size"]:
-        raise ValueError(f"text of width {text['hidden_size']} for a U-Net of {unet['cross_attention_dim']}")
     if text["vocab_size"] < VOCABULARY:
         raise ValueError(f"a vocabulary of {text['vocab_size']} where CLIP has {VOCABULARY}")
     return {"unet": unet, "vae": vae, "text_encoder": text}

@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tokenizers import AddedToken
 
 from tinydiff.checkpoints import ldm, scheduler, weights
-from tinydiff.checkpoints.header import Header
+from tinydiff.checkpoints.header import FLOATS, Header
 from tinydiff.checkpoints.ldm import HOMES, KINDS, TABLES, UNUSED, VAE, averaged, backward, forward, renamed, sizes
 from tinydiff.diffusion.schedules import scaled_linear
 from tinydiff.errors import ModelError
 from tinydiff.files import RESTORE, shown, written
+from tinydiff.networks.autoencoder import attention, matrix
+from tinydiff.networks.network import unwrapped
 from tinydiff.text.tokenizer import BOS, END_OF_WORD, EOS, Tokenizer, byte_symbols
 
 if TYPE_CHECKING:
@@ -31,7 +33,11 @@ if TYPE_CHECKING:
 
 SUPPORTED = "give a checkpoint of Stable Diffusion 1.x or 2.x"
 OTHERS = (  # what only names in another kind of file hold, each name on a line -> what that file is
-    {"lora": "a LoRA", "control": "a ControlNet", "\ninput_hint_block.": "a ControlNet"}
+    {"lora": "a LoRA", "hada_w1": "a LoRA (LoHa)", "lokr_w": "a LoRA (LoKr)", "control": "a ControlNet"}
+    | {"\ninput_hint_block.": "a ControlNet", "ip_adapter.": "an IP-Adapter", "\nadapter.body.": "a T2I-Adapter"}
+    | {"emb_params": "a textual inversion", "\nclip_l": "a textual inversion of Stable Diffusion XL"}
+    | {"\nvision_model.": "CLIP's image encoder", ".SelfAttention.": "a T5 encoder", ".rdb1.": "an upscaler of images"}
+    | {".RDB1.": "an upscaler of images", "\npatch_embedding.": "a video model", "scaled_fp8": "scaled float8 weights"}
     | {"\nconditioner.embedders.1.": "Stable Diffusion XL", "joint_blocks.": "Stable Diffusion 3"}
     | {"double_blocks.": "Flux", "\ndepth_model.": "Stable Diffusion 2 with depth"}
     | {"\nembedder.": "Stable Diffusion 2.1 unCLIP"}
@@ -39,6 +45,7 @@ OTHERS = (  # what only names in another kind of file hold, each name on a line 
     | {"string_to_param": "a textual inversion", "label_emb.weight": "the Stable Diffusion upscaler"}
     | dict.fromkeys(("\ndown_blocks.", "\ntext_model."), "one network of a diffusers folder")
 )
+EMBEDDINGS = (768, 1024, 1280)  # widths of CLIP's vectors
 LABELS = {2816: "Stable Diffusion XL", 2560: "the Stable Diffusion XL refiner"}  # by the width of label_emb.0.0
 PARTS = {"unet": "U-Net", "text_encoder": "text encoder", "vae": "autoencoder; give the file of one beside it"}
 NAMES = ("_class_name", "architectures", "model_type")  # keys of a configuration that say nothing of size
@@ -86,7 +93,7 @@ def part(file: Header, component: str, ema: bool = False) -> Part | None:
     inside = [name for name in inside if not UNUSED.search(name) and (prefix or name.split(".")[0] in VAE)]
     layout, pairs = TABLES[table]
     entries = backward(pairs(layout(inside)))
-    ours = {name: renamed(name, entries) for name in inside}
+    ours = {name: renamed(attention(name) if component == "vae" else name, entries) for name in inside}
     if unknown := [prefix + name for name in inside if not ours[name]]:
         raise ModelError(f"{shown(file.path)}: not supported, its {component} has {_some(unknown)}; {SUPPORTED}")
     places, shapes = {}, {}
@@ -102,7 +109,7 @@ def part(file: Header, component: str, ema: bool = False) -> Part | None:
 
 def _names(file: Header, ema: bool = False) -> dict[str, str]:
     """LDM's names -> those in the file. The U-Net's average stands for it if asked for, or if it is alone."""
-    plain = {name.removeprefix("state_dict."): name for name in file.tensors}
+    plain = {name.removeprefix("state_dict."): stored for name, stored in unwrapped(file.tensors).items()}
     means = {name: plain[dotless] for dotless in plain if (name := averaged(dotless))}
     if ema and not means:
         raise ModelError(f"{shown(file.path)}: holds no averaged (EMA) weights; open it without asking for them")
@@ -115,13 +122,16 @@ def _some(names: Iterable[str]) -> str:
 
 def parts(file: Header, vae: Header) -> dict[str, Part]:
     """The three networks, the autoencoder in its own file or in the same. ModelError says what a file is instead, or lacks."""
-    lines = "\n".join(["", *_names(file)])
-    label = next((t.shape for name, t in file.tensors.items() if name.endswith("label_emb.0.0.weight")), None)
-    other = next((what for needle, what in OTHERS.items() if needle in lines), None)
-    if label or other:
-        what = other or LABELS.get(label[-1] if label else 0, "a model with more conditions than text")
-        raise ModelError(f"{shown(file.path)}: not supported, this is {what}; {SUPPORTED}")
-    found = {name: part(vae if name == "vae" else file, name) for name in PARTS}
+    other = _other(file)
+    try:
+        found = {name: part(vae if name == "vae" else file, name) for name in PARTS}
+    except ModelError:
+        if other:
+            raise ModelError(f"{shown(file.path)}: not supported, this is {other}; {SUPPORTED}") from None
+        raise
+    first = found["unet"].shapes.get("conv_in.weight", ()) if found["unet"] else ()
+    if other and not (all(found.values()) and first[1:2] in ((4,), (9,))):  # else its tensors are left over, and unused
+        raise ModelError(f"{shown(file.path)}: not supported, this is {other}; {SUPPORTED}")
     if not found["unet"] and not found["text_encoder"] and part(file, "vae"):
         raise ModelError(f"{shown(file.path)}: an autoencoder alone; give it beside a model")
     if not any(found.values()):
@@ -130,6 +140,20 @@ def parts(file: Header, vae: Header) -> dict[str, Part]:
         where = vae.path if missing == ["vae"] else file.path
         raise ModelError(f"{shown(where)}: has no {PARTS[missing[0]]}")
     return {name: each for name, each in found.items() if each}
+
+
+def _other(file: Header) -> str | None:
+    """What its names, or its shapes, say that a file is other than Stable Diffusion."""
+    lines = "\n".join(["", *_names(file)])
+    if other := next((what for needle, what in OTHERS.items() if needle in lines), None):
+        return other
+    label = next((t.shape for name, t in file.tensors.items() if name.endswith("label_emb.0.0.weight")), None)
+    if label:
+        return LABELS.get(label[-1], "a model with more conditions than text")
+    small = len(file.tensors) <= 4 and all(
+        len(t.shape) == 2 and t.shape[1] in EMBEDDINGS for t in file.tensors.values()
+    )
+    return "a textual inversion" if small and file.tensors else None
 
 
 # ---- configurations, from shapes -------------------------------------------------------------------------------------
@@ -205,8 +229,11 @@ def _guess(file: Header, unet: Part, number: int) -> str:
 def _scaling(file: Header) -> float:
     """Latents are this times the autoencoder's. LDM stores it only where it was measured; half precision rounds it."""
     stored = _names(file).get("scale_factor")
-    factor = float(file.values(stored).reshape(())) if stored else SCALING
-    return SCALING if math.isclose(factor, SCALING, rel_tol=2**-8) else factor
+    if not stored:
+        return SCALING
+    factor = float(file.values(stored).reshape(()))
+    step = max(FLOATS[file.tensors[stored].dtype] / 2, 2**-8)
+    return SCALING if math.isclose(factor, SCALING, rel_tol=step) else factor
 
 
 def _scheduler(file: Header, prediction: str) -> dict[str, Any]:
@@ -230,9 +257,10 @@ def _scheduler(file: Header, prediction: str) -> dict[str, Any]:
 
 def _standard(bars: list[float], dtype: str = "F32") -> bool:
     """Whether cumulative products are Stable Diffusion's, as exactly as their type can say."""
-    tolerance = 1e-4 if dtype in ("F32", "F64") else 2**-8
+    tolerance = 1e-4 if dtype in ("F32", "F64") else max(FLOATS[dtype] / 2, 2**-8)
+    least = 2**-10 if dtype == "F8_E4M3" else 0  # half of its smallest step
     usual = [level.alpha**2 for level in scaled_linear()]
-    return len(bars) == len(usual) and all(map(partial(math.isclose, rel_tol=tolerance), bars, usual))
+    return len(bars) == len(usual) and all(map(partial(math.isclose, rel_tol=tolerance, abs_tol=least), bars, usual))
 
 
 def _betas(bars: list[float]) -> list[float]:
@@ -265,10 +293,8 @@ def tensors(file: Header, part: Part) -> dict[str, Tensor]:
 
 
 def _piece(tensor: Tensor, at: Place, name: str) -> Tensor:
-    """Views only: one of several fused tensors; the autoencoder's attention by 1x1 convolutions as matrices."""
-    tensor = tensor.chunk(at.pieces)[at.piece] if at.pieces > 1 else tensor
-    convolved = re.match(r"(en|de)coder\.mid_block\.attentions", name) and tensor.ndim > 2
-    return tensor.flatten(1) if convolved else tensor  # (out, in, 1, 1) -> (out, in)
+    """Views only: one of several fused tensors; the autoencoder's attention as matrices."""
+    return matrix(name, tensor.chunk(at.pieces)[at.piece] if at.pieces > 1 else tensor)
 
 
 def write(path: str | Path, parts: Mapping[str, Mapping[str, Tensor]], configs: Configs, force: bool = False) -> None:

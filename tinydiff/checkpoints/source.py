@@ -7,18 +7,18 @@ refused before.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinydiff.checkpoints import dit, weights
+from tinydiff.checkpoints import agreement, dit, weights
 from tinydiff.checkpoints.description import Description, describe
 from tinydiff.checkpoints.header import Header, header
 from tinydiff.checkpoints.scheduler import PREDICTION_TYPES
 from tinydiff.errors import ModelError
-from tinydiff.files import read_json, shown, stamp
+from tinydiff.files import RESTORE, read_json, shown, stamp
 from tinydiff.networks import TEXT, VAE, denoiser_in, network_of, networks, text_encoders, tokenizer_folder
 from tinydiff.networks.network import Table, TextEncoder
 
@@ -32,7 +32,13 @@ OTHERS = (  # part of a pipeline's class name: what it is
     {name: name for name in ("Flux", "PixArt", "Kandinsky", "Wuerstchen", "Sana", "Lumina", "AuraFlow")}
     | {"StableDiffusionXL": "Stable Diffusion XL", "StableDiffusion3": "Stable Diffusion 3"}
     | {"StableCascade": "Stable Cascade", "HunyuanDiT": "Hunyuan-DiT", "QwenImage": "Qwen-Image"}
-    | {"LatentConsistency": "a latent consistency model with embedded guidance"}
+    | {"LatentConsistency": "a latent consistency model with embedded guidance", "GLIGEN": "GLIGEN"}
+    | {"InstructPix2Pix": "InstructPix2Pix", "Depth2Img": "Stable Diffusion 2 with depth", "UnCLIP": "Stable unCLIP"}
+    | {
+        "Upscale": "an upscaler",
+        "ImageVariation": "Stable Diffusion with images as prompts",
+        "AnimateDiff": "AnimateDiff",
+    }
 )
 SUPPORTED = "give Stable Diffusion 1.x or 2.x, a DiT, or a model trained here"
 
@@ -98,7 +104,23 @@ class Source:
 
     @cached_property
     def partial(self) -> Configs:
-        """`configs`, which may lack an autoencoder: published DiTs come without."""
+        """`configs`, which may lack an autoencoder: published DiTs come without. Each is valid by itself."""
+        configs = self.found()
+        for name, table in networks(configs).items():
+            try:
+                configs[name] = network_of(name, table).valid(table)
+            except ValueError as error:
+                raise ModelError(f"{self.place(name)}: {error}; {RESTORE}") from None
+        return configs
+
+    def place(self, name: str) -> str:
+        """Where the settings of a network are, as a message shows it."""
+        if self.vae and name == VAE:
+            return f"the vae of {shown(self.vae)}"
+        return f"the {name} of {shown(self.path)}" if self.file else shown(self.path / name / "config.json")
+
+    def found(self) -> Configs:
+        """The JSON files as they are."""
         if self.adapters or self.controls or self.words:
             raise ModelError(f"{shown(self.path)}: adapters, control networks and learnt words are not supported yet")
         theirs = next((name for name, ours in PREDICTION_TYPES.items() if ours == self.prediction), None)
@@ -125,6 +147,7 @@ class Source:
         if VAE not in self.partial:
             problem = "a DiT alone, without an autoencoder; give the file of one with --vae"
             raise ModelError(f"{shown(self.path)}: {problem}")
+        refuse(agreement.of_networks(self.partial, self.place))
         return self.partial
 
     def of_folder(self) -> Configs:
@@ -155,8 +178,13 @@ class Source:
 
     @cached_property
     def tokenizers(self) -> dict[str, Any]:
-        """Of each text encoder its tokenizer; the labels of a class-conditional model."""
-        return {name: self.tokenizer(name, encoder) for name, encoder in text_encoders(self.partial).items()}
+        """Of each text encoder its tokenizer, whose ids it has vectors for; the labels of a class-conditional model."""
+        tokenizers = {name: self.tokenizer(name, encoder) for name, encoder in text_encoders(self.partial).items()}
+        for name, tokenizer in tokenizers.items():
+            if name in self.partial:
+                folder = shown(self.path / tokenizer_folder(name)) if not self.file else "its tokenizer"
+                refuse(agreement.of_tokenizer(tokenizer, self.partial[name], self.place(name), folder))
+        return tokenizers
 
     def tokenizer(self, name: str, encoder: TextEncoder) -> Any:
         if encoder.labels:
@@ -208,17 +236,35 @@ class Source:
         """Refuse, before torch is imported, all that can be told from JSON files and headers."""
         tables = networks(self.configs)
         try:
-            for name, table in tables.items():
-                network_of(name, table).read(table)
+            tables = {name: network_of(name, table).read(table) for name, table in tables.items()}
         except ValueError as error:
             raise ModelError(f"{shown(self.path)}: unsupported config.json: {error}") from None
         if self.file:
+            self.check_types()
             return
         reads = [name for name, encoder in text_encoders(tables).items() if not encoder.labels]
         for name in (*reads, *map(tokenizer_folder, reads)):
             if not (self.path / name).is_dir():
                 raise ModelError(f"{shown(self.path / name)}: missing; copy the whole model folder")
-        for name in tables:
+        for name, table in tables.items():
             if not (self.vae and name == VAE):
-                for file in self.files(name):
-                    self.header(file)
+                network, (file, *_) = network_of(name, table), self.files(name)
+                stored = {k: v for path in self.files(name) for k, v in self.header(path).tensors.items()}
+                refuse(agreement.of_weights(network, table, stored, self.place(name), shown(file)))
+        _ = self.tokenizers
+
+    def check_types(self) -> None:
+        """Refuse weights in a file that are no floating-point numbers."""
+        for name in networks(self.configs):
+            if self.published or name not in self.parts:
+                continue
+            file, part = self.header(self.vae) if self.vae and name == VAE else self.file, self.parts[name]
+            assert file
+            stored = {ours: file.tensors[at.name] for ours, at in part.places.items()}
+            refuse(agreement.of_types(stored, shown(file.path)))
+
+
+def refuse(problems: Iterable[str]) -> None:
+    """Raise ModelError for the first of some problems."""
+    if problem := next(iter(problems), None):
+        raise ModelError(f"{problem}; copy or download the model again" if ";" not in problem else problem)

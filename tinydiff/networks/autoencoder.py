@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from tinydiff.networks.network import Array, Graph, Network, Table
+from tinydiff.networks.network import Array, Graph, Key, Network, Table, pick
 from tinydiff.schema import key
 
 if TYPE_CHECKING:
@@ -16,16 +16,26 @@ if TYPE_CHECKING:
     from tinydiff.config import Config
 
 SCALING = 0.18215  # of Stable Diffusion's latents, where a table says nothing
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.17
-OLD = re.compile(rf"\.({'|'.join(OLD_ATTENTION)})\.(?=weight$|bias$)")
+ATTENTION = {  # our name of what other programs and older versions call differently
+    **dict.fromkeys(("query", "q", "to_to_q"), "to_q"),
+    **dict.fromkeys(("key", "k", "to_to_k"), "to_k"),
+    **dict.fromkeys(("value", "v", "to_to_v"), "to_v"),
+    **dict.fromkeys(("proj_attn", "proj_out", "to_out", "to_to_out.0"), "to_out.0"),
+    "norm": "group_norm",
+}
+OTHER = re.compile(
+    rf"(?:(?<=\bmid\.attn_1\.)|(?<=\battentions\.0\.))(?:{'|'.join(map(re.escape, ATTENTION))})(?=\.(?:weight|bias)$)"
+)
 
 
 @dataclass(frozen=True)
 class Autoencoder:
-    block_out_channels: tuple[int, ...] = key((32, 64, 64), "widths; each after the first halves the resolution", 1)
+    block_out_channels: tuple[int, ...] = key(
+        (32, 64, 64), "widths; each after the first halves the resolution", 1, 2**14
+    )
     layers_per_block: int = key(1, "residual blocks a level", 1, 16)
     latent_channels: int = key(4, "channels of a latent", 1, 64)
-    norm_num_groups: int = key(8, "group normalisation groups; must divide every width", 1)
+    norm_num_groups: int = key(8, "group normalisation groups; must divide every width", 1, 2**14)
     mid_block_add_attention: bool = key(False, "self-attention at the lowest resolution")
 
     @property
@@ -41,7 +51,18 @@ class AutoencoderNetwork(Network):
     module = "tinydiff.models.autoencoder:Autoencoder"
     library = ("diffusers", "AutoencoderKL")
     defaults = {"latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 32, "mid_block_add_attention": True}
-    only = {"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True, "shift_factor": None}
+    defaults |= {"block_out_channels": (64,)}
+    only = {"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True, "shift_factor": (None, 0)}
+    only |= {"in_channels": 3, "out_channels": 3, "_class_name": "AutoencoderKL"}
+    checked = {"scaling_factor": Key(float, 1e-6, 1e6)}
+    checked |= {"down_block_types": Key(tuple[str, ...], choices=("DownEncoderBlock2D",))}
+    checked |= {"up_block_types": Key(tuple[str, ...], choices=("UpDecoderBlock2D",))}
+    unused = frozenset(("sample_size", "force_upcast", "latents_mean", "latents_std"))  # as in diffusers' own pipeline
+    nulls = ("norm_num_groups",)
+
+    def shapes(self, table: Table) -> dict[str, tuple[int, ...]]:
+        widths, latents = table["block_out_channels"], table["latent_channels"]
+        return {"encoder.conv_in.weight": (widths[0], 3, 3, 3), "decoder.conv_in.weight": (widths[-1], latents, 3, 3)}
 
     def factor(self, table: Table) -> int:
         """Pixels along a side that are one latent."""
@@ -64,10 +85,27 @@ class AutoencoderNetwork(Network):
         return {"_class_name": self.library[1]} | kinds | own | asdict(cfg.autoencoder) | {"scaling_factor": 1.0}
 
     def conflicts(self, cfg: Config) -> Iterator[str]:
-        groups = cfg.autoencoder.norm_num_groups
-        for width in cfg.autoencoder.block_out_channels:
-            if width % groups:
-                yield f"norm_num_groups: {groups} does not divide width {width}"
+        yield from self.misfits(asdict(cfg.autoencoder))
+
+    def misfits(self, table: Table) -> Iterator[str]:
+        s = pick(Autoencoder, table)
+        for width in s.block_out_channels:
+            if width % s.norm_num_groups:
+                yield f"norm_num_groups: {s.norm_num_groups} does not divide width {width}"
+        for kinds in ("down_block_types", "up_block_types"):
+            if len(table.get(kinds, s.block_out_channels)) != len(s.block_out_channels):
+                yield f"{kinds}: needs one entry for each of block_out_channels"
 
     def renamed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {OLD.sub(lambda old: f".{OLD_ATTENTION[old[1]]}.", name): tensor for name, tensor in tensors.items()}
+        return {attention(name): matrix(name, tensor) for name, tensor in super().renamed(tensors).items()}
+
+
+def attention(name: str) -> str:
+    """A tensor's name with the part of attention that it is called as we do."""
+    return OTHER.sub(lambda other: ATTENTION[other[0]], name)
+
+
+def matrix(name: str, tensor: Any) -> Any:
+    """The weights of attention by 1x1 convolutions as matrices: (out, in, 1, 1) -> (out, in); others as they are."""
+    convolved = ".mid_block.attentions." in name and getattr(tensor, "ndim", 0) > 2
+    return tensor.flatten(1) if convolved else tensor

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from tinydiff.networks.network import HIDDEN, Array, Denoiser, Table
+from tinydiff.networks.network import HIDDEN, SIDE, WIDTH, Array, Denoiser, Key, Table
 from tinydiff.schema import key
 
 if TYPE_CHECKING:
@@ -41,8 +41,30 @@ class DiTNetwork(Denoiser):
     no_form = "a DiT that reads text"
     defaults: ClassVar[Table] = {"num_attention_heads": 16, "attention_head_dim": 72, "num_layers": 28, "patch_size": 2}
     defaults |= {"sample_size": 32, "in_channels": 4, "num_embeds_ada_norm": 1000, "norm_eps": 1e-5, "freq_shift": 1}
-    only: ClassVar[Table] = {"activation_fn": "gelu-approximate", "norm_type": "ada_norm_zero"}
-    only |= {"norm_elementwise_affine": False, "attention_bias": True}
+    form: ClassVar[Table] = {"activation_fn": "gelu-approximate", "norm_type": "ada_norm_zero"}
+    form |= {"norm_elementwise_affine": False, "attention_bias": True}
+    only = form | {"interpolation_scale": 1, "_class_name": ("DiTTransformer2DModel", "Transformer2DModel")}
+    only |= dict.fromkeys(("caption_channels", "num_vector_embeds"))
+    only |= dict.fromkeys(("double_self_attention", "only_cross_attention"), (False, None))
+    checked: ClassVar = {"sample_size": SIDE, "in_channels": WIDTH, "out_channels": WIDTH, "cross_attention_dim": WIDTH}
+    checked |= {"num_embeds_ada_norm": Key(int, 1, 10**6), "patch_size": Key(int, 1, 64), "freq_shift": Key(int, 0, 1)}
+    checked |= {"norm_eps": Key(float, 1e-12, 1.0)}
+    unused = frozenset(("dropout", "norm_num_groups", "upcast_attention", "use_linear_projection", "attention_type"))
+    unused |= {"use_additional_conditions"}
+    nulls = ("num_embeds_ada_norm",)
+
+    def misfits(self, table: Table) -> Iterator[str]:
+        if table["num_attention_heads"] * table["attention_head_dim"] % 4:
+            yield "attention_head_dim: heads times their width must be a multiple of 4, for the 2-D sinusoidal positions"
+        if (side := table["sample_size"]) % table["patch_size"]:
+            yield f"patch_size: {table['patch_size']} does not divide sample_size {side}"
+
+    def shapes(self, table: Table) -> dict[str, tuple[int, ...]]:
+        width, patch = table["num_attention_heads"] * table["attention_head_dim"], table["patch_size"]
+        shapes = {"pos_embed.proj.weight": (width, table["in_channels"], patch, patch)}
+        if classes := self.classes(table):
+            shapes |= {"transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight": (classes + 1, width)}
+        return shapes
 
     def conditions(self, table: Table) -> dict[str, Array]:
         if classes := self.classes(table):
@@ -65,7 +87,7 @@ class DiTNetwork(Denoiser):
         settings, width = cfg.network, widths[HIDDEN]
         layers, heads, head = settings.shape
         table = {"_class_name": self.library[1], "num_embeds_ada_norm": width - 1, "patch_size": settings.patch_size}
-        table |= {"num_layers": layers, "num_attention_heads": heads, "attention_head_dim": head} | self.only
+        table |= {"num_layers": layers, "num_attention_heads": heads, "attention_head_dim": head} | self.form
         if cfg.text_encoder.kind != "class":  # which is diffusers' Transformer2DModel
             own = {"_class_name": "Transformer2DModel", "num_embeds_ada_norm": 1, "cross_attention_dim": width}
             table |= own | {"interpolation_scale": 1}

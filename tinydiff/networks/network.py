@@ -6,10 +6,14 @@ by `describe` for a model that is to be trained; the network is built from it ei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, get_type_hints
+
+from tinydiff.schema import brief, check
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -74,6 +78,34 @@ def pick(settings: type[T], table: Table) -> T:
     return settings(**{k: v for k, v in table.items() if k in names})
 
 
+class Key(NamedTuple):
+    """What the value of a key has to be in any `config.json`: its type, a closed range, and the names that it may have."""
+
+    kind: Any
+    low: float | None = None
+    high: float | None = None
+    choices: Collection[str] = ()
+
+
+WIDTH = Key(int, 1, 2**16)  # far above what any network has: a wrong number must not ask for memory
+SIDE = Key(int, 1, 2**14)
+WRAPPED = re.compile(r"^module\.|(?<![^.])_orig_mod\.")
+ANOTHER_NAME = {"swish": "silu"}  # of one activation
+
+
+def unwrapped(names: Iterable[str]) -> dict[str, str]:
+    """Names without what torch.compile and DataParallel put before them -> names as they are stored."""
+    return {WRAPPED.sub("", name): name for name in names}
+
+
+def single(value: Any) -> Any:
+    """A list whose entries are all the same as that entry; anything else as it is."""
+    if not isinstance(value, list | tuple) or not value:
+        return value
+    first = value[0]
+    return first if all(type(each) is type(first) and each == first for each in value) else value
+
+
 class Network:
     """A kind of network. Its methods get a table with every key that `defaults` has."""
 
@@ -85,15 +117,88 @@ class Network:
     file = WEIGHTS
     single_file = False  # whether Stable Diffusion's single files hold it
     defaults: ClassVar[Table] = {}  # what its makers' library takes where an older config.json lacks a key
-    only: ClassVar[Table] = {}  # keys that would make another network, with the value that ours has
+    only: ClassVar[
+        Table
+    ] = {}  # keys that would make another network, with the value that ours has, or a tuple of several
+    checked: ClassVar[dict[str, Key]] = {}  # further keys that its shape depends on; they go before those of `settings`
+    unused: ClassVar[frozenset[str]] = frozenset()  # keys without effect on what is drawn
+    nulls: ClassVar[tuple[str, ...]] = ()  # keys of which null is a value of its own
 
     def read(self, table: Table) -> dict[str, Any]:
-        """A table as others wrote it, completed and with tuples for lists. Raises OtherNetwork."""
-        table = self.complete(table)
+        """A table as others wrote it, valid, completed, with tuples for lists. Raises OtherNetwork, ValueError."""
+        if null := next((key for key in self.nulls if key in table and table[key] is None), None):
+            raise OtherNetwork(f"{self.name}: {null} is null, and that is not supported")
+        table = {k: tuple(v) if isinstance(v, list) else v for k, v in self.complete(self.valid(table)).items()}
         for key, value in self.only.items():
-            if key in table and table[key] != value:
-                raise OtherNetwork(f"{self.name}: {key} is {table[key]!r}, and only {value!r} is supported")
-        return {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
+            known = value if isinstance(value, tuple) else (value,)
+            if key in table and table[key] not in known:
+                raise OtherNetwork(f"{self.name}: {key} is {brief(table[key])}, and only {known[0]!r} is supported")
+        for key, (kind, _, _, choices) in self.keys.items():
+            value, listed = table.get(key), kind in (tuple[int, ...], tuple[str, ...])
+            if isinstance(value, tuple) and kind is int:
+                raise OtherNetwork(f"{self.name}: {key} is {brief(value)}, and only equal numbers are supported")
+            if other := [
+                each for each in (value or () if listed else [value]) if choices and each not in (None, *choices)
+            ]:
+                raise OtherNetwork(
+                    f"{self.name}: {key} is {brief(other[0])}, and only {', '.join(choices)} are supported"
+                )
+        return table
+
+    def valid(self, table: Table) -> Table:
+        """A table of the same meaning where what can be said in several ways is said in one: a number for a list of equal ones.
+
+        Raises ValueError, naming the key, for a value that makes no network: of another type, out of range, or at odds with
+        another one.
+        """
+        table = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
+        for key in table.keys() & (self.keys.keys() | self.only.keys()):
+            kind, low, high, _ = self.keys.get(key, Key(None))
+            if table[key] is None or (kind is None and not isinstance(table[key], tuple)):
+                continue
+            if kind not in (tuple[int, ...], tuple[str, ...]):
+                self._check_length(key, table)
+            if kind is not None:
+                listed = tuple[int, ...] if kind is int and isinstance(table[key], tuple) else kind
+                problem, table[key] = check(listed, table[key], {"low": low, "high": high, "choices": ()})
+                if problem:
+                    raise ValueError(f"{key}: {problem}")
+            table[key] = table[key] if kind in (tuple[int, ...], tuple[str, ...]) else single(table[key])
+        if "sample_size" in self.keys and isinstance(side := table.get("sample_size"), tuple):
+            raise ValueError(f"sample_size: {brief(side)} is not square")
+        if "act_fn" in table:
+            table["act_fn"] = ANOTHER_NAME.get(str(table["act_fn"]), table["act_fn"])
+        if not any(isinstance(table.get(key), tuple) for key, (kind, *_) in self.keys.items() if kind is int):
+            for problem in self.misfits(self.complete(table)):
+                raise ValueError(problem)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in table.items()}
+
+    def _check_length(self, key: str, table: Table) -> None:
+        """Raise ValueError for a list of values a level that has another length."""
+        levels = table.get("block_out_channels") or self.defaults.get("block_out_channels")
+        wanted = 2 if key == "sample_size" else len(levels) if isinstance(levels, tuple) else None
+        if isinstance(table[key], tuple) and wanted not in (None, len(table[key])):
+            raise ValueError(f"{key}: a list of {len(table[key])}, where {wanted} are needed")
+
+    @cached_property
+    def keys(self) -> dict[str, Key]:
+        """What every key has to be."""
+        settings = fields(self.settings) if self.settings else ()
+        hints = get_type_hints(self.settings) if self.settings else {}
+        return {f.name: Key(hints[f.name], *(f.metadata[k] for k in Key._fields[1:])) for f in settings} | self.checked
+
+    def misfits(self, table: Table) -> Iterator[str]:
+        """What keys that are each in range but make no network are, in a completed table; the key comes first."""
+        yield from ()
+
+    def shapes(self, table: Table) -> dict[str, tuple[int, ...]]:
+        """The shapes of a few tensors, as they follow from a table: those that tell one size from another."""
+        return {}
+
+    def notes(self, table: Table) -> list[str]:
+        """The keys of a table that nobody here knows: what they ask for is not done."""
+        known = self.keys.keys() | self.only.keys() | self.defaults.keys() | self.unused
+        return sorted(key for key in table if self.unused and not key.startswith("_") and key not in known)
 
     def complete(self, table: Table) -> Table:
         """A table with defaults for what it lacks."""
@@ -113,7 +218,7 @@ class Network:
 
     def renamed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A file's tensors under the network's own names, without those that it does not use."""
-        return dict(tensors)
+        return {name: tensors[stored] for name, stored in unwrapped(tensors).items()}
 
 
 class Denoiser(Network):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinydiff.errors import ModelError
 from tinydiff.files import read_json, shown
-from tinydiff.networks.network import Graph, Table, pick
+from tinydiff.networks.network import SIDE, WIDTH, Graph, Key, Table, pick
 from tinydiff.networks.network import TextEncoder as Network
 from tinydiff.schema import key
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from tinydiff.data.dataset import Source
 
 TEXT_ENCODERS: dict[str, Network] = {}  # by `text_encoder.kind`; filled at the end of this module
+MOST_TOKENS = 2**22
+TOKENS = Key(int, 1, MOST_TOKENS)
 CLIP_UNUSED = ("position_ids", "text_projection.weight")
 CLIP_BARE = ("embeddings.", "encoder.layers.", "final_layer_norm.")  # transformers 5 drops the prefix
 
@@ -33,10 +35,10 @@ class TextEncoder:
     )
     path: str = key("", "T5: a folder with text_encoder/ and tokenizer/, as a diffusers pipeline has them")
     vocab_size: int = key(1024, "most tokens of the byte-pair tokenizer trained on the captions", 514, 1_000_000)
-    hidden_size: int = key(192, "width", 8)
-    intermediate_size: int = key(384, "width inside a block's multilayer perceptron", 8)
+    hidden_size: int = key(192, "width", 8, 2**16)
+    intermediate_size: int = key(384, "width inside a block's multilayer perceptron", 8, 2**20)
     num_hidden_layers: int = key(3, "transformer blocks", 1, 64)
-    num_attention_heads: int = key(3, "attention heads; must divide hidden_size", 1)
+    num_attention_heads: int = key(3, "attention heads; must divide hidden_size", 1, 2**12)
     max_position_embeddings: int = key(16, "tokens of a prompt, start and end included", 4, 4096)
     hidden_act: str = key("quick_gelu", "activation", choices=("quick_gelu", "gelu"))
 
@@ -45,17 +47,17 @@ class TextEncoder:
 class T5Config:
     """The keys of transformers' `config.json` that shape the encoder, each with what its absence means there."""
 
-    vocab_size: int = 32128
-    d_model: int = 512
-    d_kv: int = 64
-    d_ff: int = 2048
-    num_layers: int = 6
-    num_heads: int = 8
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
-    layer_norm_epsilon: float = 1e-6
-    feed_forward_proj: str = "relu"
-    pad_token_id: int = 0
+    vocab_size: int = key(32128, "", 1, MOST_TOKENS)
+    d_model: int = key(512, "", 1, 2**16)
+    d_kv: int = key(64, "", 1, 2**14)
+    d_ff: int = key(2048, "", 1, 2**20)
+    num_layers: int = key(6, "", 1, 256)
+    num_heads: int = key(8, "", 1, 2**12)
+    relative_attention_num_buckets: int = key(32, "", 4, 2**12)
+    relative_attention_max_distance: int = key(128, "", 2, 2**16)
+    layer_norm_epsilon: float = key(1e-6, "", 1e-12, 1.0)
+    feed_forward_proj: str = key("relu", "", choices=("relu", "gated-gelu"))
+    pad_token_id: int = key(0, "", 0, MOST_TOKENS)
 
 
 class ClipNetwork(Network):
@@ -67,8 +69,25 @@ class ClipNetwork(Network):
     tokenizer_library = ("transformers", "CLIPTokenizer")
     library = ("transformers", "CLIPTextModel")
     settings = TextEncoder
-    defaults = {"eos_token_id": 49407}
+    defaults = {"vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12}
+    defaults |= {
+        "num_attention_heads": 8,
+        "max_position_embeddings": 77,
+        "hidden_act": "quick_gelu",
+        "eos_token_id": 49407,
+    }
     only = {"layer_norm_eps": 1e-5, "model_type": "clip_text_model"}
+    checked = {"vocab_size": TOKENS, "eos_token_id": Key(int, 0, MOST_TOKENS), "max_position_embeddings": SIDE}
+    checked |= {"hidden_size": WIDTH, "intermediate_size": Key(int, 1, 2**20)}
+
+    def misfits(self, table: Table) -> Iterator[str]:
+        if table["hidden_size"] % table["num_attention_heads"]:
+            yield f"num_attention_heads: {table['num_attention_heads']} heads do not divide hidden_size {table['hidden_size']}"
+
+    def shapes(self, table: Table) -> dict[str, tuple[int, ...]]:
+        width, place = table["hidden_size"], "text_model.embeddings.{}_embedding.weight"
+        tables = {"token": (table["vocab_size"], width), "position": (table["max_position_embeddings"], width)}
+        return {place.format(name): shape for name, shape in tables.items()}
 
     def describe(self, cfg: Config, tokenizer: Any) -> dict[str, Any]:
         ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.eos}
@@ -77,7 +96,7 @@ class ClipNetwork(Network):
         return {"architectures": [self.library[1]], "model_type": "clip_text_model"} | own
 
     def renamed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(CLIP_UNUSED)}
+        kept = {name: tensor for name, tensor in super().renamed(tensors).items() if not name.endswith(CLIP_UNUSED)}
         return {f"text_model.{name}" if name.startswith(CLIP_BARE) else name: tensor for name, tensor in kept.items()}
 
     def make_tokenizer(self, cfg: Config, source: Source) -> Any:
@@ -97,6 +116,14 @@ class T5Network(Network):
     settings = T5Config
     defaults = asdict(T5Config())
     only = {"model_type": "t5"}
+
+    def misfits(self, table: Table) -> Iterator[str]:
+        count, reach = table["relative_attention_num_buckets"], table["relative_attention_max_distance"]
+        if count // 4 >= reach:
+            yield f"relative_attention_num_buckets: {count} do not suit a distance of {reach}"
+
+    def shapes(self, table: Table) -> dict[str, tuple[int, ...]]:
+        return {"shared.weight": (table["vocab_size"], table["d_model"])}
 
     def width(self, table: Table) -> int:
         return table.get("d_model", 0)
@@ -118,6 +145,7 @@ class T5Network(Network):
 
     def renamed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Of a whole T5 the encoder; its table of embeddings goes by either of two names, or both."""
+        tensors = super().renamed(tensors)
         kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(("decoder.", "lm_head."))}
         table = kept.pop("encoder.embed_tokens.weight", None)
         return kept if table is None else {"shared.weight": table} | kept

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from tinydiff.networks.network import HIDDEN, Denoiser, Table
-from tinydiff.schema import key
+from tinydiff.networks.network import HIDDEN, SIDE, WIDTH, Denoiser, Key, OtherNetwork, Table, pick
+from tinydiff.schema import brief, key
 
 if TYPE_CHECKING:
     from tinydiff.config import Config
@@ -17,16 +17,16 @@ CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 
 @dataclass(frozen=True)
 class UNet:
-    block_out_channels: tuple[int, ...] = key((64, 192), "widths; each after the first halves the resolution", 1)
+    block_out_channels: tuple[int, ...] = key((64, 192), "widths; each after the first halves the resolution", 1, 2**14)
     down_block_types: tuple[str, ...] = key(
         (PLAIN, CROSS), "one a width: with cross-attention to the text, or without", choices=(CROSS, PLAIN)
     )
     layers_per_block: int = key(1, "residual blocks (and transformers) a level", 1, 16)
     transformer_layers_per_block: int = key(1, "transformer blocks after each residual block", 1, 16)
     attention_head_dim: int | tuple[int, ...] = key(
-        4, "attention heads, or a list with one number a width (diffusers' name; it is not their width)", 1
+        4, "attention heads, or a list with one number a width (diffusers' name; it is not their width)", 1, 2**14
     )
-    norm_num_groups: int = key(32, "group normalisation groups; must divide every width", 1)
+    norm_num_groups: int = key(32, "group normalisation groups; must divide every width", 1, 2**14)
     use_linear_projection: bool = key(True, "transformers enter and leave by matrices, not 1x1 convolutions")
 
     def heads(self) -> tuple[int, ...]:
@@ -77,18 +77,61 @@ class UNetNetwork(Denoiser):
     defaults = (
         {"in_channels": 4, "out_channels": 4, "block_out_channels": (320, 640, 1280, 1280), "norm_num_groups": 32}
         | {"down_block_types": (CROSS,) * 3 + (PLAIN,), "layers_per_block": 2, "transformer_layers_per_block": 1}
-        | {"attention_head_dim": 8, "use_linear_projection": False}
+        | {"attention_head_dim": 8, "use_linear_projection": False, "cross_attention_dim": 1280, "sample_size": 64}
     )
+    checked = {"in_channels": WIDTH, "out_channels": WIDTH, "cross_attention_dim": WIDTH, "sample_size": SIDE}
+    checked |= {"up_block_types": Key(tuple[str, ...]), "time_embedding_dim": WIDTH}
+    unused = frozenset(("dropout", "upcast_attention", "addition_embed_type_num_heads", "addition_time_embed_dim"))
+    unused |= {"projection_class_embeddings_input_dim"}  # and those two: of an embedding that `only` refuses
+    nulls = ("mid_block_type", "norm_num_groups")
     only = (
         {"act_fn": "silu", "mid_block_type": "UNetMidBlock2DCrossAttn", "norm_eps": 1e-5, "flip_sin_to_cos": True}
         | {"time_embedding_type": "positional", "attention_type": "default", "resnet_time_scale_shift": "default"}
         | {"freq_shift": 0, "resnet_out_scale_factor": 1.0, "mid_block_scale_factor": 1, "downsample_padding": 1}
-        | {"conv_in_kernel": 3, "conv_out_kernel": 3}
+        | {"conv_in_kernel": 3, "conv_out_kernel": 3, "_class_name": "UNet2DConditionModel"}
         | dict.fromkeys(("center_input_sample", "only_cross_attention", "dual_cross_attention"), False)
-        | dict.fromkeys(("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim"))
-        | dict.fromkeys(("time_cond_proj_dim", "time_embedding_dim", "timestep_post_act", "cross_attention_norm"))
-        | {"mid_block_only_cross_attention": None}
+        | dict.fromkeys(("resnet_skip_time_act", "class_embeddings_concat"), (False, None))
+        | dict.fromkeys(
+            ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim"), (None, False)
+        )
+        | dict.fromkeys(("time_cond_proj_dim", "timestep_post_act", "cross_attention_norm"), (None, False))
+        | dict.fromkeys(
+            ("mid_block_only_cross_attention", "time_embedding_act_fn", "encoder_hid_dim_type"), (None, False)
+        )
+        | dict.fromkeys(("num_attention_heads", "reverse_transformer_layers_per_block"))
     )
+
+    def valid(self, table: Table) -> Table:
+        table = super().valid(table)
+        reverse = "reverse_transformer_layers_per_block"  # the same on the way up, where one number stands for all
+        if table.get(reverse) == table.get("transformer_layers_per_block", 1):
+            table[reverse] = None
+        return table
+
+    def read(self, table: Table) -> Table:
+        table = super().read(table)
+        widths, ups = (
+            table["block_out_channels"],
+            tuple(k.replace("Down", "Up") for k in table["down_block_types"][::-1]),
+        )
+        if table.get("up_block_types", ups) != ups:
+            raise OtherNetwork(
+                f"unet: up_block_types are {brief(table['up_block_types'])}, and only {ups} are supported"
+            )
+        if table.get("time_embedding_dim", widths[0] * 4) != widths[0] * 4:
+            raise OtherNetwork(
+                f"unet: time_embedding_dim is {table['time_embedding_dim']}, and only {widths[0] * 4} is supported"
+            )
+        return table
+
+    def shapes(self, table: Table) -> dict[str, tuple[int, ...]]:
+        widths = table["block_out_channels"]
+        middle = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+        return {
+            "conv_in.weight": (widths[0], table["in_channels"], 3, 3),
+            "conv_out.weight": (table["out_channels"], widths[0], 3, 3),
+            middle: (widths[-1], table["cross_attention_dim"]),
+        }
 
     def reduction(self, table: Table) -> int:
         return 2 ** (len(table["block_out_channels"]) - 1)
@@ -100,7 +143,10 @@ class UNetNetwork(Denoiser):
         return {"_class_name": self.library[1]} | cfg.latents | own
 
     def conflicts(self, cfg: Config) -> Iterator[str]:
-        s: UNet = cfg.network
+        yield from self.misfits(asdict(cfg.network))
+
+    def misfits(self, table: Table) -> Iterator[str]:
+        s = pick(UNet, table)
         widths, heads = s.block_out_channels, s.heads()
         for width in widths:
             if width % s.norm_num_groups:
@@ -110,7 +156,8 @@ class UNetNetwork(Denoiser):
                 yield f"attention_head_dim: {count} heads do not divide width {width}"
         if len(heads) != len(widths):
             yield "attention_head_dim: needs one entry for each of block_out_channels, or one number for all"
-        if len(s.down_block_types) != len(widths):
-            yield "down_block_types: needs one entry for each of block_out_channels"
+        for kinds in ("down_block_types", "up_block_types"):
+            if len(table.get(kinds, widths)) != len(widths):
+                yield f"{kinds}: needs one entry for each of block_out_channels"
         if widths[0] % 2:
             yield "block_out_channels: the first width is also that of the time's sines and cosines; it must be even"

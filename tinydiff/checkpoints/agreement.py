@@ -1,0 +1,61 @@
+"""Whether the parts of a model go together, by JSON files and headers alone: no torch, no weights.
+
+Every function yields what does not agree, naming both sides and both numbers. Each part is a valid network by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from tinydiff.checkpoints.header import FLOATS, Stored
+from tinydiff.networks import VAE, denoiser_in, network_of, networks, text_encoders
+from tinydiff.networks.network import HIDDEN, Network, Table
+
+Name = Callable[[str], str]  # a network's folder -> how a message calls its settings
+
+
+def of_networks(configs: Mapping[str, Table], name: Name) -> Iterator[str]:
+    """Channels of latents and widths of text vectors."""
+    tables = {folder: network_of(folder, table).complete(table) for folder, table in networks(configs).items()}
+    folder, latents = denoiser_in(configs), tables[VAE]["latent_channels"]
+    table, theirs = tables[folder], f"{name(VAE)} has latent_channels {latents}"
+    outputs = table.get("out_channels") or table["in_channels"]
+    if table["in_channels"] not in (latents, 2 * latents + 1):
+        kinds = f"{latents}, or {2 * latents + 1} for inpainting, are supported"
+        yield f"{name(folder)} has in_channels {table['in_channels']}, and {theirs}; {kinds}"
+    if outputs not in (latents, 2 * latents if folder == "transformer" else latents):  # a DiT's learned variance
+        yield f"{name(folder)} has out_channels {outputs}, and {theirs}"
+    encoders = text_encoders(configs)
+    if "cross_attention_dim" in table and all(encoder in tables for encoder in encoders):
+        widths = {encoder: row.width(tables[encoder]) for encoder, row in encoders.items()}
+        read = [f"{name(encoder)} gives vectors of {width}" for encoder, width in widths.items()]
+        if network_of(folder, table).conditions(table)["encoder_hidden_states"].of == HIDDEN and (  # type: ignore[attr-defined]
+            sum(widths.values()) != table["cross_attention_dim"]
+        ):
+            yield f"{name(folder)} has cross_attention_dim {table['cross_attention_dim']}, and {', '.join(read)}"
+
+
+def of_tokenizer(tokenizer: Any, table: Table, encoder: str, folder: str) -> Iterator[str]:
+    """Ids of a tokenizer and the tokens of a prompt, against its text encoder's vectors and places."""
+    if tokenizer.vocab_size > (vectors := table.get("vocab_size", tokenizer.vocab_size)):
+        yield f"{encoder} has vocab_size {vectors}, and {folder} ids up to {tokenizer.vocab_size - 1}"
+    if tokenizer.max_length > (places := table.get("max_position_embeddings", tokenizer.max_length)):
+        yield f"{encoder} has max_position_embeddings {places}, and {folder} model_max_length {tokenizer.max_length}"
+
+
+def of_weights(network: Network, table: Table, tensors: Mapping[str, Stored], name: str, file: str) -> Iterator[str]:
+    """Shapes of a few tensors against a complete table, and the type of all."""
+    ours = network.renamed(tensors)  # type: ignore[arg-type]
+    for key, shape in network.shapes(table).items():
+        stored = ours.get(key)
+        if stored is not None and tuple(stored.shape) != shape:
+            yield f"{name} asks for {key} {list(shape)}, and {file} has {list(stored.shape)}"
+    yield from of_types(ours, file)  # type: ignore[arg-type]
+
+
+def of_types(tensors: Mapping[str, Stored], file: str) -> Iterator[str]:
+    """Tensors that are no floating-point numbers, such as quantised ones."""
+    for key, stored in tensors.items():
+        if stored.dtype not in FLOATS:
+            yield f"{file} has {key} as {stored.dtype}, and only floating-point weights are supported"
