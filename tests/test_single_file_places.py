@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections import Counter
@@ -23,7 +24,7 @@ from tinydiff.checkpoints import ldm, single_file, weights
 from tinydiff.checkpoints.header import header
 from tinydiff.checkpoints.source import Source
 from tinydiff.files import read_json
-from tinydiff.networks import networks
+from tinydiff.networks import network_of, networks
 
 
 def moved(old: str, new: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
@@ -182,3 +183,36 @@ def test_opening_a_model_reads_each_json_file_and_header_once(
     assert opened == own | ({"open_clip.safetensors"} if vae else set())
     if kind == "shards":
         assert reads[str(path / "unet" / "diffusion_pytorch_model.safetensors.index.json")] == 1
+
+
+SPELLINGS = [  # of the query, key, value and output of the autoencoder's attention
+    ("to_q", "to_k", "to_v", "to_out.0"),
+    ("q", "k", "v", "proj_out"),
+    ("query", "key", "value", "proj_attn"),
+    ("to_to_q", "to_to_k", "to_to_v", "to_to_out.0"),
+]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("wrapped", ["", "module.", "_orig_mod."])
+def test_an_autoencoder_is_the_same_by_any_name_in_any_layout(spelling, wrapped, tiny_sd, tiny_sd_files, tmp_path):
+    part, ours = tiny_sd["clip"].parts["vae"], ("to_q", "to_k", "to_v", "to_out.0")
+    ldm = ("q", "k", "v", "proj_out")
+
+    def spelt(name: str, old: tuple[str, ...]) -> str:
+        for a, b in zip(old, spelling, strict=True):
+            name = re.sub(rf"(attentions\.0|attn_1)\.{re.escape(a)}\.(?=weight$|bias$)", rf"\1.{b}.", name)
+        return name
+
+    def convolved(name: str, tensor: Tensor) -> Tensor:
+        attends = re.search(r"(attentions\.0|attn_1)\..*weight$", name) and tensor.ndim == 2
+        return tensor[:, :, None, None].contiguous() if attends and spelling == ldm else tensor
+
+    alone, whole = tmp_path / "vae.safetensors", tmp_path / "whole.safetensors"
+    save_file({wrapped + spelt(k, ours): convolved(k, v) for k, v in part.items()}, alone)
+    save_file({wrapped + spelt(k, ldm): v for k, v in load_file(tiny_sd_files["clip"]).items()}, whole)
+    row = network_of("vae", {})
+    in_a_folder = row.renamed(weights.tensors([alone]))
+    beside = Source(tiny_sd_files["clip"], vae=alone)
+    for tensors in (in_a_folder, dict(beside.tensors("vae")), read(whole)["vae"]):
+        assert equal(tensors, part)

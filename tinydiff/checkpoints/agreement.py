@@ -10,7 +10,7 @@ from typing import Any
 
 from tinydiff.checkpoints.header import FLOATS, Stored
 from tinydiff.networks import VAE, denoiser_in, network_of, networks, text_encoders
-from tinydiff.networks.network import HIDDEN, Network, Table
+from tinydiff.networks.network import Network, Table
 
 Name = Callable[[str], str]  # a network's folder -> how a message calls its settings
 
@@ -19,20 +19,19 @@ def of_networks(configs: Mapping[str, Table], name: Name) -> Iterator[str]:
     """Channels of latents and widths of text vectors."""
     tables = {folder: network_of(folder, table).complete(table) for folder, table in networks(configs).items()}
     folder, latents = denoiser_in(configs), tables[VAE]["latent_channels"]
+    row: Any = network_of(folder, configs[folder])
     table, theirs = tables[folder], f"{name(VAE)} has latent_channels {latents}"
     outputs = table.get("out_channels") or table["in_channels"]
     if table["in_channels"] not in (latents, 2 * latents + 1):
         kinds = f"{latents}, or {2 * latents + 1} for inpainting, are supported"
         yield f"{name(folder)} has in_channels {table['in_channels']}, and {theirs}; {kinds}"
-    if outputs not in (latents, 2 * latents if folder == "transformer" else latents):  # a DiT's learned variance
+    if outputs not in [latents * n for n in row.outputs]:
         yield f"{name(folder)} has out_channels {outputs}, and {theirs}"
     encoders = text_encoders(configs)
     if "cross_attention_dim" in table and all(encoder in tables for encoder in encoders):
         widths = {encoder: row.width(tables[encoder]) for encoder, row in encoders.items()}
         read = [f"{name(encoder)} gives vectors of {width}" for encoder, width in widths.items()]
-        if network_of(folder, table).conditions(table)["encoder_hidden_states"].of == HIDDEN and (  # type: ignore[attr-defined]
-            sum(widths.values()) != table["cross_attention_dim"]
-        ):
+        if sum(widths.values()) != table["cross_attention_dim"]:
             yield f"{name(folder)} has cross_attention_dim {table['cross_attention_dim']}, and {', '.join(read)}"
 
 

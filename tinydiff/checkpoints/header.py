@@ -32,7 +32,7 @@ FLOATS = {
     "F8_E5M2": 2**-2,
 }  # and their steps
 OTHERS = {b"gguf": "a GGUF file of quantised weights", b"<!doctype": "a web page", b"<html": "a web page"}
-OTHERS |= {b"\x89hdf": "an HDF5 file", b"{": "a JSON file"}
+OTHERS |= {b"\x89hdf": "an HDF5 file"}
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 # Training scripts pickle a few other objects with the tensors; each is replaced by a stub, so none of their code runs.
 CONVERT = (

@@ -122,7 +122,7 @@ def _some(names: Iterable[str]) -> str:
 
 def parts(file: Header, vae: Header) -> dict[str, Part]:
     """The three networks, the autoencoder in its own file or in the same. ModelError says what a file is instead, or lacks."""
-    other = _other(file)
+    other = other_kind(file)
     try:
         found = {name: part(vae if name == "vae" else file, name) for name in PARTS}
     except ModelError:
@@ -142,7 +142,7 @@ def parts(file: Header, vae: Header) -> dict[str, Part]:
     return {name: each for name, each in found.items() if each}
 
 
-def _other(file: Header) -> str | None:
+def other_kind(file: Header) -> str | None:
     """What its names, or its shapes, say that a file is other than Stable Diffusion."""
     lines = "\n".join(["", *_names(file)])
     if other := next((what for needle, what in OTHERS.items() if needle in lines), None):

@@ -176,6 +176,20 @@ class Source:
         """What sampling needs to know of it."""
         return describe(self.configs, self.path)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What of its files is not followed, each a line for a person."""
+        unknown = {name: network_of(name, table).notes(table) for name, table in networks(self.partial).items()}
+        told = [
+            f"{self.place(name)}: not known, and not used: {shown(', '.join(k))}" for name, k in unknown.items() if k
+        ]
+        if self.file and not self.published:
+            from tinydiff.checkpoints import single_file
+
+            left = single_file.other_kind(self.file)
+            told += [f"{shown(self.path)}: has tensors of {left} too, which are not used"] if left else []
+        return tuple(told)
+
     @cached_property
     def tokenizers(self) -> dict[str, Any]:
         """Of each text encoder its tokenizer, whose ids it has vectors for; the labels of a class-conditional model."""
@@ -246,12 +260,12 @@ class Source:
         for name in (*reads, *map(tokenizer_folder, reads)):
             if not (self.path / name).is_dir():
                 raise ModelError(f"{shown(self.path / name)}: missing; copy the whole model folder")
+        _ = self.tokenizers
         for name, table in tables.items():
             if not (self.vae and name == VAE):
                 network, (file, *_) = network_of(name, table), self.files(name)
                 stored = {k: v for path in self.files(name) for k, v in self.header(path).tensors.items()}
                 refuse(agreement.of_weights(network, table, stored, self.place(name), shown(file)))
-        _ = self.tokenizers
 
     def check_types(self) -> None:
         """Refuse weights in a file that are no floating-point numbers."""

@@ -36,6 +36,7 @@ class DiTNetwork(Denoiser):
     settings = DiT
     module = "tinydiff.models.dit:DiT"
     library = ("diffusers", "DiTTransformer2DModel")
+    outputs = (1, 2)  # a learned variance too
     reads = ("clip", "t5", "class")
     pipelines = {"class": "DiTPipeline"}
     no_form = "a DiT that reads text"

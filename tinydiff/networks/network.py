@@ -225,6 +225,7 @@ class Denoiser(Network):
     """A network that is told a noisy latent (`sample`), its noise level (`timestep`) and conditions, by name."""
 
     folder = ""  # in a model folder
+    outputs: tuple[int, ...] = (1,)  # how many values it may give for each of a latent
     reads: tuple[str, ...] = ("clip", "t5")  # kinds of text encoders that go with it
     pipelines: ClassVar[dict[str, str]] = {}  # kind of text encoder -> the pipeline of diffusers for both
     no_form = "diffusers has no such denoiser"  # why none does with the other kinds
