@@ -178,8 +178,7 @@ def test_description_with_trained_betas(copied):
     [
         ("scheduler/scheduler_config.json", {"prediction_type": "odd"}, "odd"),
         ("scheduler/scheduler_config.json", {"beta_schedule": "odd"}, "odd"),
-        ("vae/config.json", {"block_out_channels": 3}, "len"),
-        ("unet/config.json", {"sample_size": None}, "'sample_size'"),
+        ("vae/config.json", {"block_out_channels": 3}, "block_out_channels: expected a list"),
     ],
 )
 def test_description_of_what_is_not_supported(copied, name, changes, part):

@@ -411,15 +411,17 @@ def test_any_bytes_end_in_an_answer(junk: bytes, at: int) -> None:
 )
 def test_a_damaged_config_is_one_line(path: Path, name: str, table: dict[str, Any]) -> None:
     write_json(path / name / "config.json", table)
-    assert "its configuration files lack or misstate" in refusal(path)
+    said = refusal(path)
+    assert "its configuration files lack or misstate" in said or "/config.json" in said
 
 
-@pytest.mark.parametrize("classes", ["many", [1000]])
+@pytest.mark.parametrize("classes", ["many", [1000, 1]])
 def test_a_number_of_classes_that_is_none_is_one_line(path: Path, classes: Any) -> None:
     (path / "unet").rename(path / "transformer")
-    table = {"num_embeds_ada_norm": classes, "sample_size": 8, "in_channels": 2, "patch_size": 2}
+    table = {"num_embeds_ada_norm": classes, "sample_size": 8, "in_channels": 3, "patch_size": 2}
     write_json(path / "transformer" / "config.json", table)
-    assert "make no sense" in (said := refusal(path)) or "lack or misstate" in said
+    said = refusal(path)
+    assert "num_embeds_ada_norm" in said or "make no sense" in said or "lack or misstate" in said
 
 
 def test_an_entry_of_another_wire_type_does_not_hide_the_location() -> None:

@@ -27,12 +27,11 @@ def of_networks(configs: Mapping[str, Table], name: Name) -> Iterator[str]:
         yield f"{name(folder)} has in_channels {table['in_channels']}, and {theirs}; {kinds}"
     if outputs not in [latents * n for n in row.outputs]:
         yield f"{name(folder)} has out_channels {outputs}, and {theirs}"
-    encoders = text_encoders(configs)
-    if "cross_attention_dim" in table and all(encoder in tables for encoder in encoders):
-        widths = {encoder: row.width(tables[encoder]) for encoder, row in encoders.items()}
-        read = [f"{name(encoder)} gives vectors of {width}" for encoder, width in widths.items()]
-        if sum(widths.values()) != table["cross_attention_dim"]:
-            yield f"{name(folder)} has cross_attention_dim {table['cross_attention_dim']}, and {', '.join(read)}"
+    reads = configs[folder].get("cross_attention_dim")
+    widths = {encoder: each.width(configs.get(encoder, {})) for encoder, each in text_encoders(configs).items()}
+    if reads and all(widths.values()) and sum(widths.values()) != reads:  # a bundle of graphs need not say them
+        given = [f"{name(encoder)} gives vectors of {width}" for encoder, width in widths.items()]
+        yield f"{name(folder)} has cross_attention_dim {reads}, and {', '.join(given)}"
 
 
 def of_tokenizer(tokenizer: Any, table: Table, encoder: str, folder: str) -> Iterator[str]:
@@ -43,10 +42,12 @@ def of_tokenizer(tokenizer: Any, table: Table, encoder: str, folder: str) -> Ite
         yield f"{encoder} has max_position_embeddings {places}, and {folder} model_max_length {tokenizer.max_length}"
 
 
-def of_weights(network: Network, table: Table, tensors: Mapping[str, Stored], name: str, file: str) -> Iterator[str]:
-    """Shapes of a few tensors against a complete table, and the type of all."""
+def of_weights(
+    network: Network, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Stored], name: str, file: str
+) -> Iterator[str]:
+    """Shapes of a few tensors against those that settings ask for, and the type of all."""
     ours = network.renamed(tensors)  # type: ignore[arg-type]
-    for key, shape in network.shapes(table).items():
+    for key, shape in shapes.items():
         stored = ours.get(key)
         if stored is not None and tuple(stored.shape) != shape:
             yield f"{name} asks for {key} {list(shape)}, and {file} has {list(stored.shape)}"

@@ -106,9 +106,10 @@ class Source:
     def partial(self) -> Configs:
         """`configs`, which may lack an autoencoder: published DiTs come without. Each is valid by itself."""
         configs = self.found()
+        graphs = not self.file and any(self.path.glob("*/model.onnx"))  # of which a table need not say everything
         for name, table in networks(configs).items():
             try:
-                configs[name] = network_of(name, table).valid(table)
+                configs[name] = network_of(name, table).valid(table, whole=not graphs)
             except ValueError as error:
                 raise ModelError(f"{self.place(name)}: {error}; {RESTORE}") from None
         return configs
@@ -117,7 +118,10 @@ class Source:
         """Where the settings of a network are, as a message shows it."""
         if self.vae and name == VAE:
             return f"the vae of {shown(self.vae)}"
-        return f"the {name} of {shown(self.path)}" if self.file else shown(self.path / name / "config.json")
+        if self.file:
+            return f"the {name} of {shown(self.path)}"
+        there = (each for each in (name, f"{name}_decoder") if (self.path / each / "config.json").exists())
+        return shown(self.path / next(there, name) / "config.json")
 
     def found(self) -> Configs:
         """The JSON files as they are."""
@@ -251,8 +255,11 @@ class Source:
         tables = networks(self.configs)
         try:
             tables = {name: network_of(name, table).read(table) for name, table in tables.items()}
+            shapes = {name: network_of(name, table).shapes(table) for name, table in tables.items()}
         except ValueError as error:
             raise ModelError(f"{shown(self.path)}: unsupported config.json: {error}") from None
+        except KeyError as error:
+            raise ModelError(f"{shown(self.path)}: a config.json lacks {error}; copy the whole model folder") from None
         if self.file:
             self.check_types()
             return
@@ -265,7 +272,7 @@ class Source:
             if not (self.vae and name == VAE):
                 network, (file, *_) = network_of(name, table), self.files(name)
                 stored = {k: v for path in self.files(name) for k, v in self.header(path).tensors.items()}
-                refuse(agreement.of_weights(network, table, stored, self.place(name), shown(file)))
+                refuse(agreement.of_weights(network, shapes[name], stored, self.place(name), shown(file)))
 
     def check_types(self) -> None:
         """Refuse weights in a file that are no floating-point numbers."""

@@ -51,9 +51,8 @@ class AutoencoderNetwork(Network):
     module = "tinydiff.models.autoencoder:Autoencoder"
     library = ("diffusers", "AutoencoderKL")
     defaults = {"latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 32, "mid_block_add_attention": True}
-    defaults |= {"block_out_channels": (64,)}
     only = {"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True, "shift_factor": (None, 0)}
-    only |= {"in_channels": 3, "out_channels": 3, "_class_name": "AutoencoderKL"}
+    only |= {"in_channels": 3, "out_channels": 3}
     checked = {"scaling_factor": Key(float, 1e-6, 1e6)}
     checked |= {"down_block_types": Key(tuple[str, ...], choices=("DownEncoderBlock2D",))}
     checked |= {"up_block_types": Key(tuple[str, ...], choices=("UpDecoderBlock2D",))}
@@ -88,6 +87,8 @@ class AutoencoderNetwork(Network):
         yield from self.misfits(asdict(cfg.autoencoder))
 
     def misfits(self, table: Table) -> Iterator[str]:
+        if "block_out_channels" not in table:
+            yield "block_out_channels: missing"
         s = pick(Autoencoder, table)
         for width in s.block_out_channels:
             if width % s.norm_num_groups:

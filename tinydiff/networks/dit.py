@@ -44,7 +44,7 @@ class DiTNetwork(Denoiser):
     defaults |= {"sample_size": 32, "in_channels": 4, "num_embeds_ada_norm": 1000, "norm_eps": 1e-5, "freq_shift": 1}
     form: ClassVar[Table] = {"activation_fn": "gelu-approximate", "norm_type": "ada_norm_zero"}
     form |= {"norm_elementwise_affine": False, "attention_bias": True}
-    only = form | {"interpolation_scale": 1, "_class_name": ("DiTTransformer2DModel", "Transformer2DModel")}
+    only = form | {"interpolation_scale": 1}
     only |= dict.fromkeys(("caption_channels", "num_vector_embeds"))
     only |= dict.fromkeys(("double_self_attention", "only_cross_attention"), (False, None))
     checked: ClassVar = {"sample_size": SIDE, "in_channels": WIDTH, "out_channels": WIDTH, "cross_attention_dim": WIDTH}

@@ -145,11 +145,11 @@ class Network:
                 )
         return table
 
-    def valid(self, table: Table) -> Table:
+    def valid(self, table: Table, whole: bool = True) -> Table:
         """A table of the same meaning where what can be said in several ways is said in one: a number for a list of equal ones.
 
-        Raises ValueError, naming the key, for a value that makes no network: of another type, out of range, or at odds with
-        another one.
+        Raises ValueError, naming the key, for a value that makes no network: of another type, out of range, or (if `whole`)
+        at odds with another one.
         """
         table = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
         for key in table.keys() & (self.keys.keys() | self.only.keys()):
@@ -168,7 +168,7 @@ class Network:
             raise ValueError(f"sample_size: {brief(side)} is not square")
         if "act_fn" in table:
             table["act_fn"] = ANOTHER_NAME.get(str(table["act_fn"]), table["act_fn"])
-        if not any(isinstance(table.get(key), tuple) for key, (kind, *_) in self.keys.items() if kind is int):
+        if whole and not any(isinstance(table.get(key), tuple) for key, (kind, *_) in self.keys.items() if kind is int):
             for problem in self.misfits(self.complete(table)):
                 raise ValueError(problem)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in table.items()}

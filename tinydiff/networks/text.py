@@ -53,7 +53,7 @@ class T5Config:
     d_ff: int = key(2048, "", 1, 2**20)
     num_layers: int = key(6, "", 1, 256)
     num_heads: int = key(8, "", 1, 2**12)
-    relative_attention_num_buckets: int = key(32, "", 4, 2**12)
+    relative_attention_num_buckets: int = key(32, "", 1, 2**12)
     relative_attention_max_distance: int = key(128, "", 2, 2**16)
     layer_norm_epsilon: float = key(1e-6, "", 1e-12, 1.0)
     feed_forward_proj: str = key("relu", "", choices=("relu", "gated-gelu"))
@@ -69,19 +69,13 @@ class ClipNetwork(Network):
     tokenizer_library = ("transformers", "CLIPTokenizer")
     library = ("transformers", "CLIPTextModel")
     settings = TextEncoder
-    defaults = {"vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12}
-    defaults |= {
-        "num_attention_heads": 8,
-        "max_position_embeddings": 77,
-        "hidden_act": "quick_gelu",
-        "eos_token_id": 49407,
-    }
+    defaults = {"num_hidden_layers": 12, "num_attention_heads": 8, "hidden_act": "quick_gelu", "eos_token_id": 49407}
     only = {"layer_norm_eps": 1e-5, "model_type": "clip_text_model"}
     checked = {"vocab_size": TOKENS, "eos_token_id": Key(int, 0, MOST_TOKENS), "max_position_embeddings": SIDE}
     checked |= {"hidden_size": WIDTH, "intermediate_size": Key(int, 1, 2**20)}
 
     def misfits(self, table: Table) -> Iterator[str]:
-        if table["hidden_size"] % table["num_attention_heads"]:
+        if table.get("hidden_size", 0) % table["num_attention_heads"]:
             yield f"num_attention_heads: {table['num_attention_heads']} heads do not divide hidden_size {table['hidden_size']}"
 
     def shapes(self, table: Table) -> dict[str, tuple[int, ...]]:
@@ -119,7 +113,7 @@ class T5Network(Network):
 
     def misfits(self, table: Table) -> Iterator[str]:
         count, reach = table["relative_attention_num_buckets"], table["relative_attention_max_distance"]
-        if count // 4 >= reach:
+        if not 0 < count // 4 < reach:
             yield f"relative_attention_num_buckets: {count} do not suit a distance of {reach}"
 
     def shapes(self, table: Table) -> dict[str, tuple[int, ...]]:

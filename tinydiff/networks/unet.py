@@ -77,7 +77,7 @@ class UNetNetwork(Denoiser):
     defaults = (
         {"in_channels": 4, "out_channels": 4, "block_out_channels": (320, 640, 1280, 1280), "norm_num_groups": 32}
         | {"down_block_types": (CROSS,) * 3 + (PLAIN,), "layers_per_block": 2, "transformer_layers_per_block": 1}
-        | {"attention_head_dim": 8, "use_linear_projection": False, "cross_attention_dim": 1280, "sample_size": 64}
+        | {"attention_head_dim": 8, "use_linear_projection": False, "sample_size": 64}
     )
     checked = {"in_channels": WIDTH, "out_channels": WIDTH, "cross_attention_dim": WIDTH, "sample_size": SIDE}
     checked |= {"up_block_types": Key(tuple[str, ...]), "time_embedding_dim": WIDTH}
@@ -88,7 +88,7 @@ class UNetNetwork(Denoiser):
         {"act_fn": "silu", "mid_block_type": "UNetMidBlock2DCrossAttn", "norm_eps": 1e-5, "flip_sin_to_cos": True}
         | {"time_embedding_type": "positional", "attention_type": "default", "resnet_time_scale_shift": "default"}
         | {"freq_shift": 0, "resnet_out_scale_factor": 1.0, "mid_block_scale_factor": 1, "downsample_padding": 1}
-        | {"conv_in_kernel": 3, "conv_out_kernel": 3, "_class_name": "UNet2DConditionModel"}
+        | {"conv_in_kernel": 3, "conv_out_kernel": 3}
         | dict.fromkeys(("center_input_sample", "only_cross_attention", "dual_cross_attention"), False)
         | dict.fromkeys(("resnet_skip_time_act", "class_embeddings_concat"), (False, None))
         | dict.fromkeys(
@@ -101,8 +101,8 @@ class UNetNetwork(Denoiser):
         | dict.fromkeys(("num_attention_heads", "reverse_transformer_layers_per_block"))
     )
 
-    def valid(self, table: Table) -> Table:
-        table = super().valid(table)
+    def valid(self, table: Table, whole: bool = True) -> Table:
+        table = super().valid(table, whole)
         reverse = "reverse_transformer_layers_per_block"  # the same on the way up, where one number stands for all
         if table.get(reverse) == table.get("transformer_layers_per_block", 1):
             table[reverse] = None
