@@ -8,7 +8,7 @@ refused before.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -178,7 +178,8 @@ class Source:
     @cached_property
     def description(self) -> Description:
         """What sampling needs to know of it."""
-        return describe(self.configs, self.path)
+        told = describe(self.configs, self.path)
+        return replace(told, notes=told.notes + self.notes)
 
     @property
     def notes(self) -> tuple[str, ...]:
