@@ -55,6 +55,8 @@ class Stage:
 def read_metrics(path: Path) -> dict[str, Stage]:
     """{name: stage}; lines that are none and values that are no finite number are passed over."""
     stages: dict[str, Stage] = defaultdict(Stage)
+    if not path.is_file():  # a pipe would be waited for
+        return stages
     with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             if row := parse(line):
@@ -86,7 +88,7 @@ def read_captions(path: Path) -> list[str]:
     """The captions of the sample grid, in its order; none where the file is missing or something else."""
     captions = []
     with suppress(OSError, ValueError, RecursionError):
-        captions = json.loads(path.read_bytes())
+        captions = json.loads(path.read_bytes()) if path.is_file() else []  # a pipe would be waited for
     good = isinstance(captions, list) and all(isinstance(caption, str) for caption in captions)
     return captions[:MAX_CAPTIONS] if good else []
 

@@ -157,12 +157,12 @@ def filled(network: Network, table: Table, tensors: Mapping[str, Tensor], path: 
     try:
         with torch.device("meta"):
             part = network.build(table, tensors)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{shown(path)}: unsupported or incomplete config.json: {error}") from None
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise ModelError(f"{shown(path)}: unsupported or incomplete config.json: {shown(error)}") from None
     wanted = part.state_dict()
     common = wanted.keys() & tensors.keys()
     wrong = sorted(wanted.keys() ^ tensors.keys()) + sorted(k for k in common if wanted[k].shape != tensors[k].shape)
     if wrong:
-        raise ModelError(f"{shown(path)}: its weights do not fit its config.json at {', '.join(wrong[:10])}")
+        raise ModelError(f"{shown(path)}: its weights do not fit its config.json at {shown(', '.join(wrong[:3]))}")
     part.load_state_dict(tensors, assign=True)
     return part.float().eval()

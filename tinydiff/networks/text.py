@@ -131,7 +131,9 @@ class T5Network(Network):
             settings = pick(T5Config, self.read(table))
             too_few = settings.vocab_size < tokenizer.vocab_size
         except (TypeError, ValueError) as error:
-            raise ModelError(f"{shown(self.given(cfg))}: unsupported or incomplete config.json: {error}") from None
+            raise ModelError(
+                f"{shown(self.given(cfg))}: unsupported or incomplete config.json: {shown(error)}"
+            ) from None
         if too_few:
             problem = f"has vectors of {settings.vocab_size} pieces, its tokenizer {tokenizer.vocab_size}"
             raise ModelError(f"{shown(self.given(cfg))}: {problem}; mend path")
