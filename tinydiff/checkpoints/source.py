@@ -253,14 +253,15 @@ class Source:
 
     def check(self) -> None:
         """Refuse, before torch is imported, all that can be told from JSON files and headers."""
-        tables = networks(self.configs)
-        try:
-            tables = {name: network_of(name, table).read(table) for name, table in tables.items()}
-            shapes = {name: network_of(name, table).shapes(table) for name, table in tables.items()}
-        except ValueError as error:
-            raise ModelError(f"{shown(self.path)}: unsupported config.json: {error}") from None
-        except KeyError as error:
-            raise ModelError(f"{shown(self.path)}: a config.json lacks {error}; copy the whole model folder") from None
+        tables, shapes = dict[str, Table](), dict[str, dict[str, tuple[int, ...]]]()
+        for name, table in networks(self.configs).items():
+            try:
+                tables[name] = network_of(name, table).read(table)
+                shapes[name] = network_of(name, table).shapes(tables[name])
+            except ValueError as error:
+                raise ModelError(f"{self.place(name)}: not supported: {error}") from None
+            except KeyError as error:
+                raise ModelError(f"{self.place(name)}: lacks {error}; {RESTORE}") from None
         if self.file:
             self.check_types()
             return
