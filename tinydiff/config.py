@@ -201,6 +201,8 @@ def conflicts(config: Config) -> Iterator[str]:
         yield "diffusion.zero_terminal_snr: of pure noise only v and sample say anything; change diffusion.prediction"
     if config.diffusion.shift != 1 and config.diffusion.schedule != "flow":
         yield "diffusion.shift: only the schedule flow is shifted"
+    if config.generate.steps > (most := config.diffusion.num_train_timesteps):
+        yield f"generate.steps: {config.generate.steps} are more than the {most} levels of num_train_timesteps; set {most}"
     heads, processes = network.heads(config), config.train.tensor_parallel
     if processes > 1 and (not heads or config.train.parallel != "fsdp"):
         yield "train.tensor_parallel: only a dit's matrices are shared, with train.parallel fsdp"

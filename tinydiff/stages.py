@@ -23,6 +23,11 @@ class Stage:
     save_every: int = key(500, "updates between checkpoints", 1)
     sample_every: int = key(500, "updates between pictures", 1)
 
+    @property
+    def rows(self) -> int:
+        """Images computed at once: of an update, and of what is computed beside it."""
+        return max(1, self.batch_size // self.accumulate)
+
 
 @dataclass(frozen=True)
 class AutoencoderStage(Stage):

@@ -21,12 +21,12 @@ import numpy as np
 from tinydiff import temporary
 from tinydiff.checkpoints import weights
 from tinydiff.checkpoints.header import header
-from tinydiff.errors import DataError, ModelError
+from tinydiff.errors import DataError, ModelError, out_of_memory
 from tinydiff.files import shown, written
 
 FORMAT = 1
 ROWS = 1024  # in a file
-BATCH = 64  # rows computed at once
+BATCH = 64  # most rows computed at once
 LABEL = "tinydiff"  # the key of our entry in a file's metadata
 OURS = re.compile(
     r"(latents|text)-[0-9a-f]{16,32}\.safetensors|\.tmp-(latents|text)-[0-9a-f]{32}.*|\.tmp[0-9A-Za-z]{6}"
@@ -52,22 +52,34 @@ def chunk(folder: Path, kind: str, items: Sequence[Any] | np.ndarray, inputs: An
 
 
 def fill(
-    chunks: Sequence[Chunk], compute: Compute, progress: Progress, notes: Callable[[Arrays], Any] = lambda _: None
+    chunks: Sequence[Chunk],
+    compute: Compute,
+    progress: Progress,
+    notes: Callable[[Arrays], Any] = lambda _: None,
+    most: int = BATCH,
 ) -> None:
     """Compute the chunks and write their files, overwriting existing ones.
 
-    `compute(items)` gives the float32 rows of up to BATCH items; `notes(rows)` what a chunk's header stores besides.
-    `progress(rows done, rows in all)` may raise to stop: only chunks already written stay.
+    `compute(items)` gives the float32 rows of up to `most` items, and at most BATCH, of fewer where memory does not suffice;
+    `notes(rows)` what a chunk's header stores besides. `progress(rows done, rows in all)` may raise to stop: only chunks
+    already written stay.
     """
     from safetensors.numpy import save_file
 
-    done, total = 0, sum(len(c.items) for c in chunks)
+    done, total, size = 0, sum(len(c.items) for c in chunks), max(1, min(most, BATCH))
     for c in chunks:
-        batches: list[Arrays] = []
-        for start in range(0, len(c.items), BATCH):
+        batches, start = list[Arrays](), 0
+        while start < len(c.items):
             if start:
                 progress(done + start, total)
-            batches.append(compute(c.items[start : start + BATCH]))
+            try:
+                batches.append(compute(c.items[start : start + size]))
+            except Exception as error:
+                if not out_of_memory(error) or size == 1:
+                    raise
+                size = max(1, min(size, len(c.items) - start) // 2)
+                continue
+            start += size
         rows = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
         entry = {"notes": notes(rows)}
         entry["check"] = _check(entry["notes"], {name: column.shape for name, column in rows.items()})

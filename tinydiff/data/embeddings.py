@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 
 
 def fill(
-    folder: Path, captions: list[str], encode: Compute, digest: str, progress: Progress, rank: int, world: int
+    folder: Path,
+    captions: list[str],
+    encode: Compute,
+    digest: str,
+    progress: Progress,
+    rank: int,
+    world: int,
+    most: int = cache.BATCH,
 ) -> None:
     """Encode the captions that the folder lacks: process `rank` of `world` takes every `world`-th chunk.
 
@@ -28,7 +35,7 @@ def fill(
     `progress(captions encoded, captions to encode)` counts those of this process and may raise to stop.
     """
     missing = [c for c in _chunks(folder, captions, digest)[rank::world] if not cache.whole(c)]
-    cache.fill(missing, encode, progress)
+    cache.fill(missing, encode, progress, most=most)
 
 
 def open_cache(folder: Path, captions: list[str], digest: str) -> TextEmbeddings:

@@ -32,15 +32,21 @@ def digest(module: nn.Module) -> str:
 
 
 def fill(
-    folder: Path, images: Images, vae: Autoencoder, progress: cache.Progress, rank: int = 0, world: int = 1
+    folder: Path,
+    images: Images,
+    vae: Autoencoder,
+    progress: cache.Progress,
+    rank: int = 0,
+    world: int = 1,
+    most: int = cache.BATCH,
 ) -> None:
-    """Encode the images that the folder lacks, in float32 on the autoencoder's device.
+    """Encode the images that the folder lacks, in float32 on the autoencoder's device, up to `most` at once.
 
     Process `rank` of `world` takes every `world`-th chunk; `progress(images encoded, images to encode)` counts its own
     and may raise to stop. An unreadable image gets zeros, and the next call tries it again; DataError if too many are.
     """
     missing = [c for c in list(_chunks(folder, images, digest(vae)))[rank::world] if not _filled(c, images)]
-    cache.fill(missing, lambda indices: encode(indices, images, vae), progress, _notes)
+    cache.fill(missing, lambda indices: encode(indices, images, vae), progress, _notes, most)
 
 
 def open_cache(folder: Path, images: Images, vae: Autoencoder) -> Latents:

@@ -51,6 +51,9 @@ class AutoencoderTask(Task):
         """Images above their reconstructions, uint8 (2 n, H, W, 3), and the reconstruction's PSNR in dB."""
         alike = np.flatnonzero(self.data.bucket == self.data.bucket[self.order(0)[0]])  # a grid is of one size
         pixels = to_pixels(self.data.batch(alike[np.arange(PICTURES) * len(alike) // PICTURES]))
-        x = torch.from_numpy(pixels).to(self.run.runtime.device, memory_format=torch.channels_last)
-        output = self.model.vae.decode(mean_and_std(self.model.vae.encode(x).float())[0]).float()
-        return to_uint8(np.concatenate([pixels, output.cpu().numpy()])), {"psnr": psnr(x, output)}
+        x, vae = torch.from_numpy(pixels), self.model.vae
+        parts = (
+            part.to(self.run.runtime.device, memory_format=torch.channels_last) for part in x.split(self.settings.rows)
+        )
+        output = torch.cat([vae.decode(mean_and_std(vae.encode(part).float())[0]).float().cpu() for part in parts])
+        return to_uint8(np.concatenate([pixels, output.numpy()])), {"psnr": psnr(x, output)}

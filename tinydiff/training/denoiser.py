@@ -137,14 +137,17 @@ class DenoiserTask(Task):
         backend = TorchBackend(self.model)
         d, g = backend.description, backend.description.generate
         request = Request(min(steps, len(d.schedule)), g.cfg_scale, g.sampler, g.spacing, d.size, d.size)
+        most = max(1, self.settings.rows // 2)  # guidance asks the network twice
+        each = [slice(start, start + most) for start in range(0, PICTURES, most)]
         seeds = range(self.cfg.train.seed, self.cfg.train.seed + PICTURES)
-        return generate(backend, self.captions, seeds, request), {}
+        return np.concatenate([generate(backend, self.captions[s], seeds[s], request) for s in each]), {}
 
 
 def encoded(run: Run) -> tuple[latents.Latents, embeddings.TextEmbeddings | None]:
     """The latents of all images, and what all captions say where every text encoder is frozen."""
     world, place, data, encoders = run.world, run.dir / "latents", run.data, run.model.text_encoders
-    latents.fill(place, data, run.model.vae, run.progress("encoding images"), world.rank, world.size)
+    most = run.cfg.train.stage("autoencoder").rows
+    latents.fill(place, data, run.model.vae, run.progress("encoding images"), world.rank, world.size, most)
     world.wait()
     images, texts = latents.open_cache(place, data, run.model.vae), None
     if encoders and not any(map(learns, encoders.values())):
@@ -155,7 +158,8 @@ def encoded(run: Run) -> tuple[latents.Latents, embeddings.TextEmbeddings | None
         def encode(captions: list[str]) -> Condition:
             return backend.encode_text({name: t.encode(captions) for name, t in backend.tokenizers.items()})
 
-        embeddings.fill(run.dir / "texts", captions, encode, key, progress, world.rank, world.size)
+        most = run.cfg.train.stage("denoiser").rows
+        embeddings.fill(run.dir / "texts", captions, encode, key, progress, world.rank, world.size, most)
         world.wait()
         texts = embeddings.open_cache(run.dir / "texts", captions, key)
     if world.rank == 0:

@@ -21,13 +21,13 @@ from tinydiff import config, files, images, report
 from tinydiff.checkpoints import folder
 from tinydiff.data.dataset import Images, open_source
 from tinydiff.diffusion.noise import keyed
-from tinydiff.errors import DivergedError, ResourceError
+from tinydiff.errors import DivergedError, ResourceError, UsageError, out_of_memory
 from tinydiff.metrics import logged
 from tinydiff.networks.network import imported
 from tinydiff.progress import Progress
 from tinydiff.schema import to_toml
 from tinydiff.stages import STAGES
-from tinydiff.training import claim, state
+from tinydiff.training import advice, claim, state
 from tinydiff.training.metrics import Metrics
 from tinydiff.training.optim import clip, learning_rate
 from tinydiff.training.parallel import divides, norm, spread, synced
@@ -37,17 +37,17 @@ from tinydiff.training.saver import Ahead, Saver
 from tinydiff.training.state import Learner, Snapshot, Training
 from tinydiff.training.task import Batch, Task, counted, moved
 
-NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
-
 
 def run(cfg: config.Config, run_dir: Path, last: str | None = None, accept: bool = False, strict: bool = False) -> Path:
     """Train the stages in order, up to the `last`, continuing a run. Returns the model folder, or `run_dir` without one.
 
     `accept` goes on with another configuration or other data; `strict` refuses to pass over a damaged checkpoint.
     """
-    with Runtime(cfg) as runtime, runtime.world.together(), claim.held(runtime, run_dir):
+    with enough_memory(cfg), Runtime(cfg) as runtime, runtime.world.together(), claim.held(runtime, run_dir):
         this, result = Run(runtime, run_dir, accept, strict), run_dir
         this.claim.configuration(cfg)
+        for line in advice.of_settings(cfg):
+            runtime.say(f"note: {line}")
         for name, row in STAGES.items():
             settings = cfg.train.stage(name)
             rows = runtime.world.rows(settings.batch_size, cfg.train.tensor_parallel > 1)
@@ -57,14 +57,29 @@ def run(cfg: config.Config, run_dir: Path, last: str | None = None, accept: bool
         if runtime.world.rank == 0:
             state.sweep(run_dir)
         this.model = placed(folder.build(cfg, this.claim.tokenizer(cfg, this.data), cfg.train.seed), runtime)
+        drawable(cfg, this.model)
+        if runtime.world.rank == 0 and (
+            line := advice.of_captions(this.data.source, [*this.model.tokenizers.values()])
+        ):
+            runtime.say(f"note: {line}")
         for name, row in STAGES.items():
-            task = imported(row.task)(this)
-            stage(this, task)
+            with enough_memory(cfg, name):
+                task = imported(row.task)(this)
+                stage(this, task)
             result = run_dir / "model" if task.publishes else result
             if name == last:
                 break
         this.claim.write()
     return result
+
+
+def drawable(cfg: config.Config, model: folder.Model) -> None:
+    """UsageError where the model could not be drawn from as the configuration says."""
+    g = cfg.generate
+    try:
+        model.description.levels(g.sampler, g.steps, g.spacing)
+    except UsageError as error:
+        raise UsageError(f"[generate]: {error}") from error
 
 
 def placed(model: folder.Model, runtime: Runtime) -> folder.Model:
@@ -90,7 +105,7 @@ def stage(run: Run, task: Task) -> None:
             if first:
                 state.make_room(run.checkpoints, training)
                 run.claim.write()
-        with enough_memory(run, task), contextlib.closing(Saver()) as saver:
+        with contextlib.closing(Saver()) as saver:
             train(run, task, training, saver, start, skipped)
     elif world.rank == 0 and task.publishes and not published(run):
         task.publish(run.checkpoints / f"{task.name}-{start:08d}", run.dir / "model")
@@ -341,16 +356,17 @@ def commit(run: Run, task: Task, training: Training, saver: Saver, n: int, skipp
 
 
 @contextlib.contextmanager
-def enough_memory(run: Run, task: Task) -> Iterator[None]:
-    """Says which setting to change where memory does not suffice."""
+def enough_memory(cfg: config.Config, name: str = "") -> Iterator[None]:
+    """Says which setting to change where memory does not suffice for a stage, or for the model."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not any(t in str(error) for t in NO_MEMORY):
+        if not out_of_memory(error):
             raise
-        cfg = task.settings
-        more = next((k for k in range(cfg.accumulate + 1, cfg.batch_size + 1) if cfg.batch_size % k == 0), 0)
-        fix = f"set train.{task.name}.accumulate={more}" if more else f"lower train.{task.name}.batch_size"
-        fix += "" if run.runtime.cfg.gradient_checkpointing else ", or train.gradient_checkpointing=true"
-        rows = cfg.batch_size // cfg.accumulate
-        raise ResourceError(f"{task.name}: out of memory at {rows} rows at once; {fix}") from error
+        if not name:
+            raise ResourceError("out of memory; make the networks smaller, or lower data.resolution") from error
+        stage = cfg.train.stage(name)
+        more = next((k for k in range(stage.accumulate + 1, stage.batch_size + 1) if stage.batch_size % k == 0), 0)
+        fix = f"set train.{name}.accumulate={more}" if more else "lower data.resolution"
+        fix += "" if cfg.train.gradient_checkpointing else ", or train.gradient_checkpointing=true"
+        raise ResourceError(f"{name}: out of memory at {stage.rows} rows at once; {fix}") from error

@@ -1,0 +1,98 @@
+"""What a person should hear before a run begins: keys that have no effect together, and captions that are cut.
+
+Each is in range by itself; what cannot work at all is refused by `config.conflicts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import islice
+from math import lcm
+from typing import Any
+
+from tinydiff import config
+from tinydiff.data.dataset import Source, buckets
+from tinydiff.networks import DENOISERS
+from tinydiff.stages import STAGES
+from tinydiff.system import cut
+
+LOOKED_AT = 100_000  # captions
+
+
+def of_settings(cfg: config.Config) -> Iterator[str]:
+    """Keys that do nothing in this configuration, each with the nearest value that does something."""
+    stages = {f"train.{name}": cfg.train.stage(name) for name in STAGES}
+    for name, stage in stages.items():
+        yield from _of_stage(name, stage)
+    if (every := cfg.train.keep_every) and all(lcm(every, stage.save_every) > stage.steps for stage in stages.values()):
+        multiples = " or ".join(f"{name}.save_every ({stage.save_every})" for name, stage in stages.items())
+        yield f"train.keep_every: no checkpoint is at a multiple of {every}; set a multiple of {multiples}"
+    if cfg.diffusion.caption_dropout == 0 and cfg.generate.cfg_scale > 1:
+        yield "diffusion.caption_dropout: at 0 guidance has nothing to compare with; set 0.1, or generate.cfg_scale=1"
+    if cfg.diffusion.caption_dropout == 1:
+        yield "diffusion.caption_dropout: at 1 no caption is ever read; 0.1 is usual"
+    yield from _of_buckets(cfg.data, config.reduction(cfg))
+    for keys, reason in _unused(cfg):
+        yield f"{', '.join(keys)}: of no effect, {reason}"
+
+
+def _of_stage(name: str, stage: Any) -> Iterator[str]:
+    if stage.warmup >= stage.steps:
+        problem = f"{stage.warmup} updates of a run of {stage.steps}, which never reaches the learning rate"
+        yield f"{name}.warmup: {problem}; set {stage.steps // 10}"
+    if stage.lr == 0:
+        yield f"{name}.lr: at 0 nothing is learnt; 0.001 is usual"
+
+
+def _of_buckets(data: config.Data, down: int) -> Iterator[str]:
+    """Sizes other than the square that there could be, and are not."""
+    ratio, side = data.max_aspect_ratio, data.resolution
+    if ratio > 1 and len(buckets(side, ratio, data.bucket_step)) == 1:
+        steps = (step for step in range(data.bucket_step, 0, -1) if side % step == 0 and step % down == 0)
+        step = next((step for step in steps if len(buckets(side, ratio, step)) > 1), 0)
+        fix = f"set data.bucket_step={step}" if step else "set data.max_aspect_ratio=1, or a higher one"
+        yield f"data.max_aspect_ratio: only squares are multiples of {data.bucket_step} and within {ratio:g}:1; {fix}"
+
+
+def _unused(cfg: config.Config) -> Iterator[tuple[list[str], str]]:
+    """Keys that are not at their defaults, and why nothing reads them."""
+    usual, kind, text = config.make(), cfg.denoiser.kind, cfg.text_encoder.kind
+    changed = [*_changed("data", cfg, usual), *_changed("text_encoder", cfg, usual)]
+    tables = [(other, f"denoiser.kind is {kind}") for other in DENOISERS if other != kind]
+    rules = [(_changed(name, cfg, usual), reason) for name, reason in tables]
+    sized = [key for key in changed if key.startswith("text_encoder.") and key.split(".")[1] not in ("kind", "path")]
+    if text != "clip":
+        rules.append(
+            ([key for key in sized if not key.endswith("max_position_embeddings")], f"text_encoder.kind is {text}")
+        )
+    if cfg.data.path != "shapes":
+        rules.append(([key for key in changed if key == "data.samples"], "data.path is no 'shapes'"))
+    if cfg.data.max_aspect_ratio <= 1:
+        rules.append(([key for key in changed if key == "data.bucket_step"], "data.max_aspect_ratio is 1"))
+    if kind == "dit" and cfg.network.size != "custom":
+        own = [key for key in _changed("dit", cfg, usual) if key.split(".")[1] not in ("size", "patch_size")]
+        rules.append((own, f"dit.size is {cfg.network.size}; custom reads them"))
+    yield from ((keys, reason) for keys, reason in rules if keys)
+
+
+def _changed(table: str, cfg: config.Config, usual: config.Config) -> list[str]:
+    ours, theirs = (asdict(getattr(each, table)) for each in (cfg, usual))
+    return [f"{table}.{key}" for key in ours if ours[key] != theirs[key]]
+
+
+def of_captions(source: Source, tokenizers: Sequence[Any]) -> str:
+    """How many captions are longer than what the model reads of them; "" for none."""
+    tokenizer = next((each for each in tokenizers if hasattr(each, "ids")), None)
+    if tokenizer is None:
+        return ""  # labels
+    texts = (caption for i in range(len(source)) for caption in source.captions(i))
+    looked, room = list(dict.fromkeys(islice(texts, LOOKED_AT))), tokenizer.max_length - 1 - (tokenizer.bos is not None)
+    lengths = {text: len(tokenizer.ids(text)) for text in looked if len(text.encode("utf-8", "replace")) > room}
+    long = [text for text, length in lengths.items() if length > room]
+    if not long:
+        return ""
+    examples = "; ".join(f"{cut(text, 80)!r} without {cut(tokenizer.cut(text), 40)!r}" for text in long[:3])
+    most = max(lengths.values()) + tokenizer.max_length - room
+    fix = f"all of them are read with text_encoder.max_position_embeddings={most}"
+    return f"{len(long)} of {len(looked)} captions are longer than the {room} tokens read of one, and are cut: {examples}; {fix}"
