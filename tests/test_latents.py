@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from tensors import randomise
 
 from tinydiff.config import Autoencoder as Config
@@ -193,6 +195,34 @@ def test_no_flipped_bit_of_a_header_is_believed(tmp_path):
         if cache.whole(chunk):  # what says the same in other letters
             found = cache.Rows([chunk])
             assert found.notes == [{"sums": [0.5]}] and list(found.files[0]["mean"]) == [1, 2]
+
+
+def test_no_flipped_bit_of_a_row_is_believed(tmp_path):
+    """It is found when the first of the file's rows is read, and the next start computes the file anew."""
+    chunk = cache.chunk(tmp_path, "latents", [1, 2, 3], "a")
+
+    def written() -> bytes:
+        cache.fill([chunk], lambda items: {"mean": np.float32(items), "std": np.float32(items)}, quiet)
+        return chunk.path.read_bytes()
+
+    good = written()
+    for bit in range(8 * (8 + int.from_bytes(good[:8], "little")), 8 * len(good)):
+        bad = bytearray(good)
+        bad[bit // 8] ^= 1 << bit % 8
+        chunk.path.write_bytes(bad)
+        with pytest.raises(DataError, match="damaged, and removed; run the same command again"):
+            cache.Rows([chunk]).gather("mean", np.array([0]), np.array([2]))
+        assert not cache.whole(chunk) and (bit % 8 or written() == good)
+    written()
+    found = cache.Rows([chunk])
+    assert found.gather("std", np.array([0, 0]), np.array([2, 0])).tolist() == [3, 1] and not found.unread
+
+
+def test_files_of_older_versions_are_read(tmp_path):
+    chunk = cache.chunk(tmp_path, "latents", [1, 2], "a")
+    entry = {"notes": None, "check": cache._check({"notes": None}, {"mean": (2,)})}
+    save_file({"mean": np.float32([1, 2])}, chunk.path, {cache.LABEL: json.dumps(entry)})
+    assert cache.Rows([chunk]).gather("mean", np.array([0]), np.array([1])).tolist() == [2]
 
 
 def test_a_file_of_something_else_is_not_read(tmp_path):
