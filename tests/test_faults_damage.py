@@ -12,9 +12,11 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from faults import restored, save
+import torch
+from faults import restored, save, toy
 
 from tinydiff import files
+from tinydiff.checkpoints import weights
 from tinydiff.errors import ModelError
 from tinydiff.training import state
 from tinydiff.training.metrics import Metrics
@@ -114,6 +116,28 @@ def test_a_checkpoint_that_is_sound_but_not_what_it_should_be(two, tmp_path, edi
         edit(checkpoint)
     assert state.newest(run_dir / "checkpoints", "toy", said.append) == run_dir / "checkpoints" / "toy-00000001"
     assert len(said) == 1 and "going back" in said[0]
+
+
+def test_moments_are_those_of_the_parameters_and_updates(two, tmp_path):
+    """A sealed checkpoint whose moments lack a parameter, have another's or another shape, or are of no update."""
+    wrong = {
+        "lacks": lambda kinds: kinds["exp_avg"].popitem(),
+        "other": lambda kinds: [k.update({"toy.9.weight": torch.ones(2)}) for k in kinds.values()],
+        "shape": lambda kinds: [k.update({"toy.1.bias": torch.ones(2)}) for k in kinds.values()],
+        "none": lambda kinds: [k.clear() for k in kinds.values()],
+    }
+    for name, edit in wrong.items():
+        checkpoint = tmp_path / name / "toy-00000002"
+        stored = two / "checkpoints" / "toy-00000002"
+        kinds = {kind: weights.tensors([stored / f"{kind}.safetensors"]) for kind in state.MOMENTS}
+        edit(kinds)
+        with files.committed(checkpoint) as made:
+            shutil.copytree(stored, made, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
+            for kind, tensors in kinds.items():
+                state.save_file({k: v.clone() for k, v in tensors.items()}, made / f"{kind}.safetensors")
+        state.check(checkpoint, "toy")
+        with pytest.raises(ModelError, match="--fresh"):
+            state.load(checkpoint, toy(0, 48))
 
 
 def test_a_clock_that_jumps_changes_nothing(two, tmp_path):

@@ -389,6 +389,15 @@ def test_a_lost_model_folder_is_published_again(finished, whole, run_config):
     assert digests(finished) == digests(whole)
 
 
+def test_a_damaged_model_folder_is_published_again(finished, whole, run_config, capsys):
+    path = next((finished / "model" / "unet").glob("*.safetensors"))
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    loop.run(run_config, finished)
+    assert digests(finished) == digests(whole) and str(path) in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_other_precisions_train(run_config, tmp_path, precision):
     loop.run(replace(run_config, train=replace(run_config.train, precision=precision)), tmp_path, "autoencoder")

@@ -21,7 +21,7 @@ from tinydiff import config, files, images, report
 from tinydiff.checkpoints import folder
 from tinydiff.data.dataset import Images, open_source
 from tinydiff.diffusion.noise import keyed
-from tinydiff.errors import DivergedError, ResourceError, UsageError, out_of_memory
+from tinydiff.errors import DivergedError, ModelError, ResourceError, UsageError, out_of_memory
 from tinydiff.metrics import logged
 from tinydiff.networks.network import imported
 from tinydiff.progress import Progress
@@ -120,9 +120,16 @@ def divided(run: Run, task: Task) -> bool:
 
 
 def published(run: Run) -> bool:
-    """Whether the run's model folder is there and says what the configuration says."""
+    """Whether the run's model folder is there, whole, and says what the configuration says."""
     path = run.dir / "model" / "tinydiff.toml"
-    return path.exists() and path.read_text(encoding="utf-8") == to_toml(run.cfg)
+    if not path.exists() or path.read_text(encoding="utf-8") != to_toml(run.cfg):
+        return False
+    try:
+        files.verify(path.parent)
+    except ModelError as error:
+        run.runtime.say(f"{error}; written again from the last checkpoint")
+        return False
+    return True
 
 
 def resume(run: Run, task: Task, training: Training) -> tuple[int, int]:

@@ -257,10 +257,7 @@ def load(path: Path, training: Training) -> dict[str, Any]:
         stored.check({piece.name: piece.shape for piece in training.pieces})
         for piece in training.pieces:
             stored.fill(piece.name, blocks[piece.name], piece.offset)
-    for kind in MOMENTS:
-        stored = Blocks(path, kind)
-        for learner in training.learners:
-            fill_moments(stored, kind, learner, state["updates"].get(learner.name, 0))
+    load_moments(path, training, state["updates"])
     stored, buffers = Blocks(path, "buffers"), training.tensors("buffers")
     stored.check({name: tuple(buffer.shape) for name, buffer in buffers.items()})
     for name, buffer in buffers.items():
@@ -268,13 +265,26 @@ def load(path: Path, training: Training) -> dict[str, Any]:
     return state
 
 
-def fill_moments(stored: Blocks, kind: str, learner: Learner, updates: int) -> None:
-    """One moment of AdamW's after so many updates."""
-    for piece in (piece for piece in learner.pieces if updates and piece.name in stored.shapes):
-        state = learner.optimizer.state[piece.tensor]
-        state["step"] = torch.tensor(float(updates), device=piece.tensor.device)
-        state[kind] = torch.empty_like(piece.tensor, requires_grad=False)
-        stored.fill(piece.name, state[kind], piece.offset)
+def load_moments(path: Path, training: Training, updates: dict[str, int]) -> None:
+    """AdamW's moments after each player's updates: both of the same parameters, which are ours; of some if it has made any.
+
+    Parameters that no loss has reached have none.
+    """
+    stored = {kind: Blocks(path, kind) for kind in MOMENTS}
+    reached = {name for blocks in stored.values() for name in blocks.shapes}
+    ours = {piece.name: piece.shape for piece in training.pieces}
+    for blocks in stored.values():
+        blocks.check({name: shape for name, shape in ours.items() if name in reached})
+    for learner in training.learners:
+        made, pieces = updates.get(learner.name, 0), [piece for piece in learner.pieces if piece.name in reached]
+        if any(name.startswith(f"{learner.name}.") for name in reached) != bool(made):
+            raise ModelError(f"{shown(path)}: {made} updates of {learner.name} do not go with its moments; use --fresh")
+        for piece in pieces:
+            state = learner.optimizer.state[piece.tensor]
+            state["step"] = torch.tensor(float(made), device=piece.tensor.device)
+            for kind, blocks in stored.items():
+                state[kind] = torch.empty_like(piece.tensor, requires_grad=False)
+                blocks.fill(piece.name, state[kind], piece.offset)
 
 
 class Blocks:
