@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tinydiff import temporary
+from tinydiff import files, temporary
 from tinydiff.errors import BusyError, ModelError, ResourceError, UsageError
 from tinydiff.files import again, committed, lock, present, read_json, stamp, undisturbed, verify, write_file
 
@@ -519,6 +519,35 @@ def test_an_error_of_a_folder_at_rest_is_its_own(tmp_path):
         raise KeyError
     (tmp_path / "model" / ".DS_Store").write_text("x")  # which is nobody's replacement
     assert read_all(tmp_path / "model") == ("0", "000")
+
+
+def test_an_old_folder_that_goes_while_it_is_found_is_looked_for_again(tmp_path, monkeypatch):
+    """Its replacement ends between the search and the reading."""
+    write_folder(tmp_path / "model", "new")
+    old, model = tmp_path / ".tinydiff-old-model", tmp_path / "model"
+    found = iter([old, old, model])
+    monkeypatch.setattr(files, "present", lambda _: next(found))
+    shutil.copytree(model, old)
+    (old / "weights.bin").unlink()  # half removed, and then gone
+    real = files.stamp
+    monkeypatch.setattr(files, "stamp", lambda path: (real(path), shutil.rmtree(old, ignore_errors=True))[0])
+    verify(model)
+    assert next(found, None) is None
+
+
+def test_a_folder_that_is_nowhere_for_a_moment_is_looked_for_again(tmp_path, monkeypatch):
+    """The second of two renames comes after a reader has found nothing."""
+    write_folder(tmp_path / "next", "new")
+    looks, real = count(), files.present
+
+    def late(path):
+        if next(looks) == 1:
+            (tmp_path / "next").rename(tmp_path / "model")
+        return real(path)
+
+    monkeypatch.setattr(files, "present", late)
+    verify(tmp_path / "model")
+    assert next(looks) == 3
 
 
 def test_readers_change_nothing_where_a_replacement_was_interrupted(tmp_path):

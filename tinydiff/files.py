@@ -28,6 +28,7 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 MAX_JSON = 64 * 2**20
 LFS_POINTER = b"version https://git-lfs"
+ASIDE = ".tinydiff-old-"  # what the name of an old folder begins with while the new one is not in its place yet
 TRIES = 20  # to read what is being replaced
 
 T = TypeVar("T")
@@ -78,10 +79,11 @@ def present(folder: str | Path) -> Path:
     folder = Path(folder)
     for wait in (0.0, 0.01, 0.05):
         time.sleep(wait)
+        moving = temporary.place_of(folder).exists()  # asked first: it is there from before the one is moved to after
         for path in (folder, _aside(folder)):
             if path.exists():
                 return path
-        if not temporary.place_of(folder).exists():  # nobody is moving it, or has just done so
+        if not moving:
             break
     return folder
 
@@ -94,9 +96,15 @@ def stamp(path: str | Path) -> object:
             return path.stat().st_size, path.stat().st_mtime_ns
         if (path / MANIFEST).is_file() and (path / MANIFEST).stat().st_size <= MAX_JSON:
             return (path / MANIFEST).read_bytes()
-        return [(str(file), file.lstat().st_size, file.lstat().st_mtime_ns) for file in _visible(path)] or None
-    except OSError:
+        return (
+            [(str(file), file.lstat().st_size, file.lstat().st_mtime_ns) for file in _visible(path)]
+            if path.exists()
+            else None
+        )
+    except FileNotFoundError:
         return None
+    except OSError as error:
+        return error.errno
 
 
 @contextmanager
@@ -104,7 +112,8 @@ def undisturbed(stamps: Mapping[Path, object]) -> Iterator[None]:
     """ReplacedError unless these paths have these stamps when the block ends, whatever the block made of them."""
 
     def look(error: Exception | None = None) -> None:
-        if replaced := [path for path, before in stamps.items() if stamp(path) != before]:
+        moved = [path for path, before in stamps.items() if error and _moved(path, before)]
+        if replaced := moved or [path for path, before in stamps.items() if stamp(path) != before]:
             fix = "wait until it is done, or copy it and use the copy"
             raise ReplacedError(f"{shown(replaced[0])}: replaced while it was read; {fix}") from error
 
@@ -203,7 +212,14 @@ def make_folder(path: Path) -> None:
 def _aside(path: Path) -> Path:
     """Where the old folder is while the new one is not in its place yet, on file systems that cannot exchange two names."""
     long = len(os.fsencode(path.name)) > 240
-    return path.with_name(f".tinydiff-old-{temporary.place_of(path).name[-16:] if long else path.name}")
+    return path.with_name(f"{ASIDE}{temporary.place_of(path).name[-16:] if long else path.name}")
+
+
+def _moved(path: Path, before: object) -> bool:
+    """Whether a folder was being moved when its stamp was `before`, or is an old one that may be removed by now."""
+    if path.name.startswith(ASIDE):
+        return path.with_name(path.name.removeprefix(ASIDE)).exists()
+    return before is None and present(path).exists()
 
 
 def _recover(path: Path) -> None:
@@ -308,9 +324,9 @@ def _sync(path: Path) -> None:
 
 
 def _verify(folder: Path, parts: Collection[str] | None) -> None:
-    if not folder.is_dir():
-        raise ModelError(f"{shown(folder)}: no such folder; check the path")
     with undisturbed({folder: stamp(folder)}):
+        if not folder.is_dir():
+            raise ModelError(f"{shown(folder)}: no such folder; check the path")
         try:
             if os.path.lexists(folder / MANIFEST):
                 _verify_listed(folder, _entries(folder), parts)
