@@ -15,7 +15,6 @@ from tinydiff.checkpoints.source import Source
 from tinydiff.diffusion.schedules import scaled_linear, zero_terminal_snr
 from tinydiff.errors import ModelError, UsageError
 from tinydiff.inspect import inspect
-from tinydiff.values import brief
 
 STABLE = {"_class_name": "StableDiffusionPipeline"}
 NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -99,7 +98,7 @@ def test_the_documentation_lists_every_class_and_setting():
     for kind in solvers.CLASSES:
         samplers = [name for name, row in solvers.SCHEDULERS.items() if row[0] == solvers.SAME.get(kind, kind)]
         for sampler in samplers:
-            settings = ", ".join(f"`{k}` {brief(v)}" for k, v in solvers.SCHEDULERS[sampler][1].items())
+            settings = ", ".join(f"`{k}` {solvers.brief(v)}" for k, v in solvers.SCHEDULERS[sampler][1].items())
             assert f"| {kind} | `{sampler}` | {settings or 'any'} |" in text
         assert samplers or f"| {kind} | `{solvers.NEAREST[kind]}` instead | reported |" in text
     assert all(f"`{key}`" in text for table in solvers.CLASSES.values() for key in table if key not in LESSER)

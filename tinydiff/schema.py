@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 from tinydiff.errors import UsageError
 from tinydiff.files import shown
@@ -37,6 +37,22 @@ def key(default: Any, doc: str, low: Bound = None, high: Bound = None, choices: 
 def section(kind: type, doc: str, after: str = "", **changes: Any) -> Any:
     """A nested table, its defaults changed; it is printed after the table `after`, or in its own place."""
     return field(default_factory=lambda: kind(**changes), metadata={"doc": doc, "after": after})
+
+
+class Key(NamedTuple):
+    """What a value has to be in other programs' JSON: its type, a closed range, and the names that it may have."""
+
+    kind: Any
+    low: Bound = None
+    high: Bound = None
+    choices: Collection[str] = ()
+
+    def of(self, table: Mapping[str, Any], name: str) -> Any:
+        """The value of a table's key. Raises ValueError, which names the key."""
+        problem, value = check(self.kind, table[name], self._asdict())
+        if problem:
+            raise ValueError(f"{name}: {problem}")
+        return value
 
 
 @lru_cache
@@ -132,7 +148,7 @@ def check(kind: Any, value: Any, meta: Mapping[str, Any]) -> tuple[str, Any]:
     if kind is str and any("\ud800" <= c <= "\udfff" for c in value):
         return f"{brief(value)} is not valid Unicode", value
     if meta["choices"] and value not in meta["choices"]:
-        return f"unknown name {brief(value)}{nearest(str(value), meta['choices'])}", value
+        return f"unknown name {brief(value)}{nearest(str(value)[:80], meta['choices'])}", value
     if isinstance(value, float) and not math.isfinite(value):
         return f"{value} is not finite", value
     for bound, wrong in (("low", lambda b: value < b), ("high", lambda b: value > b)):

@@ -14,7 +14,7 @@ from typing import Any
 
 from tinydiff import config
 from tinydiff.checkpoints import solvers
-from tinydiff.checkpoints.solvers import RESPACED, SCHEDULERS
+from tinydiff.checkpoints.solvers import RESPACED, SCHEDULERS, brief
 from tinydiff.diffusion import schedules
 from tinydiff.diffusion.samplers import steep
 from tinydiff.diffusion.schedules import (
@@ -29,11 +29,12 @@ from tinydiff.diffusion.schedules import (
     training_levels,
 )
 from tinydiff.errors import ModelError, UsageError
-from tinydiff.values import brief, choice, number, truth, whole
+from tinydiff.schema import Key
 
 BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 PREDICTION_TYPES = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v", "flow_prediction": "flow"}
 MOST = 100_000  # training levels
+SHIFT = Key(float, 0.01, 100)
 LEAST = 2.0**-60  # of alpha, but for a last level without signal: float32 loses what is divided by less
 FLOOR = 2.0**-12  # the alpha of a noisiest level without signal, in the classes that divide by it
 FLOORED = ("EulerDiscrete", "EulerAncestralDiscrete", "DPMSolverMultistep", "UniPCMultistep")
@@ -41,6 +42,7 @@ PATCHES = {  # what diffusers' pipelines change, by the beginning of their names
     "StableDiffusionInpaint": {"steps_offset": 1, "skip_prk_steps": True},
     "StableDiffusion": {"steps_offset": 1, "clip_sample": False},
 }
+UNSET = {"steps_offset": 0, "set_alpha_to_one": True, "rescale_betas_zero_snr": False}  # of classes without the key
 TO_ALPHA_BAR = ("ddim", "plms")  # samplers whose last step depends on `set_alpha_to_one`
 # Samplers whose classes compute one timestep more than there are steps, and drop the last.
 BEYOND = ("dpm_solver_1", "dpm_solver_2", "dpm_solver_3", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "deis", "unipc")
@@ -128,16 +130,14 @@ def read(given: dict[str, Any], index: Mapping[str, Any] | None = None, ours: bo
     table = solvers.completed(kind, given)
     pipeline = str(index.get("_class_name"))
     patches = next((patches for prefix, patches in PATCHES.items() if pipeline.startswith(prefix)), {})
-    table |= {key: value for key, value in patches.items() if key in table}
+    table = UNSET | table | {key: value for key, value in patches.items() if key in table}
     schedule, sampler = _levels(kind, table, floored=not ours), solvers.sampler_of(kind, table)
     spacing, lu = _spacing(given if ours else table)
     scheduler = Scheduler(
         schedule=schedule,
         prediction=_prediction(kind, table),
-        offset=whole(table | {"steps_offset": table.get("steps_offset", 0)}, "steps_offset", 0, len(schedule)),
-        final=CLEAN
-        if truth(table | {"set_alpha_to_one": table.get("set_alpha_to_one", True)}, "set_alpha_to_one")
-        else schedule[0],
+        offset=Key(int, 0, len(schedule)).of(table, "steps_offset"),
+        final=CLEAN if Key(bool).of(table, "set_alpha_to_one") else schedule[0],
         sampler=sampler,
         spacing=spacing,
         form=_form(kind, table),
@@ -153,21 +153,25 @@ def read(given: dict[str, Any], index: Mapping[str, Any] | None = None, ours: bo
 
 def _spacing(table: Mapping[str, Any]) -> tuple[str, bool]:
     """Which levels are visited, and whether by `use_lu_lambdas`."""
-    respaced = [key for key in (*RESPACED, "use_flow_sigmas") if key in table and truth(table, key)]
+    respaced = [key for key in (*RESPACED, "use_flow_sigmas") if _true(table, key)]
     if len(respaced) > 1:
         raise ValueError(f"{' and '.join(respaced)} are true; keep one of them")
-    lu = "use_lu_lambdas" in table and truth(table, "use_lu_lambdas") and "use_karras_sigmas" not in respaced
+    lu = _true(table, "use_lu_lambdas") and "use_karras_sigmas" not in respaced
     if lu or (respaced and respaced[0] in RESPACED):
         return "exponential" if lu else RESPACED[respaced[0]], lu
     if "original_inference_steps" in table:
         return "leading", False  # LCM has but one
-    return choice({"timestep_spacing": "linspace"} | dict(table), "timestep_spacing", INDICES), False
+    return Key(str, choices=INDICES).of({"timestep_spacing": "linspace"} | dict(table), "timestep_spacing"), False
+
+
+def _true(table: Mapping[str, Any], key: str) -> bool:
+    return table.get(key) is not None and Key(bool).of(table, key)
 
 
 def _prediction(kind: str, table: Mapping[str, Any]) -> str:
     if kind.startswith("FlowMatch"):
         return "flow"
-    name = choice(table, "prediction_type", PREDICTION_TYPES)
+    name = Key(str, choices=PREDICTION_TYPES).of(table, "prediction_type")
     if table.get("timestep_type") == "continuous" and name == "v_prediction":
         raise ValueError('timestep_type is "continuous", which is not supported; give a model of discrete timesteps')
     return PREDICTION_TYPES[name]
@@ -183,15 +187,15 @@ def _grid(kind: str, table: Mapping[str, Any], given: Mapping[str, Any], schedul
         )
     multistep = scheduler.sampler in BEYOND
     last, kept = CLEAN, table.get("final_sigmas_type", "sigma_min" if kind.startswith("DEIS") else "zero")
-    if choice({"final_sigmas_type": kept}, "final_sigmas_type", ("zero", "sigma_min")) == "sigma_min":
+    if Key(str, choices=("zero", "sigma_min")).of({"final_sigmas_type": kept}, "final_sigmas_type") == "sigma_min":
         last = cleanest if multistep else Level(1.0, cleanest.sigma / cleanest.alpha, 0.0)
     rounded = (spacing == "karras" or lu) and not (cosine and kind.startswith("DPMSolverMultistep"))
     ends = [
-        number(given, key, 1e-6, 1e6) if by_rho and given.get(key) is not None else None
+        Key(float, 1e-6, 1e6).of(given, key) if by_rho and given.get(key) is not None else None
         for key in ("sigma_max", "sigma_min")
     ]
     return Grid(
-        original=whole(table, "original_inference_steps", 1, len(scheduler.schedule))
+        original=Key(int, 1, len(scheduler.schedule)).of(table, "original_inference_steps")
         if scheduler.sampler == "lcm"
         else 0,
         base=table.get("timestep_spacing", "linspace"),
@@ -232,17 +236,17 @@ def _form(kind: str, table: Mapping[str, Any]) -> str:
 
 
 def _levels(kind: str, table: Mapping[str, Any], floored: bool) -> Levels:
-    count = whole(table, "num_train_timesteps", 2, MOST)
+    count = Key(int, 2, MOST).of(table, "num_train_timesteps")
     if kind.startswith("FlowMatch"):
-        return schedules.flow(count, number(table, "shift", 0.01, 100))
+        return schedules.flow(count, SHIFT.of(table, "shift"))
     if table.get("use_flow_sigmas"):
-        return schedules.flow(count, number(table, "flow_shift", 0.01, 100))
+        return schedules.flow(count, SHIFT.of(table, "flow_shift"))
     levels = (
         schedules.from_betas(_betas(table["trained_betas"], count))
         if table["trained_betas"] is not None
         else _named(table, count)
     )
-    if truth({"rescale_betas_zero_snr": False} | dict(table), "rescale_betas_zero_snr"):
+    if Key(bool).of(table, "rescale_betas_zero_snr"):
         levels = schedules.zero_terminal_snr(levels)
         if floored and kind.startswith(FLOORED):
             end = Level(FLOOR, (1 - FLOOR**2) ** 0.5, levels[-1].t)
@@ -254,10 +258,10 @@ def _levels(kind: str, table: Mapping[str, Any], floored: bool) -> Levels:
 
 
 def _named(table: Mapping[str, Any], count: int) -> Levels:
-    name = BETA_SCHEDULES[choice(table, "beta_schedule", BETA_SCHEDULES)]
+    name = BETA_SCHEDULES[Key(str, choices=BETA_SCHEDULES).of(table, "beta_schedule")]
     if name == "cosine":
         return schedules.cosine(count)
-    start, end = (number(table, key, 1e-12, 0.9999) for key in ("beta_start", "beta_end"))
+    start, end = (Key(float, 1e-12, 0.9999).of(table, key) for key in ("beta_start", "beta_end"))
     return {"linear": schedules.linear, "scaled_linear": schedules.scaled_linear}[name](count, start, end)
 
 
@@ -268,7 +272,7 @@ def _betas(betas: Any, count: int) -> list[float]:
         raise ValueError(f"trained_betas is {had}; give a list of num_train_timesteps, {count}")
     for i, beta in enumerate(betas):
         place = f"trained_betas[{i}]"
-        number({place: beta}, place, 1e-12, 1 if i == count - 1 else 0.9999999)
+        Key(float, 1e-12, 1 if i == count - 1 else 0.9999999).of({place: beta}, place)
     return betas
 
 

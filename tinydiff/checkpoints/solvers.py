@@ -5,9 +5,10 @@ Only what stands in a `scheduler_config.json`; no noise levels are computed here
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
-from tinydiff.values import brief
+from tinydiff.system import cut
 
 Table = dict[str, Any]
 
@@ -140,6 +141,11 @@ STEEP = ("heun", "dpm2", "dpm_solver_1", "dpm_solver_2", "dpm_solver_3", "plms",
 OVER = "unless --sampler names another"
 
 
+def brief(value: Any) -> str:
+    """A value as JSON, cut where it is long."""
+    return cut(json.dumps(value[:9] if isinstance(value, list) else value, default=str), 40)
+
+
 def completed(kind: str, given: Table) -> Table:
     """A file's keys that its class has, and the class's defaults for the others; ValueError for a class that is none of ours."""
     if kind not in CLASSES:
@@ -147,6 +153,9 @@ def completed(kind: str, given: Table) -> Table:
     defaults, unset = CLASSES[kind], given.get("_use_default_values") or ()
     table = defaults | {k: v for k, v in given.items() if k in defaults and k not in unset}
     table |= {k: False for k, v in table.items() if v is None and isinstance(defaults[k], bool)}
+    table |= {
+        k: int(v) for k, v in table.items() if type(defaults[k]) is int and isinstance(v, float) and v.is_integer()
+    }
     for key, (others, own) in TAKEN.get(kind, {}).items():
         table[key] = own if table[key] in others else table[key]
     return table

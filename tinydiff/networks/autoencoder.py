@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from tinydiff.networks.network import Array, Graph, Key, Network, Table, pick
-from tinydiff.schema import key
+from tinydiff.networks.network import Array, Graph, Network, Table, pick
+from tinydiff.schema import Key, key
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from tinydiff.networks.network import HIDDEN, SIDE, WIDTH, Array, Denoiser, Key, Table
-from tinydiff.schema import key
+from tinydiff.networks.network import HIDDEN, SIDE, WIDTH, Array, Denoiser, Table
+from tinydiff.schema import Key, key
 
 if TYPE_CHECKING:
     from tinydiff.config import Config

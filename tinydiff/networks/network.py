@@ -7,13 +7,13 @@ by `describe` for a model that is to be trained; the network is built from it ei
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_type_hints
 
-from tinydiff.schema import brief, check
+from tinydiff.schema import Key, brief
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -76,15 +76,6 @@ def pick(settings: type[T], table: Table) -> T:
     """The settings among a table's keys; `settings` is a dataclass."""
     names = {f.name for f in fields(settings)}  # type: ignore[arg-type]
     return settings(**{k: v for k, v in table.items() if k in names})
-
-
-class Key(NamedTuple):
-    """What the value of a key has to be in any `config.json`: its type, a closed range, and the names that it may have."""
-
-    kind: Any
-    low: float | None = None
-    high: float | None = None
-    choices: Collection[str] = ()
 
 
 WIDTH = Key(int, 1, 2**16)  # far above what any network has: a wrong number must not ask for memory
@@ -160,9 +151,7 @@ class Network:
                 self._check_length(key, table)
             if kind is not None:
                 listed = tuple[int, ...] if kind is int and isinstance(table[key], tuple) else kind
-                problem, table[key] = check(listed, table[key], {"low": low, "high": high, "choices": ()})
-                if problem:
-                    raise ValueError(f"{key}: {problem}")
+                table[key] = Key(listed, low, high).of(table, key)
             table[key] = table[key] if kind in (tuple[int, ...], tuple[str, ...]) else single(table[key])
         if "sample_size" in self.keys and isinstance(side := table.get("sample_size"), tuple):
             raise ValueError(f"sample_size: {brief(side)} is not square")

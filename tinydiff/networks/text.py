@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from tinydiff.errors import ModelError
 from tinydiff.files import read_json, shown
-from tinydiff.networks.network import SIDE, WIDTH, Graph, Key, Table, pick
+from tinydiff.networks.network import SIDE, WIDTH, Graph, Table, pick
 from tinydiff.networks.network import TextEncoder as Network
-from tinydiff.schema import key
+from tinydiff.schema import Key, key
 
 if TYPE_CHECKING:
     from torch import Tensor

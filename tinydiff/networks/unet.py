@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from tinydiff.networks.network import HIDDEN, SIDE, WIDTH, Denoiser, Key, OtherNetwork, Table, pick
-from tinydiff.schema import brief, key
+from tinydiff.networks.network import HIDDEN, SIDE, WIDTH, Denoiser, OtherNetwork, Table, pick
+from tinydiff.schema import Key, brief, key
 
 if TYPE_CHECKING:
     from tinydiff.config import Config
