@@ -1,4 +1,4 @@
-"""Prompts from the command line or stdin: cleaned, checked, and what a person may not expect of them said, once.
+"""Prompts from the command line or stdin: cleaned and checked; a surprising reading of one is noted, once.
 
 Nothing is drawn here. Memory is bounded whatever stdin holds.
 """
@@ -116,7 +116,7 @@ def _stdin() -> Iterator[Line | None]:
 
 
 class Reader:
-    """Reads prompts for a model, and says each thing once that a person may not expect of them."""
+    """Reads prompts for a model, and notes each surprising reading once."""
 
     def __init__(self, tokenizers: Mapping[str, Tokens]):
         self.tokenizers, self.noted = list(tokenizers.values()), set[str]()

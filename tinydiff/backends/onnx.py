@@ -10,7 +10,8 @@ import contextlib
 import ctypes
 import io
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -205,10 +206,9 @@ def sizes_of(graph: Graph, inputs: Mapping[str, np.ndarray], factor: int) -> dic
 
 def check_shape(what: str, shape: tuple[int, ...], array: Array, sizes: Mapping[str, int]) -> None:
     """ModelError unless a shape is the one that an array of a graph should have; a size of 0 is one that nobody knows."""
-    wanted = tuple(sizes.get(axis, 0) if isinstance(axis, str) else axis for axis in array.axes)
+    wanted = array.shape(defaultdict(int, sizes))
     if len(shape) != len(wanted) or any(w and n != w for n, w in zip(shape, wanted, strict=True)):
-        text = " x ".join(str(axis or "any") for axis in array.axes)
-        raise ModelError(f"{what} of shape {shown(list(shape))}, not {text}; {RESTORE}")
+        raise ModelError(f"{what} of shape {shown(list(shape))}, not {times(array.axes)}; {RESTORE}")
 
 
 def open_session(bundle: Path, name: str, graph: Graph, device: str) -> ort.InferenceSession:
@@ -296,8 +296,12 @@ def check_declared(what: str, value: Any, array: Array, types: Collection[str]) 
         for n, axis in zip(value.shape, axes, strict=False)
     )
     if value.shape and (len(value.shape) != len(axes) or any(other)):
-        text = " x ".join(str(axis or "any") for axis in axes)
-        raise ModelError(f"{what} of shape {shown(value.shape)}, not {text}; {EXPORT}")
+        raise ModelError(f"{what} of shape {shown(value.shape)}, not {times(axes)}; {EXPORT}")
+
+
+def times(axes: Iterable[str | int]) -> str:
+    """A shape as a message has it; an axis of size 0 can have any."""
+    return " x ".join(str(axis or "any") for axis in axes)
 
 
 def failure(what: str, error: Exception) -> ModelError | ResourceError:

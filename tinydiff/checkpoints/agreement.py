@@ -55,7 +55,7 @@ def of_weights(
 
 
 def of_types(tensors: Mapping[str, Stored], file: str) -> Iterator[str]:
-    """Tensors that are no floating-point numbers, such as quantised ones."""
+    """Tensors of other types than floating point, such as quantised ones."""
     for key, stored in tensors.items():
         if stored.dtype not in FLOATS:
             yield f"{file} has {key} as {stored.dtype}, and only floating-point weights are supported"

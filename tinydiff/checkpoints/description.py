@@ -34,7 +34,7 @@ class Description:
     size: int  # pixels, the side it was trained at
     generate: config.Generate
     conditions: Mapping[str, Array] = field(default_factory=dict)  # what the denoiser is told besides latent and level
-    notes: tuple[str, ...] = ()  # what of the files is not followed, each a line for a person
+    notes: tuple[str, ...] = ()  # what is ignored of the files, a line each
 
     @property
     def schedule(self) -> Levels:

@@ -73,7 +73,7 @@ class Scheduler:
     spacing: str
     form: str = "custom"  # of the training levels: "flow", "custom", or what `BETA_SCHEDULES` calls them
     grid: Grid | None = None  # of a file that is not ours, with its own sampler and spacing
-    notes: tuple[str, ...] = ()  # what of the file is not followed
+    notes: tuple[str, ...] = ()  # settings of the file that are not followed
 
     @property
     def most(self) -> int:
@@ -207,12 +207,12 @@ def _grid(kind: str, table: Mapping[str, Any], given: Mapping[str, Any], schedul
 
 
 def truncated(t: float) -> float:
-    """Its whole part, as found in float32, where 999 may be a little less."""
+    """The whole part of a time, with room for float32, in which 999 may be a little less."""
     return float(max(0, int(t - 1e-3)))
 
 
 def _apart(scheduler: Scheduler, table: Mapping[str, Any]) -> Iterator[str]:
-    """What differs from diffusers' in how a sampler of ours draws these levels."""
+    """How drawing these levels with our sampler differs from diffusers, a line each."""
     sampler, levels = scheduler.sampler, scheduler.schedule
     noisiest, eighth = levels[-1], levels[-1 - len(levels) // 8]  # one of eight steps below
     if table.get("use_flow_sigmas"):

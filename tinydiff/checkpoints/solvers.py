@@ -1,6 +1,6 @@
-"""diffusers' scheduler classes: each one's defaults, which of our samplers draws it, and what of it that does not follow.
+"""diffusers' scheduler classes: each one's defaults, our sampler for it, and the settings that this sampler ignores.
 
-Only what stands in a `scheduler_config.json`; no noise levels are computed here.
+It knows the keys of `scheduler_config.json` alone, and computes no noise levels.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def brief(value: Any) -> str:
 
 
 def completed(kind: str, given: Table) -> Table:
-    """A file's keys that its class has, and the class's defaults for the others; ValueError for a class that is none of ours."""
+    """A file's keys that its class has, and the class's defaults for the others; ValueError for an unsupported class."""
     if kind not in CLASSES:
         raise ValueError(f"_class_name is {brief(kind)}, which is not supported; give DDIMScheduler or another that is")
     defaults, unset = CLASSES[kind], given.get("_use_default_values") or ()
@@ -171,7 +171,7 @@ def sampler_of(kind: str, table: Table) -> str:
 
 
 def unfollowed(kind: str, sampler: str, table: Table) -> list[str]:
-    """What of a class and its settings our sampler does not draw, in a line each."""
+    """The settings of a class that our sampler does not follow, a line each."""
     if kind in NEAREST:
         return [f"{kind}: drawn by {sampler} instead, {OVER}"]
     wanted = {k: v for k, v in ALWAYS.items() if k in table} | SCHEDULERS[sampler][1]

@@ -183,7 +183,7 @@ class Source:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What of its files is not followed, each a line for a person."""
+        """What is ignored of its files, a line each."""
         unknown = {name: network_of(name, table).notes(table) for name, table in networks(self.partial).items()}
         told = [
             f"{self.place(name)}: not known, and not used: {shown(', '.join(k))}" for name, k in unknown.items() if k

@@ -137,10 +137,10 @@ class Network:
         return table
 
     def valid(self, table: Table, whole: bool = True) -> Table:
-        """A table of the same meaning where what can be said in several ways is said in one: a number for a list of equal ones.
+        """The same table in one form: a number instead of a list of equal ones.
 
-        Raises ValueError, naming the key, for a value that makes no network: of another type, out of range, or (if `whole`)
-        at odds with another one.
+        Raises ValueError, naming the key, for a value of another type, out of range, or (if `whole`) in conflict
+        with another one.
         """
         table = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
         for key in table.keys() & (self.keys.keys() | self.only.keys()):
@@ -177,7 +177,7 @@ class Network:
         return {f.name: Key(hints[f.name], *(f.metadata[k] for k in Key._fields[1:])) for f in settings} | self.checked
 
     def misfits(self, table: Table) -> Iterator[str]:
-        """What keys that are each in range but make no network are, in a completed table; the key comes first."""
+        """Conflicts between values that are each in range, in a completed table: a line each, the key first."""
         yield from ()
 
     def shapes(self, table: Table) -> dict[str, tuple[int, ...]]:
@@ -185,7 +185,7 @@ class Network:
         return {}
 
     def notes(self, table: Table) -> list[str]:
-        """The keys of a table that nobody here knows: what they ask for is not done."""
+        """The keys of a table that this package does not know, and so ignores."""
         known = self.keys.keys() | self.only.keys() | self.defaults.keys() | self.unused
         return sorted(key for key in table if self.unused and not key.startswith("_") and key not in known)
 

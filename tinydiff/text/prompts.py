@@ -40,8 +40,8 @@ MARKS = re.compile(
 )
 
 
-# What other programs give a meaning and this one reads as words: what it is there, and how to find it. In each pattern, what
-# repeats stops at the character that begins the next match, so that the scan takes linear time.
+# Syntax of other programs, which is read as plain words here: its name, and a pattern. In each pattern, what repeats stops at
+# the character that begins the next match, so that the scan takes linear time.
 FOREIGN = {
     "a break between chunks": r"\bBREAK\b",
     "a prompt that changes from step to step": r"\[[^\[\]]*:\s*[\d.]+\s*\]",
@@ -116,7 +116,7 @@ def parse(text: str) -> list[Branch]:
 
 
 def foreign(text: str) -> Iterator[tuple[str, str]]:
-    """The syntax of other programs in a prompt: (what it is there, as it stands here)."""
+    """The syntax of other programs in a prompt: (its name there, its text)."""
     plain = re.sub(r"\\[()\[\]:\\]", " ", text)
     for what, pattern in FOREIGN.items():
         yield from ((what, match[0]) for match in re.finditer(pattern, plain))
@@ -131,7 +131,7 @@ def blend(start: str, end: str, share: float) -> list[Branch]:
 
 
 def refuse_no_label(pieces: Sequence[Piece], tokenizer: Tokens) -> None:
-    """UsageError for what a model of classes cannot be told: weights, and a text that is no label."""
+    """UsageError where a model of classes is given weights, or a text that is not a label."""
     if tokenizer.max_length > 1:
         return
     if any(piece.weight != 1 for piece in pieces):

@@ -80,7 +80,7 @@ class Claim:
             raise DataError(f"process {world.rank} reads other data than process 0; give all the same {shown(origin)}")
         begun = files.read_json(path) if self.begun and path.exists() else None
         if begun not in (None, now) and not self.accept:
-            counts = f"{begun.get('images')} images then, {now['images']} now"  # type: ignore[union-attr]
+            counts = f"{begun.get('images')} images then, {now['images']} now"
             fix = "put it back, or use --accept-changes to go on with it, or --fresh to start over"
             raise DataError(f"{shown(origin)}: changed since the run was begun ({counts}); {fix}")
         if begun != now:

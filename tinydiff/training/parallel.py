@@ -114,7 +114,7 @@ class World:
 
         For a loss of the whole batch, which every process then computes; DDP's mean over processes makes it right.
         """
-        return rows if self.mesh is None else Gathered.apply(rows, self.mesh.get_group("data"))  # type: ignore[return-value]
+        return rows if self.mesh is None else Gathered.apply(rows, self.mesh.get_group("data"))
 
     def copy(self, tensors: Iterable[Tensor]) -> None:
         """Rank 0's values, on all."""
@@ -131,7 +131,7 @@ class Gathered(torch.autograd.Function):
     """The rows of a group's processes, (B, ...); the gradient of a process's rows is the sum of what all compute for them."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group, ctx.count = group, len(rows)
         parts = [torch.empty_like(rows) for _ in range(group.size())]
         dist.all_gather(parts, rows.contiguous(), group)
