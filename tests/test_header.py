@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from tensors import equal
 from tiny_stable_diffusion import PARTS, configs_of, read, refusal, sparse
 
-from tinydiff.checkpoints.header import header
+from tinydiff.checkpoints import agreement
+from tinydiff.checkpoints.header import Stored, header
 from tinydiff.checkpoints.source import Source
 from tinydiff.diffusion.schedules import scaled_linear
+from tinydiff.errors import ModelError
 
 BYTES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
@@ -66,6 +68,22 @@ def test_a_folder_of_integers_is_refused(tiny_model, tmp_path):
     file = model / "vae/diffusion_pytorch_model.safetensors"
     saved(file, {k: v.to(torch.int8) for k, v in load_file(file).items()})
     assert f"{file} has" in refusal(Source(model).check) and "I8" in refusal(Source(model).check)
+
+
+@pytest.mark.parametrize("value", [1, None, True, [], {}, 0.5])
+def test_metadata_that_is_not_text_is_named(tmp_path, value):
+    path = saved(tmp_path / "a.safetensors", {"a": torch.zeros(1)})
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    table = json.dumps(json.loads(data[8 : 8 + size]) | {"__metadata__": {"format": "pt", "step": value}}).encode()
+    path.write_bytes(len(table).to_bytes(8, "little") + table + data[8 + size :])
+    with pytest.raises(ModelError, match="__metadata__ has values that are not text; save it again"):
+        header(path)
+
+
+def test_types_in_messages_are_cut():
+    (problem,) = agreement.of_types({"a" * 5000: Stored("x" * 5000, (1,), 0, 4)}, "file")
+    assert len(problem) < 800 and problem.endswith("only floating-point weights are supported")
 
 
 def test_metadata_may_be_null(tiny_sd_files, tmp_path):

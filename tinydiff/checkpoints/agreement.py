@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from tinydiff.checkpoints.header import FLOATS, Stored
+from tinydiff.files import shown
 from tinydiff.networks import VAE, denoiser_in, network_of, networks, text_encoders
 from tinydiff.networks.network import Network, Table
 
@@ -58,4 +59,4 @@ def of_types(tensors: Mapping[str, Stored], file: str) -> Iterator[str]:
     """Tensors of other types than floating point, such as quantised ones."""
     for key, stored in tensors.items():
         if stored.dtype not in FLOATS:
-            yield f"{file} has {key} as {stored.dtype}, and only floating-point weights are supported"
+            yield f"{file} has {shown(key)} as {shown(stored.dtype)}, and only floating-point weights are supported"

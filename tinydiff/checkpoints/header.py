@@ -102,7 +102,10 @@ def header(path: str | Path) -> Header:
         if text.count(b",") > MAX_COMMAS:
             raise ValueError("too many tensors")
         table = json.loads(text, object_pairs_hook=_unique)
-        metadata = {str(k): str(v) for k, v in (table.pop("__metadata__", None) or {}).items()}
+        metadata = table.pop("__metadata__", None) or {}
+        if not all(isinstance(value, str) for value in metadata.values()):  # which the safetensors library refuses
+            problem = "its __metadata__ has values that are not text; save it again with each as a string"
+            raise ModelError(f"{shown(path)}: {problem}")
         tensors = {name: _stored(entry, 8 + size) for name, entry in table.items()}
         _check_places(tensors, 8 + size, length)
     except OSError as error:
