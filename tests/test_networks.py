@@ -18,7 +18,7 @@ from tinydiff import inspect
 from tinydiff.checkpoints.source import Source
 from tinydiff.errors import ModelError
 from tinydiff.files import MANIFEST
-from tinydiff.networks import AUTOENCODER, DENOISERS, TEXT_ENCODERS
+from tinydiff.networks import AUTOENCODER, DENOISERS, TEXT_ENCODERS, network_of
 from tinydiff.networks.network import Network, OtherNetwork
 
 ROWS = {"unet": DENOISERS["unet"], "dit": DENOISERS["dit"], "vae": AUTOENCODER}
@@ -345,3 +345,11 @@ def test_another_network_is_told_from_a_wrong_one():
     with pytest.raises(OtherNetwork):
         ROWS["unet"].read({"transformer_layers_per_block": [1, 2, 10, 1]})
     ROWS["unet"].valid({"transformer_layers_per_block": [1, 2, 10, 1]})  # which a bundle of graphs may have
+
+
+@pytest.mark.parametrize("name", ["text_encoder", "transformer"])
+def test_networks_without_levels_take_no_lists_of_numbers(name):
+    network = network_of(name, {})
+    for key in (key for key, (kind, *_) in network.keys.items() if kind is int and key != "sample_size"):
+        with pytest.raises(ValueError, match=f"^{key}: "):
+            network.valid({key: [2, 4]}, whole=False)

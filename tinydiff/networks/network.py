@@ -153,6 +153,8 @@ class Network:
                 listed = tuple[int, ...] if kind is int and isinstance(table[key], tuple) else kind
                 table[key] = Key(listed, low, high).of(table, key)
             table[key] = table[key] if kind in (tuple[int, ...], tuple[str, ...]) else single(table[key])
+            if kind is int and key != "sample_size" and isinstance(table[key], tuple) and not self._levels(table):
+                raise ValueError(f"{key}: expected int, got {brief(table[key])}")
         if "sample_size" in self.keys and isinstance(side := table.get("sample_size"), tuple):
             raise ValueError(f"sample_size: {brief(side)} is not square")
         if "act_fn" in table:
@@ -164,10 +166,14 @@ class Network:
 
     def _check_length(self, key: str, table: Table) -> None:
         """Raise ValueError for a list of values a level that has another length."""
-        levels = table.get("block_out_channels") or self.defaults.get("block_out_channels")
+        levels = self._levels(table)
         wanted = 2 if key == "sample_size" else len(levels) if isinstance(levels, tuple) else None
         if isinstance(table[key], tuple) and wanted not in (None, len(table[key])):
             raise ValueError(f"{key}: a list of {len(table[key])}, where {wanted} are needed")
+
+    def _levels(self, table: Table) -> Any:
+        """The widths of its levels, None for a network without levels."""
+        return table.get("block_out_channels") or self.defaults.get("block_out_channels")
 
     @cached_property
     def keys(self) -> dict[str, Key]:
