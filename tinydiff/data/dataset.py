@@ -25,6 +25,7 @@ from tinydiff.errors import DataError
 
 PIXEL_CACHE_BYTES = 2 << 30
 THREADS = min(8, os.cpu_count() or 1)
+GOLDEN = (5**0.5 - 1) / 2
 
 
 class Source(Protocol):
@@ -97,17 +98,21 @@ def nearest(sizes: Sequence[tuple[int, int]], width: np.ndarray, height: np.ndar
 class Stream:
     """The endless sequence of a bucket's images: each epoch a permutation seeded by (seed, bucket, epoch).
 
-    Image ids[i] appears in an epoch in proportion to weights[i] > 0 (systematic sampling): once if all are equal.
+    Image ids[i] appears in an epoch in proportion to weights[i] > 0 (systematic sampling): once if all are equal. Where
+    the samples fall moves on by the golden ratio from epoch to epoch, so that the next ones make up for what one rounds:
+    an image stays within a few draws of its due for ever.
     """
 
     def __init__(self, ids: np.ndarray, weights: np.ndarray, seed: int, bucket: int):
         self.ids, self.ends, self.seed, self.bucket = ids, np.cumsum(weights), seed, bucket
         self.length = max(1, round(float(self.ends[-1] / weights.max())))
+        self.first = keyed(seed, "order", 0, bucket).random()
         self.epoch = lru_cache(2)(self._epoch)
 
     def _epoch(self, epoch: int) -> np.ndarray:
         rng = keyed(self.seed, "order", epoch, self.bucket)
-        points = (np.arange(self.length) + rng.random()) * (self.ends[-1] / self.length)
+        rng.random()  # of epoch 0 it is `first`
+        points = (np.arange(self.length) + (self.first + epoch * GOLDEN) % 1) * (self.ends[-1] / self.length)
         return rng.permutation(np.minimum(np.searchsorted(self.ends, points, side="right"), len(self.ends) - 1))
 
     def take(self, start: int, count: int) -> np.ndarray:
