@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tinydiff.data.folder import MAX_CAPTION, FolderSource, clean_captions
+from tinydiff.data.captions import MAX_CAPTION, clean_captions
+from tinydiff.data.folder import FolderSource
 from tinydiff.errors import DataError
 
 
@@ -188,7 +189,10 @@ def test_bad_images_are_listed_and_too_many_are_an_error(tmp_path: Path) -> None
     source = FolderSource(tmp_path, max_bad_fraction=0.3)
     assert len(source) == 7
     assert [path for path, reason in source.skipped if reason] == ["3.png", "4.png", "5.png"]
-    assert "7 images, 3 left out: 3.png (" in source.report() and "\n" not in source.report()
+    assert (
+        "7 images, captions from the files beside them, 3 left out: 3.png (" in source.report()
+        and "\n" not in source.report()
+    )
     message = refusal(tmp_path, max_bad_fraction=0.29)
     assert "3 of 10 images are unusable" in message and "data.max_bad_fraction" in message
 
@@ -209,7 +213,7 @@ def test_a_truncated_image_is_skipped_unless_all_its_pixels_are_there(tmp_path: 
         (b"", "empty caption"),
         (b"\xef\xbb\xbf \r\n\t\n", "empty caption"),
         (b"caf\xe9", "caption is not UTF-8"),
-        ("wide".encode("utf-16"), "caption is not UTF-8"),
+        ("wide".encode("utf-16")[:-1], "caption is not UTF-8"),
         ("wide".encode("utf-16-le"), "caption holds NUL; save it as UTF-8"),
         (b"x" * (2**20 + 1), "caption file over 1 MiB"),
     ],
@@ -252,7 +256,8 @@ def test_equal_stems(tmp_path: Path) -> None:
         ({"file_name": "../outside.png", "text": "x"}, "no such file"),
         ({"file_name": "/etc/passwd", "text": "x"}, "no such file"),
         ({"file_name": "gone.png", "text": "x"}, "no such file"),
-        ({"file_name": "0.png"}, "empty caption"),
+        ({"file_name": "0.png"}, "no caption: name it text or caption"),
+        ({"file_name": "0.png", "text_de": "rot", "text_en": "red"}, "captions under text_de, text_en: name the one"),
         ({"file_name": "0.png", "text": ""}, "empty caption"),
         ({"file_name": "0.png", "text": 5}, "a caption is not text"),
         ({"file_name": "0.png", "text": "x", "captions": [1]}, "a caption is not text"),

@@ -30,7 +30,7 @@ from tinydiff.backends.pytorch import TorchBackend
 from tinydiff.checkpoints import convert, folder, new, weights
 from tinydiff.checkpoints.source import Source
 from tinydiff.diffusion.noise import normal
-from tinydiff.errors import ModelError, UsageError
+from tinydiff.errors import DataError, ModelError, UsageError
 from tinydiff.files import read_json, verify
 from tinydiff.models.autoencoder import Autoencoder
 from tinydiff.models.dit import DiT
@@ -327,6 +327,24 @@ def test_a_label_is_a_name_one_of_its_names_or_a_number(named):
     tokenizer = open_backend(Source(named), "torch", "cpu").tokenizers["labels"]
     labels = ["tench, Tinca tinca", " TINCA TINCA", "0", "carassius auratus", "goldfish", "7", "8", "999", "", "  "]
     assert tokenizer.encode(labels).tolist() == [[0], [0], [0], [1], [4], [2], [8], [999], [1000], [1000]]
+
+
+@pytest.mark.parametrize(("names", "said"), [(["cat", "dog"], {"1": 1, "dog": 1}), (["1", "2", "3"], {"1": 0, "3": 2})])
+def test_numbers_of_a_model_trained_here_are_those_that_were_trained(names, said, tmp_path):
+    Labels(names, 1000).save(tmp_path)
+    labels = Labels.load(tmp_path)
+    assert {text: labels.number(text) for text in said} == said
+    for text in ("0" if names[0] == "1" else "2", "999", "-1", "٣", "01", "1.0"):
+        with pytest.raises(UsageError, match="no class of this model"):
+            labels.number(text)
+
+
+@pytest.mark.parametrize("other", ["zebra", "0", "2", " ", "7"])
+def test_labels_of_data_are_names(other):
+    labels = Labels(["1", "cat", "Dog"], 1000, whole=True)
+    labels.check(["cat", "dog ", "1", "DOG"])
+    with pytest.raises(DataError, match=r"no class that this run was begun with.*--fresh"):
+        labels.check(["cat", other])
 
 
 def test_equal_labels_draw_equal_images(named):

@@ -225,7 +225,7 @@ def test_what_is_unusable_is_named_and_counted(tmp_path, make):
         "bad": "not a PNG, JPEG or WEBP image",
         "anim": "not a PNG, JPEG or WEBP image",
         "v": "its name has a second dot",
-        "w": "weight is not a positive number",
+        "w": "weight is not a positive number from 1e-09 to 1e+09",
         "j": "not a JSON object",
         "u": "caption is not UTF-8",
         "big": "caption file over 1 MiB",
@@ -518,6 +518,24 @@ def test_a_stale_index_is_not_read(tmp_path, make):
         old.image(0)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     assert make().fingerprint() == new.fingerprint()
+
+
+def test_a_shard_that_is_replaced_by_one_of_equal_size_and_time_is_read_anew(tmp_path, make):
+    path = tar(tmp_path / "shards/a.tar", sample(1))
+    old, status = make(), path.stat()
+    for number, moved in ((2, False), (1, True)):  # written into the file, or put in its place
+        other = tar(tmp_path / "other.tar", sample(number))
+        if moved:
+            other.replace(path)
+        else:
+            path.write_bytes(other.read_bytes())
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert (path.stat().st_size, path.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+        new = make()
+        assert new.captions(0) != old.captions(0) and new.digest(0) != old.digest(0)
+        with pytest.raises(DataError, match="changed since the start"):
+            old.image(0)
+        old = new
 
 
 def test_a_damaged_index_is_built_again(tmp_path, make):

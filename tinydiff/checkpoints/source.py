@@ -227,7 +227,8 @@ class Source:
         except (AttributeError, TypeError, ValueError) as error:
             problem = f"its classes make no sense: {error}; copy model_index.json again"
             raise ModelError(f"{shown(self.path)}: {problem}") from None
-        return Labels([names.get(i, "") for i in range(max(names, default=-1) + 1)], classes)
+        ours = (self.path / "tinydiff.toml").is_file()
+        return Labels([names.get(i, "") for i in range(max(names, default=-1) + 1)], classes, whole=ours)
 
     def table(self, name: str) -> Table:
         """A network's `config.json`, completed. Raises ValueError for a network that ours is not."""

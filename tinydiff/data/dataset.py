@@ -22,6 +22,7 @@ from tinydiff import images
 from tinydiff.config import Data
 from tinydiff.diffusion.noise import keyed
 from tinydiff.errors import DataError
+from tinydiff.system import cut, escaped, shown
 
 PIXEL_CACHE_BYTES = 2 << 30
 THREADS = min(8, os.cpu_count() or 1)
@@ -64,6 +65,14 @@ def open_source(data: Data, seed: int = 0, progress: Callable[[int, int], None] 
     from tinydiff.data.folder import FolderSource
 
     return FolderSource(Path(data.path), data.background, data.max_bad_fraction)
+
+
+def examples(source: Source, count: int = 3) -> list[str]:
+    """Some images with their sizes and captions, to look at before they are trained on."""
+    chosen = sorted({i * len(source) // count for i in range(min(count, len(source)))})
+    sizes = (source.size(i) for i in chosen)
+    told = (f"{shown(source.identity(i))} ({w}x{h})" for i, (w, h) in zip(chosen, sizes, strict=True))
+    return [f"{line}: {cut(escaped(source.captions(i)[0]))}" for i, line in zip(chosen, told, strict=True)]
 
 
 def buckets(resolution: int, max_ratio: float, step: int) -> list[tuple[int, int]]:

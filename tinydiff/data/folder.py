@@ -1,60 +1,80 @@
 """A folder of images with captions as a data source.
 
-Three layouts are recognised: metadata.jsonl or metadata.csv in the folder; a caption file next to each image (a.png,
-a.txt); or one subfolder per class, whose name is the caption. Every image is decoded once at the start, so training
-does not fail on one later. This module knows no model, tokens or resolution.
+Three layouts are recognised: a table of captions in the folder (metadata.jsonl, metadata.csv, or any other that names its
+images); a caption file for each image (a.png, a.txt), beside it or in a folder of captions; or one subfolder per class, whose
+name is the caption. What could be captions and is not read is an error, and `report` says where the captions are from. Every
+image is decoded once at the start, so training does not fail on one later. This module knows no model, tokens or resolution.
 
-Rules: hidden files are ignored. Links to files inside the folder are followed, links to folders or to the outside are
-not. metadata.jsonl is preferred to metadata.csv, a.txt to a.caption, and a.png to a.jpg, a.jpeg and a.webp that share a
-caption file. Several lines, or several metadata rows, are several captions.
+Rules: metadata.jsonl is preferred to metadata.csv and both to other tables, a.txt to a.caption and a.json, and a.png to a.jpg,
+a.jpeg and a.webp that share a caption file. Several lines, or several rows, are several captions. Folders that are all named
+like 10_name give their images that weight.
 """
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import hashlib
 import json
-import math
 import os
 import posixpath
 import re
-import stat
-import unicodedata
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import NamedTuple
 
 import numpy as np
 
+from tinydiff.data.captions import (
+    MAX_CAPTION_FILE,
+    SIDECARS,
+    caption_text,
+    clean_captions,
+    no_caption,
+    read_sidecar,
+    texts_of,
+    weight_of,
+)
+from tinydiff.data.listing import IMAGES, Skips, judge, kind, stem, summary, walk
+from tinydiff.data.tables import TABLES, Names, Row, file_of, names_images, rows
 from tinydiff.errors import DataError
-from tinydiff.files import shown
 from tinydiff.images import open_image
-from tinydiff.system import unreadable
+from tinydiff.system import shown
 
 METADATA = ("metadata.jsonl", "metadata.csv")
-SIDECARS = (".txt", ".caption")
-IMAGES = (".png", ".jpg", ".jpeg", ".webp")
-REFUSED = (".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jp2", ".jxl", ".psd", ".svg")
-MAX_CAPTION_FILE = MAX_LINE = 2**20
-MAX_CAPTION = 4096
+UNREAD = (
+    ".parquet",
+    ".arrow",
+    ".feather",
+    ".xlsx",
+    ".xls",
+    ".ods",
+    ".db",
+    ".sqlite",
+    ".sqlite3",
+    ".pkl",
+    ".npz",
+    ".xml",
+)
+REPEATS = re.compile(r"(\d{1,4})_(.*\S.*)")
+NUMBER = re.compile(r"\s*[-+]?\d+(\.\d+)?\s*")
+TEXTS = ("captions", "caption", "texts", "text", "txt", "prompts", "tags")  # folders of caption files
+BESIDE = 1000  # files beside the folder that are looked at
 BATCH = 4096  # images checked at once, to bound memory
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 class FolderSource:
     """The captioned images of a folder, ordered by name.
 
-    `background`: the colour under transparent pixels. `skipped`: (path, reason) for everything left out. Raises
-    DataError if the folder is missing, holds no captioned image, or more than `max_bad_fraction` of its images are bad.
+    `background`: the colour under transparent pixels. `skipped`: (path, reason) for everything left out. `layout`: where the
+    captions are from. Raises DataError if the folder is missing, holds no captioned image, or more than `max_bad_fraction` of
+    its images are bad, or where captions lie that are not read.
     """
 
     def __init__(self, path: str | Path, background: str = "#ffffff", max_bad_fraction: float = 0.01) -> None:
-        self.path, self.background, skips = Path(path), background, _Skips()
-        entries = _entries(self.path, _walk(self.path, skips), skips)
+        self.path, self.background, skips = Path(path), background, Skips()
+        entries, self.layout = _entries(self.path, walk(self.path, skips), skips)
         self._entries = self._decodable(sorted(entries, key=lambda entry: entry.name), skips)
         self.skipped: list[tuple[str, str]] = sorted(skips.bad + skips.notes)
         bad = sorted(skips.bad)
@@ -97,16 +117,17 @@ class FolderSource:
         return total.hexdigest()
 
     def report(self) -> str:
-        """One line: how many images, how many left out, and the first reasons."""
-        return f"{shown(self.path)}: {len(self)} images" + (f", {summary(self.skipped)}" if self.skipped else "")
+        """One line: how many images, where their captions are from, how many are left out, and the first reasons."""
+        line = f"{shown(self.path)}: {len(self)} images, {self.layout}"
+        return line + (f", {summary(self.skipped)}" if self.skipped else "")
 
-    def _decodable(self, entries: list[_Entry], skips: _Skips) -> list[_Entry]:
+    def _decodable(self, entries: list[_Entry], skips: Skips) -> list[_Entry]:
         """The entries whose image decodes, with its hash and size."""
         batches = (entries[start : start + BATCH] for start in range(0, len(entries), BATCH))
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             return [entry for batch in batches for entry in pool.map(partial(self._decoded, skips), batch) if entry]
 
-    def _decoded(self, skips: _Skips, entry: _Entry) -> _Entry | None:
+    def _decoded(self, skips: Skips, entry: _Entry) -> _Entry | None:
         path = self.path / entry.name
         try:
             height, width = open_image(path, self.background).shape[:2]
@@ -129,118 +150,36 @@ class _Entry(NamedTuple):
     size: tuple[int, int] = (0, 0)
 
 
-class _Skips:
-    """What is left out, as (path, reason): `bad` counts against the allowed fraction, `notes` are only reported."""
-
-    def __init__(self) -> None:
-        self.bad, self.notes = list[tuple[str, str]](), list[tuple[str, str]]()
-
-    def add(self, name: str, reason: str) -> None:
-        """An image is bad, any other file is a note."""
-        (self.bad if _kind(name) in (*IMAGES, *REFUSED) else self.notes).append((shown(name), reason))
+Found = tuple[list[_Entry], str]  # images with captions, and where these are from
 
 
-def judge(path: str | Path, usable: int, bad: int, allowed: float, left_out: str) -> None:
-    """Raise DataError if more than the fraction `allowed` of a source's images are bad."""
-    if bad > allowed * (usable + bad):
-        share = f"{bad} of {usable + bad} images are unusable, over the allowed {allowed:g}"
-        raise DataError(f"{shown(path)}: {share}: {left_out}; mend or remove them, or raise data.max_bad_fraction")
-
-
-def summary(skipped: list[tuple[str, str]], count: int = 0) -> str:
-    """How many files are left out, and the first three reasons; `count` if `skipped` does not list all."""
-    count = count or len(skipped)
-    reasons = ", ".join(f"{path} ({reason})" for path, reason in skipped[:3])
-    return f"{count} left out: {reasons}{f' and {count - 3} more' if count > 3 else ''}"
-
-
-def _kind(name: str) -> str:
-    return posixpath.splitext(name)[1].lower()
-
-
-def _stem(name: str) -> str:
-    return posixpath.splitext(name)[0]
-
-
-# ---- listing the files ---------------------------------------------------------------------------------------------
-
-
-def _walk(root: Path, skips: _Skips) -> list[str]:
-    """Sorted paths, relative to `root`, of its regular files that are not hidden."""
-    if not os.path.isdir(root):
-        problem = "is not a folder" if os.path.exists(root) else "does not exist"
-        raise DataError(f"data folder {shown(root)} {problem}; set data.path to a folder of captioned images")
-
-    def note(error: OSError) -> None:
-        if error.filename == os.fspath(root):
-            raise unreadable(error, root, DataError) from None
-        skips.notes.append((shown(error.filename), error.strerror or "cannot be read"))
-
-    inside, names = os.path.realpath(root), list[str]()
-    for folder, folders, files in os.walk(root, onerror=note):
-        prefix = "" if folder == os.fspath(root) else Path(folder).relative_to(root).as_posix() + "/"
-        folders[:] = [name for name in folders if _enter(prefix + name, Path(folder, name), skips)]
-        files = [prefix + name for name in files if not name.startswith(".")]
-        names += [name for name in files if _admit(name, root / name, inside, skips)]
-    return sorted(names)
-
-
-def _enter(name: str, path: Path, skips: _Skips) -> bool:
-    """Whether to list a subfolder."""
-    hidden = path.name.startswith(".") or path.name == "__MACOSX"
-    reason = "" if hidden else "link to a folder" if path.is_symlink() else _bad_name(name)
-    if reason:
-        skips.notes.append((shown(name), reason))
-    return not hidden and not reason
-
-
-def _admit(name: str, path: Path, inside: str, skips: _Skips) -> bool:
-    """Whether a file may be opened; if not, `skips` gets the reason for an image, caption or metadata file."""
-    reason = "not a PNG, JPEG or WEBP image" if _kind(name) in REFUSED else _bad_name(name) or _bad_file(path, inside)
-    if reason and _kind(name) in (*IMAGES, *REFUSED, *SIDECARS, ".jsonl", ".csv"):
-        skips.add(name, reason)
-    return not reason
-
-
-def _bad_name(name: str) -> str:
-    return "its name is not UTF-8" if SURROGATE.search(name) else ""
-
-
-def _bad_file(path: Path, inside: str) -> str:
-    try:
-        status = path.lstat()
-        if stat.S_ISLNK(status.st_mode):
-            if os.path.commonpath([inside, os.path.realpath(path)]) != inside:
-                return "link that leaves the folder"
-            status = path.stat()
-    except OSError as error:
-        return "broken link" if isinstance(error, FileNotFoundError) else error.strerror or "cannot be read"
-    return "" if stat.S_ISREG(status.st_mode) else "not a regular file"
-
-
-# ---- the three layouts ---------------------------------------------------------------------------------------------
-
-
-def _entries(root: Path, names: list[str], skips: _Skips) -> list[_Entry]:
+def _entries(root: Path, names: list[str], skips: Skips) -> Found:
     """Every image that has captions. Raises DataError if the layout is none of the three."""
-    if tables := [name for name in METADATA if name in names]:
-        skips.notes += [(name, f"{tables[0]} is used") for name in tables[1:]]
-        return _from_metadata(root, tables[0], names, skips)
-    below = [shown(posixpath.dirname(name)) for name in names if posixpath.basename(name) in METADATA]
-    if below:
-        places = ", ".join(dict.fromkeys(below[:3]))
-        raise DataError(f"{shown(root)} has its metadata in subfolders ({places}); set data.path to one of them")
-    images = [name for name in names if _kind(name) in IMAGES]
+    known = Names(root, names)
+    if table := _table(root, names, known, skips):
+        return _from_table(root, table, known, skips), f"captions from {shown(table)}"
+    images = [name for name in names if kind(name) in IMAGES]
     if not images:
         reasons = f" ({summary(sorted(skips.bad))})" if skips.bad else ""
-        raise DataError(f"data folder {shown(root)} holds no images; put PNG, JPEG or WEBP files there{reasons}")
-    sidecars, stems = _by_stem(names, SIDECARS, "{} is used", skips), set(map(_stem, images))
-    skips.notes += [(shown(name), "caption without an image") for stem, name in sidecars.items() if stem not in stems]
+        tars = [name for name in names if kind(name) == ".tar"]
+        hint = f", or data.path to {shown(root / posixpath.dirname(tars[0]))} for the .tar shards there" if tars else ""
+        raise DataError(f"data folder {shown(root)} holds no images; put PNG, JPEG or WEBP files there{hint}{reasons}")
+    sidecars, stems = _by_stem(names, SIDECARS, "{} is used", skips), set(map(stem, images))
+    orphans = {key: name for key, name in sidecars.items() if key not in stems}
     if stems & sidecars.keys():
-        return _from_sidecars(root, images, sidecars, skips)
+        for name in orphans.values():
+            skips.note(name, "caption without an image")
+        return _weighed(_from_sidecars(root, images, sidecars, skips), "captions from the files beside them")
+    if moved := _elsewhere(images, orphans):
+        places = ", ".join(sorted({shown(posixpath.dirname(name) or ".") for name in moved.values()})[:3])
+        return _from_sidecars(root, images, moved, skips), f"captions from the files of their names in {places}"
+    _refuse_unread(root, names)
+    _refuse_beside(root, names, images)
+    for name in orphans.values():
+        skips.note(name, "caption without an image")
     if any("/" in name for name in images):
         return _from_classes(images, skips)
-    first = shown(_stem(images[0]))
+    first = shown(stem(images[0]))
     if sidecars:
         problem = f"no caption file matches an image (as {shown(next(iter(sidecars.values())))})"
         raise DataError(f"{shown(root)}: {problem}; name them {first}.txt and so on")
@@ -248,152 +187,188 @@ def _entries(root: Path, names: list[str], skips: _Skips) -> list[_Entry]:
     raise DataError(f"{shown(root)}: its {len(images)} images have no captions; {fix}")
 
 
-def _by_stem(names: list[str], kinds: tuple[str, ...], note: str, skips: _Skips) -> dict[str, str]:
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _table(root: Path, names: list[str], known: Names, skips: Skips) -> str:
+    """The table of captions to read; "" if there is none. DataError where there are several of equal right."""
+    stems = {stem(name) for name in names if kind(name) in IMAGES}
+    all_tables = [name for name in names if kind(name) in TABLES and stem(name) not in stems]
+    plain = {name: posixpath.basename(name).lower() for name in all_tables}
+    named = sorted((n for n in all_tables if plain[n] in METADATA), key=lambda n: METADATA.index(plain[n]))
+    if top := [name for name in named if "/" not in name]:
+        for name in [n for n in all_tables if n != top[0] and "/" not in n and kind(n) != ".txt"]:
+            skips.note(name, f"{top[0]} is used")
+        return top[0]
+    if named:
+        places = ", ".join(dict.fromkeys(shown(posixpath.dirname(name)) for name in named[:3]))
+        raise DataError(f"{shown(root)} has its metadata in subfolders ({places}); set data.path to one of them")
+    ours = [name for name in all_tables if _names_images(root / name, known, posixpath.dirname(name))]
+    if len(ours) > 1:
+        listed = ", ".join(map(shown, ours[:3]))
+        raise DataError(
+            f"{shown(root)}: several tables name its images ({listed}); keep one, as metadata{kind(ours[0])}"
+        )
+    return ours[0] if ours else ""
+
+
+def _names_images(path: Path, known: Names, folder: str) -> bool:
+    try:
+        return names_images(path, known, folder)
+    except DataError:  # no table
+        return False
+
+
+def _from_table(root: Path, table: str, known: Names, skips: Skips) -> list[_Entry]:
+    """Entries of a table; the captions of rows that name the same file are joined."""
+    number, entries = 0, dict[str, _Entry]()
+    for number, row in rows(root / table, known, posixpath.dirname(table)):
+        try:
+            entry = _entry(row, known, posixpath.dirname(table))
+            old = entries.get(entry.name, entry)
+            entries[entry.name] = old._replace(captions=tuple(dict.fromkeys(old.captions + entry.captions)))
+        except ValueError as error:
+            skips.bad.append((f"{shown(table)}:{number}", str(error)))
+    if not number:
+        raise DataError(f"{shown(root / table)} is empty; write a row with file_name and text for each image")
+    for name in sorted(known.all):
+        if kind(name) in IMAGES and name not in entries:
+            skips.note(name, f"not used by {table}")
+    return list(entries.values())
+
+
+def _entry(row: Row, known: Names, folder: str) -> _Entry:
+    """The entry of one row. Raises ValueError if the row is unusable."""
+    if isinstance(row, str):
+        raise ValueError(row)
+    if not (file := file_of(row)):
+        raise ValueError("no file_name")
+    if not (name := known.find(file, folder)) or kind(name) not in IMAGES:
+        raise ValueError(f"no such file in the folder: {shown(file)}")
+    if not (texts := texts_of(row)):
+        raise ValueError(no_caption(row))
+    return _Entry(name, tuple(clean_captions(texts)), weight_of(row))
+
+
+# ---- caption files ---------------------------------------------------------------------------------------------------
+
+
+def _by_stem(names: list[str], kinds: tuple[str, ...], note: str, skips: Skips) -> dict[str, str]:
     """{stem: its file of the first of `kinds`}; `skips` gets the other files, with `note` about the first."""
     chosen: dict[str, str] = {}
-    for kind in kinds:
+    for each in kinds:
         for name in names:
-            if _kind(name) == kind and (first := chosen.setdefault(_stem(name), name)) != name:
-                skips.notes.append((shown(name), note.format(shown(first))))
+            if kind(name) == each and (first := chosen.setdefault(stem(name), name)) != name:
+                skips.note(name, note.format(shown(first)))
     return chosen
 
 
-def _from_sidecars(root: Path, images: list[str], sidecars: dict[str, str], skips: _Skips) -> list[_Entry]:
+def _elsewhere(images: list[str], orphans: dict[str, str]) -> dict[str, str]:
+    """{an image's stem: the caption file of its name in another folder}, if most images have one and no name is twice."""
+    files = Counter(posixpath.basename(key) for key in orphans)
+    pictures = Counter(posixpath.basename(stem(name)) for name in images)
+    if len(pictures) < len(images) or not files or files.most_common(1)[0][1] > 1:
+        return {}
+    places = {posixpath.basename(key): name for key, name in orphans.items()}
+    found = {stem(name): places[base] for name in images if (base := posixpath.basename(stem(name))) in places}
+    return found if 2 * len(found) > len(images) else {}
+
+
+def _from_sidecars(root: Path, images: list[str], sidecars: dict[str, str], skips: Skips) -> list[_Entry]:
     entries = []
-    for stem, name in _by_stem(images, IMAGES, "shares its caption with {}", skips).items():
-        if stem not in sidecars:
+    for key, name in _by_stem(images, IMAGES, "shares its caption with {}", skips).items():
+        if key not in sidecars:
             skips.add(name, "no caption file")
             continue
         try:
-            with open(root / sidecars[stem], "rb") as file:
-                lines = caption_text(file.read(MAX_CAPTION_FILE + 1)).splitlines()
-            entries.append(_Entry(name, tuple(clean_captions(lines))))
+            with open(root / sidecars[key], "rb") as file:
+                text = caption_text(file.read(MAX_CAPTION_FILE + 1))
+            captions, weight = read_sidecar(kind(sidecars[key]), text)
+            entries.append(_Entry(name, tuple(captions), weight))
         except (ValueError, OSError) as error:
             skips.add(name, (error.strerror or "caption unreadable") if isinstance(error, OSError) else str(error))
     return entries
 
 
-def _from_classes(images: list[str], skips: _Skips) -> list[_Entry]:
-    entries = []
+# ---- classes ---------------------------------------------------------------------------------------------------------
+
+
+def _from_classes(images: list[str], skips: Skips) -> Found:
+    entries, labels = [], dict[str, None]()
+    weighed = _repeats(images)
     for name in images:
-        label = posixpath.basename(posixpath.dirname(name)).replace("_", " ")
+        label = posixpath.basename(posixpath.dirname(name))
+        label = (weighed[label][1] if weighed and label else label).replace("_", " ")
         if label.strip():
             entries.append(_Entry(name, tuple(clean_captions([label]))))
+            labels.setdefault(entries[-1].captions[0])
         else:
             skips.add(name, "not in a class subfolder")
-    return entries
+    listed = ", ".join(shown(label) for label in list(labels)[:3]) + (", ..." if len(labels) > 3 else "")
+    layout = f"captioned by the names of their {len(labels)} folders ({listed})"
+    if len(labels) == 1:
+        layout = (
+            f'every one captioned "{listed}", the name of its folder: if that is not meant, write a.txt beside a.png'
+        )
+    elif all(NUMBER.fullmatch(label) for label in labels):
+        layout += ", which are numbers: rename the folders to say what they show"
+    return _weighed(entries, layout)
 
 
-# ---- rows and captions ---------------------------------------------------------------------------------------------
+def _repeats(images: list[str]) -> dict[str, tuple[float, str]]:
+    """{folder: (weight, name)} if all images are in folders like 10_name, as some trainers have them; else {}."""
+    folders = {posixpath.basename(posixpath.dirname(name)) for name in images}
+    found = {folder: (float(match[1]), match[2]) for folder in folders if (match := REPEATS.fullmatch(folder))}
+    return found if len(found) == len(folders) and all(weight > 0 for weight, _ in found.values()) else {}
 
 
-def _from_metadata(root: Path, table: str, names: list[str], skips: _Skips) -> list[_Entry]:
-    """Entries of metadata.jsonl or metadata.csv; the captions of rows that name the same file are joined."""
-    known, number = set(names), 0
-    entries: dict[str, _Entry] = {}
-    for number, row in _rows(root / table):
-        try:
-            entry = _entry(row, known)
-            old = entries.get(entry.name, entry)
-            entries[entry.name] = old._replace(captions=tuple(dict.fromkeys(old.captions + entry.captions)))
-        except ValueError as error:
-            skips.bad.append((f"{table}:{number}", str(error)))
-    if not number:
-        raise DataError(f"{shown(root / table)} is empty; write a row with file_name and text for each image")
-    unnamed = [name for name in names if _kind(name) in IMAGES and name not in entries]
-    skips.notes += [(shown(name), f"not used by {table}") for name in unnamed]
-    return list(entries.values())
+def _weighed(entries: list[_Entry], layout: str) -> Found:
+    """Entries by the weights of their folders, where these have them."""
+    if not (weights := _repeats([entry.name for entry in entries])):
+        return entries, layout
+    folders = (posixpath.basename(posixpath.dirname(entry.name)) for entry in entries)
+    weighed = [e._replace(weight=e.weight * weights[f][0]) for e, f in zip(entries, folders, strict=True)]
+    return weighed, f"{layout}, weighed by the numbers of their folders"
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """(line number, row or what is wrong with it). Bytes that are not UTF-8 become surrogates, refused later."""
-    try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            yield from _csv_rows(path, _lines(file)) if path.suffix == ".csv" else _json_rows(_lines(file))
-    except OSError as error:
-        raise unreadable(error, path, DataError) from None
+# ---- what is not read ------------------------------------------------------------------------------------------------
 
 
-def _lines(file: TextIO) -> Iterator[str]:
-    """The lines of a file; of a line longer than MAX_LINE, its first MAX_LINE + 1 characters."""
-    while line := file.readline(MAX_LINE + 1):
-        rest = line
-        while len(rest) > MAX_LINE and not rest.endswith("\n"):
-            rest = file.readline(MAX_LINE + 1)
-        yield line
+def _refuse_unread(root: Path, names: list[str]) -> None:
+    """DataError for a file that could be a table of captions, of a kind that is not read."""
+    if unread := next((name for name in names if kind(name) in UNREAD), None):
+        fix = "write it as metadata.jsonl or metadata.csv with file_name and text, or move it away"
+        raise DataError(f"{shown(root / unread)}: could hold captions, and is of a kind that is not read; {fix}")
 
 
-def _json_rows(file: Iterable[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    for number, line in enumerate(file, 1):
-        if not line.strip():
+def _refuse_beside(root: Path, names: list[str], images: list[str]) -> None:
+    """DataError where a table, or a folder of caption files, beside the folder names its images."""
+    known, wanted = Names(root, names), {posixpath.basename(stem(name)) for name in images}
+    for path in _beside(root):
+        table = path.is_file() and _names_images(path, known, "")
+        texts = path.is_dir() and any(kind(each) in SIDECARS and stem(each) in wanted for each in _some(path))
+        if table:
+            fix = f"move it into {shown(root)} as metadata{kind(path.name)}"
+        elif texts:
+            fix = f"move its files beside the images of {shown(root)}"
+        else:
             continue
-        try:
-            row = json.loads(line) if len(line) <= MAX_LINE else None
-            yield number, row if isinstance(row, dict) else "not a JSON object, or over 1 MiB"
-        except (ValueError, RecursionError):
-            yield number, "not a JSON object"
+        raise DataError(f"{shown(path)}: names the images of {shown(root)}, which have no captions there; {fix}")
 
 
-def _csv_rows(path: Path, file: Iterable[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    table = csv.DictReader(file, strict=True)
+def _beside(root: Path) -> Iterator[Path]:
+    """Files that could be tables, and folders, beside a folder."""
+    parent, own = Path(os.path.realpath(root)).parent, Path(os.path.realpath(root)).name
+    for name in sorted(_some(parent)):
+        path = parent / name
+        if name != own and (kind(name) in TABLES or name.lower() in TEXTS):
+            yield path
+
+
+def _some(folder: Path) -> list[str]:
+    """The first names in a folder."""
     try:
-        if missing := {"file_name", "text"} - set(table.fieldnames or ()):
-            raise DataError(f"{shown(path)}: no column {sorted(missing)[0]}; its first line must be file_name,text")
-        for row in table:
-            yield table.line_num, {key: row[key] for key in ("file_name", "text", "weight") if row.get(key) is not None}
-    except csv.Error as error:
-        raise DataError(f"{shown(path)}: line {table.line_num}: {error}; quote it as CSV") from None
-
-
-def _entry(row: dict[str, Any] | str, known: set[str]) -> _Entry:
-    """The entry of one row. Raises ValueError if the row is unusable."""
-    if isinstance(row, str):
-        raise ValueError(row)
-    name, captions = row.get("file_name"), row.get("captions") or []
-    if not isinstance(name, str) or not name:
-        raise ValueError("no file_name")
-    name = posixpath.normpath(name)
-    if name not in known:
-        raise ValueError(f"no such file in the folder: {shown(name)}")
-    texts = [row.get("text"), *captions] if isinstance(captions, list) else [row.get("text"), captions]
-    texts = [text for text in texts if text is not None]
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{shown(name)}: a caption is not text")
-    return _Entry(name, tuple(clean_captions(texts)), clean_weight(row.get("weight", 1.0)))
-
-
-def clean_weight(value: Any) -> float:
-    """A weight from JSON or CSV. Raises ValueError unless it is a positive number."""
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        if not isinstance(value, bool) and 0 < (weight := float(value)) < math.inf:
-            return weight
-    raise ValueError("weight is not a positive number")
-
-
-def clean_captions(texts: Iterable[str]) -> list[str]:
-    """Captions as they are trained on: NFC, one line, single spaces, at most MAX_CAPTION characters, no duplicates.
-
-    Raises ValueError if a caption holds NUL or bytes that are not UTF-8, or if all are empty.
-    """
-    captions: dict[str, None] = {}
-    for text in texts:
-        if "\0" in text:
-            raise ValueError("caption holds NUL; save it as UTF-8")
-        if SURROGATE.search(text):
-            raise ValueError("caption is not UTF-8")
-        words = unicodedata.normalize("NFC", CONTROL.sub(" ", text)).split()
-        captions.setdefault(" ".join(words)[:MAX_CAPTION].rstrip())
-    captions.pop("", None)
-    if not captions:
-        raise ValueError("empty caption")
-    return list(captions)
-
-
-def caption_text(data: bytes) -> str:
-    """The text of a caption file, of which a longer one need not be read whole. Raises ValueError for a bad one."""
-    if len(data) > MAX_CAPTION_FILE:
-        raise ValueError("caption file over 1 MiB")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError("caption is not UTF-8") from None
+        with os.scandir(folder) as entries:
+            return [entry.name for entry, _ in zip(entries, range(BESIDE), strict=False)]
+    except OSError:
+        return []

@@ -3,8 +3,8 @@
 A sample is the members that share a key, which is the path up to the first dot of its last component: an image, a
 caption (.txt, .caption, .cls, or "text", "caption" or "captions" in a .json) and optionally "weight" in the .json. They
 come in any order, and of duplicates the first counts; png is preferred to jpg, jpeg and webp, txt to caption, json and
-cls. Only the headers of images are parsed. An index is valid for one real path, size and mtime of the shard. It is read
-with `pread`: memory maps would hold a descriptor for each shard, and crash if the file shrank.
+cls. Only the headers of images are parsed. An index is valid for one real path, inode, size, mtime and ctime of the shard.
+It is read with `pread`: memory maps would hold a descriptor for each shard, and crash if the file shrank.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from typing import NamedTuple
 
 from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin  # noqa: F401  (else Pillow loads all plugins)
 
-from tinydiff.data.folder import IMAGES, MAX_CAPTION_FILE, REFUSED, caption_text, clean_captions, clean_weight
+from tinydiff.data.captions import MAX_CAPTION_FILE, caption_text, clean_captions, json_object, texts_of, weight_of
+from tinydiff.data.listing import IMAGES, REFUSED
 from tinydiff.data.tar import File, Member, members
 from tinydiff.errors import DataError
 from tinydiff.files import shown, written
@@ -55,7 +56,7 @@ class Shard(NamedTuple):
 
     path: Path
     index_path: Path
-    state: tuple[int, int]  # size, mtime
+    state: tuple[int, ...]  # of the file, as `File` has it
     prefix: bytes
     samples: int
     rows_at: int
@@ -91,7 +92,7 @@ def reopened(shards: list[Shard], number: int, index: bool) -> File:
     if index and not shard.index_path.exists():
         _build(File(shard.path), shard.index_path, Event())
     file = File(shard.index_path if index else shard.path)
-    if (file.read(0, PREFIX.size) != shard.prefix) if index else ((file.size, file.mtime) != shard.state):
+    if (file.read(0, PREFIX.size) != shard.prefix) if index else (file.state != shard.state):
         raise DataError(f"{shown(shard.path)}: has changed since the start; start again")
     return file
 
@@ -134,7 +135,7 @@ def _load(file: File, index: Path) -> tuple[Shard, Skips] | None:
                 actual = zlib.crc32(block, actual)
     except (OSError, struct.error):
         return None
-    state = (file.size, file.mtime)
+    state = file.state
     if magic != MAGIC or actual != crc or (head := json.loads(text))["state"] != list(state):
         return None
     count, rows_at = head["count"], PREFIX.size + length
@@ -160,7 +161,7 @@ def _build(file: File, index: Path, stop: Event) -> None:
         content.update(json.dumps([member.name, digest.hex(), caption.decode(), sample.weight]).encode())
         names += name
         captions += caption
-    head = {"state": [file.size, file.mtime], "count": count, "names": len(names), "content": content.hexdigest()}
+    head = {"state": list(file.state), "count": count, "names": len(names), "content": content.hexdigest()}
     head |= {"bad": contents.bad, "left_out": contents.left_out, "skipped": contents.skipped}
     text = json.dumps(head).encode()
     sections = (text, rows, names, captions)
@@ -270,19 +271,10 @@ class _Contents:
         return caption_text(self.file.read(member.start, min(member.size, MAX_CAPTION_FILE + 1)))
 
 
-def _parse(text: str) -> tuple[list[str] | None, float]:
-    """Captions (None if there are none) and weight in a sample's .json. Raises ValueError if it is unusable."""
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError):
-        row = None
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
-    values = [row[key] for key in ("text", "caption", "captions") if row.get(key) is not None]
-    texts = [text for value in values for text in (value if isinstance(value, list) else [value])]
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError("a caption is not text")
-    return texts or None, clean_weight(row.get("weight", 1.0))
+def _parse(text: str) -> tuple[list[str], float]:
+    """Captions, if there are any, and weight in a sample's .json. Raises ValueError if it is unusable."""
+    row = json_object(text)
+    return texts_of(row), weight_of(row)
 
 
 def _size(data: bytes) -> tuple[int, int]:

@@ -48,7 +48,8 @@ class File:
             raise unreadable(error, path, DataError) from error
         if not stat.S_ISREG(status.st_mode):
             raise DataError(f"{shown(path)}: not a regular file; give a .tar file")
-        self.size, self.mtime = status.st_size, status.st_mtime_ns
+        # whatever changes a file's bytes sets its ctime, which nobody can set back as they can its mtime
+        self.size, self.state = status.st_size, (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
     def read(self, offset: int, size: int) -> bytes:
         """Exactly `size` bytes from `offset`. Raises DataError if the file is shorter or cannot be read."""

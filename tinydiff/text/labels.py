@@ -1,20 +1,21 @@
 """Class labels as prompts: what a class-conditional model has instead of a tokenizer. It knows no network.
 
-A label is a class's name, one part of a name with commas ("tabby, tabby cat"), or its number; empty text is the null
-label of classifier-free guidance.
+A label is a class's name, or one part of a name with commas ("tabby, tabby cat"). A prompt may give a class's number instead:
+of a model trained here, one that was trained, if no name is a number. Empty text is the null label of classifier-free guidance.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from tinydiff.errors import UsageError
+from tinydiff.errors import DataError, UsageError
 from tinydiff.files import read_json
 from tinydiff.schema import nearest
+from tinydiff.system import shown
 
 FILE = "labels.json"
 LEAST = 1000  # classes that a network has at least: diffusers' pipeline uses label 1000 as the null label
@@ -26,19 +27,23 @@ class Labels:
     bos = None
     max_length = 1
 
-    def __init__(self, names: Sequence[str], classes: int):
+    def __init__(self, names: Sequence[str], classes: int, whole: bool = False):
+        """`whole`: a class without a name has never been trained, and a name that is a number is no number."""
         self.names = list(names)
         self.eos = self.pad = classes
         self.vocab_size = classes + 1
         synonyms = {part.strip().lower(): i for i, name in enumerate(self.names) for part in name.split(",")}
         self.numbers = synonyms | {name.strip().lower(): i for i, name in enumerate(self.names)}
         self.numbers.pop("", None)  # a class without a name
+        ambiguous = any(name.isdecimal() for name in self.numbers)
+        most = (0 if ambiguous else len(self.names)) if whole else classes
+        self.choices = range(most)  # numbers that a prompt may give
 
     @classmethod
     def load(cls, folder: Path) -> Labels:
         """The labels that `save` wrote. Raises ModelError."""
         names = [str(name) for name in read_json(folder / FILE).values()]
-        return cls(names, max(LEAST, len(names)))
+        return cls(names, max(LEAST, len(names)), whole=True)
 
     def save(self, folder: Path) -> None:
         """Write labels.json, {number: name}."""
@@ -56,10 +61,18 @@ class Labels:
             return self.pad
         if name in self.numbers:
             return self.numbers[name]
-        if name.isdecimal() and len(name) < 20 and int(name) < self.pad:
+        if name.isdecimal() and name.isascii() and len(name) < 20 and int(name) in self.choices:
             return int(name)
         near = nearest(name[:100], list(self.numbers)[:2000]) if self.numbers else ""
-        raise UsageError(f"{text[:60]!r}: no class of this model{near}; give a label, or a number below {self.pad}")
+        number = f", or a number below {len(self.choices)}" if self.choices else ""
+        raise UsageError(f"{text[:60]!r}: no class of this model{near}; give a label{number}")
+
+    def check(self, labels: Iterable[str]) -> None:
+        """Raises DataError for a label of data that is no class's name: data have no numbers."""
+        if other := next((text for text in labels if text.strip().lower() not in self.numbers), None):
+            near = nearest(other[:100].lower(), list(self.numbers)[:2000])
+            fix = "take its images away, or train them all anew with --fresh"
+            raise DataError(f"{shown(other)}: no class that this run was begun with{near}; {fix}")
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Class numbers (B, 1) int64. Raises UsageError for an unknown label."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tinydiff import config, files
-from tinydiff.data.dataset import Images
+from tinydiff.data.dataset import Images, examples
 from tinydiff.errors import DataError, UsageError
 from tinydiff.files import shown
 from tinydiff.schema import flat, to_toml
@@ -85,8 +85,10 @@ class Claim:
             raise DataError(f"{shown(origin)}: changed since the run was begun ({counts}); {fix}")
         if begun != now:
             self.notes[DATA] = json.dumps(now).encode()
-        if images.source.skipped:
+        if origin != "shapes":
             self.runtime.say(images.source.report())
+            for line in examples(images.source):
+                self.runtime.say(f"  {line}")
 
     def tokenizer(self, cfg: config.Config, images: Images) -> Any:
         """The run's tokenizer; made anew until the run has begun."""
@@ -97,7 +99,10 @@ class Claim:
                 with files.committed(path, replace=True) as temporary:
                     made.save(temporary)
             files.verify(path)
-            return network.tokenizer_class.load(path)
+            tokenizer = network.tokenizer_class.load(path)
+        if network.labels:
+            tokenizer.check(images.source.captions(i)[0] for i in range(len(images.source)))
+        return tokenizer
 
     def write(self) -> None:
         """Write what is new, the first time; the configuration last, since the run has begun with it."""
