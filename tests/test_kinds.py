@@ -319,7 +319,7 @@ def named(random, config_of, tmp_path_factory) -> Path:
     names = ["tench, Tinca tinca", "goldfish, Carassius auratus", "7", "carp, tench", "goldfish"]
     labels = Labels(names, 1000)
     configs = model.configs | {"model_index": new.configs(config_of("dit+class"), labels)["model_index"]}
-    folder.save(path, replace(model, configs=configs, tokenizers={"labels": labels}), config_of("dit+class"))
+    folder.save(path, replace(model, configs=configs, tokenizers={"labels": labels}))  # as one of another program
     return path
 
 
@@ -334,7 +334,7 @@ def test_numbers_of_a_model_trained_here_are_those_that_were_trained(names, said
     Labels(names, 1000).save(tmp_path)
     labels = Labels.load(tmp_path)
     assert {text: labels.number(text) for text in said} == said
-    for text in ("0" if names[0] == "1" else "2", "999", "-1", "٣", "01", "1.0"):
+    for text in ("0" if names[0] == "1" else "2", "999", "-1", "٣", "1.0"):
         with pytest.raises(UsageError, match="no class of this model"):
             labels.number(text)
 
@@ -402,7 +402,7 @@ def same_as_diffusers(model: Path, label: int, prompt: str, monkeypatch: pytest.
 
 @pytest.mark.peers
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("label", [0, 7, 999])
+@pytest.mark.parametrize("label", [0, 7, 11])
 def test_a_model_by_class_draws_the_same_in_diffusers(label, random, monkeypatch):
     assert same_as_diffusers(random("dit+class"), label, str(label), monkeypatch) >= 0.999
 
