@@ -524,8 +524,7 @@ def test_a_shard_that_is_replaced_by_one_of_equal_size_and_time_is_read_anew(tmp
     path = tar(tmp_path / "shards/a.tar", sample(1))
     old, status = make(), path.stat()
     for number, moved in ((2, False), (1, True)):  # written into the file, or put in its place
-        before = old.captions(0), old.digest(0)
-        other = tar(tmp_path / "other.tar", sample(number))
+        was, other = (old.captions(0), old.digest(0)), tar(tmp_path / "other.tar", sample(number))
         if moved:
             other.replace(path)
         else:
@@ -533,10 +532,37 @@ def test_a_shard_that_is_replaced_by_one_of_equal_size_and_time_is_read_anew(tmp
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
         assert (path.stat().st_size, path.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
         new = make()
-        assert new.captions(0) == [f"number {number}"] != before[0] and new.digest(0) != before[1]
+        assert new.captions(0) != was[0] and new.digest(0) != was[1]
         with pytest.raises(DataError, match="changed since the start"):
             old.image(0)
         old = new
+
+
+def test_an_image_that_is_not_the_indexed_one_is_noticed(tmp_path, make):
+    """Even where the file says of itself what it said: each image is compared with its hash when it is read."""
+    path = tar(tmp_path / "shards/a.tar", sample(1))
+    old = make()
+    file = old._file(0, False)  # held open since
+    with open(path, "r+b") as shard:
+        start = path.read_bytes().index(b"IDAT") + 6
+        shard.seek(start)
+        shard.write(b"\xff\xff")
+    assert file.read(start, 2) == b"\xff\xff"
+    with pytest.raises(DataError, match="has changed since it was indexed; start again"):
+        old.image(0)
+    assert not index_files(tmp_path)
+    assert make().digest(0) != old._row(0)[1].digest.hex()
+
+
+@pytest.mark.parametrize("kind", ["jfif", "JPE", "pjpeg"])
+@pytest.mark.parametrize(
+    ("told", "text"), [("cap", b"a"), ("tags", b"a"), ("json", b'{"prompt": "a"}'), ("text", b"a")]
+)
+def test_shards_read_what_folders_do(tmp_path, make, kind, told, text):
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(file, "JPEG")
+    tar(tmp_path / "shards/a.tar", {f"0.{kind}": file.getvalue(), f"0.{told}": text})
+    assert everything(make(allowed=0)) == {f"a.tar/0.{kind}": ["a"]}
 
 
 def test_a_damaged_index_is_built_again(tmp_path, make):

@@ -180,14 +180,14 @@ def _open(source: Path | bytes) -> Image.Image:
     """The image, its size checked but its pixels not yet decoded. Raises DataError if it is too large."""
     from PIL import JpegImagePlugin, PngImagePlugin, WebPImagePlugin  # noqa: F401  (else Pillow loads all its plugins)
 
-    image = Image.open(BytesIO(source if isinstance(source, bytes) else _read(source)), formats=FORMATS)
+    image = Image.open(BytesIO(source if isinstance(source, bytes) else read_image(source)), formats=FORMATS)
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise DataError(f"{_name(source)}: {width}x{height} is over {MAX_PIXELS >> 20} megapixels; make it smaller")
     return image
 
 
-def _read(path: Path) -> bytes:
+def read_image(path: Path) -> bytes:
     """The bytes of a regular file of at most MAX_BYTES; a FIFO or device is never opened."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):

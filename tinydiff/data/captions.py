@@ -15,7 +15,7 @@ from typing import Any
 
 from tinydiff.data.listing import SURROGATE
 
-SIDECARS = (".txt", ".caption", ".cap", ".json", ".tags")  # beside an image, the preferred first
+SIDECARS = (".txt", ".caption", ".cap", ".text", ".prompt", ".json", ".tags")  # beside an image, the preferred first
 FILE_KEYS = (
     *("file_name", "filename", "file", "image", "path", "image_path", "file_path", "filepath", "image_file"),
     *("image_name", "img", "img_path", "target"),

@@ -39,24 +39,21 @@ from tinydiff.data.captions import (
 from tinydiff.data.listing import IMAGES, Skips, judge, kind, stem, summary, walk
 from tinydiff.data.tables import TABLES, Names, Row, file_of, names_images, rows
 from tinydiff.errors import DataError
-from tinydiff.images import open_image
+from tinydiff.images import open_image, read_image
 from tinydiff.system import shown
 
 METADATA = ("metadata.jsonl", "metadata.csv")
-UNREAD = (
-    ".parquet",
-    ".arrow",
-    ".feather",
-    ".xlsx",
-    ".xls",
-    ".ods",
-    ".db",
-    ".sqlite",
-    ".sqlite3",
-    ".pkl",
-    ".npz",
-    ".xml",
+UNREAD = (  # kinds that could hold captions
+    *(".parquet", ".arrow", ".feather", ".xlsx", ".xls", ".ods", ".db", ".sqlite", ".sqlite3", ".pkl"),
+    *(".xml", ".yaml", ".yml"),
 )
+BESIDE_IMAGES = (*UNREAD, ".md", ".rtf", ".html", ".htm")  # kinds that could, where they have an image's name
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+DOCUMENTS = re.compile(
+    r"(readme|licen[cs]e|copying|notice|authors|contributors|changelog|credits|citation|attribution|requirements"
+    r"|todo|classes|dataset_infos?)\b.*"
+)
+TITLES = ("metadata", "captions", "annotations")  # of what is beside the folder
 REPEATS = re.compile(r"(\d{1,4})_(.*\S.*)")
 NUMBER = re.compile(r"\s*[-+]?\d+(\.\d+)?\s*")
 TEXTS = ("captions", "caption", "texts", "text", "txt", "prompts", "tags")  # folders of caption files
@@ -86,8 +83,9 @@ class FolderSource:
         return len(self._entries)
 
     def image(self, i: int) -> np.ndarray:
-        """uint8 (H, W, 3) in its own size. Raises DataError if the file can no longer be read."""
-        return open_image(self.path / self._entries[i].name, self.background)
+        """uint8 (H, W, 3) in its own size. Raises DataError if the file can no longer be read, or is another one."""
+        path, entry = self.path / self._entries[i].name, self._entries[i]
+        return decoded(path, self.background, entry.digest)[0]
 
     def captions(self, i: int) -> list[str]:
         """At least one caption; the first is the main one."""
@@ -130,14 +128,29 @@ class FolderSource:
     def _decoded(self, skips: Skips, entry: _Entry) -> _Entry | None:
         path = self.path / entry.name
         try:
-            height, width = open_image(path, self.background).shape[:2]
-            return entry._replace(digest=hashlib.sha256(path.read_bytes()).hexdigest(), size=(width, height))
+            image, digest = decoded(path, self.background)
+            return entry._replace(digest=digest, size=(image.shape[1], image.shape[0]))
         except DataError as error:
             reason = str(error).removeprefix(f"{shown(path)}: ").split("; ")[0]
         except OSError as error:
             reason = error.strerror or "cannot be read"
         skips.bad.append((shown(entry.name), reason))
         return None
+
+
+def decoded(path: Path, background: str, digest: str = "") -> tuple[np.ndarray, str]:
+    """uint8 (H, W, 3) of an image file, and the SHA-256 of the bytes it was decoded from, which must be `digest` if given."""
+    try:
+        data = read_image(path)
+    except OSError as error:
+        raise DataError(f"{shown(path)}: {error.strerror}; put it back or make it readable") from error
+    found = hashlib.sha256(data).hexdigest()
+    if digest not in ("", found):
+        raise DataError(f"{shown(path)}: has changed since the start; start again")
+    try:
+        return open_image(data, background), found
+    except DataError as error:
+        raise DataError(f"{shown(path)}: {str(error).removeprefix('image: ')}") from error
 
 
 class _Entry(NamedTuple):
@@ -156,7 +169,7 @@ Found = tuple[list[_Entry], str]  # images with captions, and where these are fr
 def _entries(root: Path, names: list[str], skips: Skips) -> Found:
     """Every image that has captions. Raises DataError if the layout is none of the three."""
     known = Names(root, names)
-    if table := _table(root, names, known, skips):
+    if table := _metadata(root, names, skips):
         return _from_table(root, table, known, skips), f"captions from {shown(table)}"
     images = [name for name in names if kind(name) in IMAGES]
     if not images:
@@ -167,18 +180,22 @@ def _entries(root: Path, names: list[str], skips: Skips) -> Found:
     sidecars, stems = _by_stem(names, SIDECARS, "{} is used", skips), set(map(stem, images))
     orphans = {key: name for key, name in sidecars.items() if key not in stems}
     if stems & sidecars.keys():
-        for name in orphans.values():
-            skips.note(name, "caption without an image")
+        _skip_orphans(names, orphans, skips)
+        for name in names:
+            if kind(name) in TABLES and kind(name) not in SIDECARS:
+                skips.note(name, "captions beside the images are used")
         return _weighed(_from_sidecars(root, images, sidecars, skips), "captions from the files beside them")
+    if table := _table(root, names, known):
+        return _from_table(root, table, known, skips), f"captions from {shown(table)}"
     if moved := _elsewhere(images, orphans):
         places = ", ".join(sorted({shown(posixpath.dirname(name) or ".") for name in moved.values()})[:3])
         return _from_sidecars(root, images, moved, skips), f"captions from the files of their names in {places}"
-    _refuse_unread(root, names)
+    classes = any("/" in name for name in images)
+    _refuse_unread(root, names if classes else [name for name in names if kind(name) not in SIDECARS], known, stems)
     _refuse_beside(root, names, images)
-    for name in orphans.values():
-        skips.note(name, "caption without an image")
-    if any("/" in name for name in images):
-        return _from_classes(images, skips)
+    if classes:
+        _skip_orphans(names, orphans, skips)
+        return _from_classes(root, images, skips)
     first = shown(stem(images[0]))
     if sidecars:
         problem = f"no caption file matches an image (as {shown(next(iter(sidecars.values())))})"
@@ -190,25 +207,27 @@ def _entries(root: Path, names: list[str], skips: Skips) -> Found:
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-def _table(root: Path, names: list[str], known: Names, skips: Skips) -> str:
-    """The table of captions to read; "" if there is none. DataError where there are several of equal right."""
-    stems = {stem(name) for name in names if kind(name) in IMAGES}
-    all_tables = [name for name in names if kind(name) in TABLES and stem(name) not in stems]
-    plain = {name: posixpath.basename(name).lower() for name in all_tables}
-    named = sorted((n for n in all_tables if plain[n] in METADATA), key=lambda n: METADATA.index(plain[n]))
-    if top := [name for name in named if "/" not in name]:
-        for name in [n for n in all_tables if n != top[0] and "/" not in n and kind(n) != ".txt"]:
-            skips.note(name, f"{top[0]} is used")
-        return top[0]
-    if named:
+def _metadata(root: Path, names: list[str], skips: Skips) -> str:
+    """The table of the usual name, in any case, in the folder itself; "" if there is none."""
+    plain = {name: posixpath.basename(name).lower() for name in names}
+    named = sorted((n for n in names if plain[n] in METADATA), key=lambda n: METADATA.index(plain[n]))
+    top = [name for name in named if "/" not in name]
+    if named and not top:
         places = ", ".join(dict.fromkeys(shown(posixpath.dirname(name)) for name in named[:3]))
         raise DataError(f"{shown(root)} has its metadata in subfolders ({places}); set data.path to one of them")
-    ours = [name for name in all_tables if _names_images(root / name, known, posixpath.dirname(name))]
+    for name in top[1:]:
+        skips.note(name, f"{top[0]} is used")
+    return top[0] if top else ""
+
+
+def _table(root: Path, names: list[str], known: Names) -> str:
+    """The table, of any other name, that names the images; "" if there is none. DataError where there are several."""
+    tables = [name for name in names if kind(name) in TABLES and not _document(name)]
+    ours = [name for name in tables if _names_images(root / name, known, posixpath.dirname(name))]
     if len(ours) > 1:
         listed = ", ".join(map(shown, ours[:3]))
-        raise DataError(
-            f"{shown(root)}: several tables name its images ({listed}); keep one, as metadata{kind(ours[0])}"
-        )
+        fix = f"keep one, as metadata{kind(ours[0])}"
+        raise DataError(f"{shown(root)}: several tables name its images ({listed}); {fix}")
     return ours[0] if ours else ""
 
 
@@ -221,10 +240,15 @@ def _names_images(path: Path, known: Names, folder: str) -> bool:
 
 def _from_table(root: Path, table: str, known: Names, skips: Skips) -> list[_Entry]:
     """Entries of a table; the captions of rows that name the same file are joined."""
-    number, entries = 0, dict[str, _Entry]()
+    number, entries, called = 0, dict[str, _Entry](), dict[str, str]()
     for number, row in rows(root / table, known, posixpath.dirname(table)):
         try:
             entry = _entry(row, known, posixpath.dirname(table))
+            file = posixpath.normpath(
+                re.sub(r"#\d$", "", str(isinstance(row, dict) and file_of(row))).replace("\\", "/")
+            )
+            if (other := called.setdefault(entry.name, file)) != file:
+                raise ValueError(f"{shown(file)} and {shown(other)} would both be {shown(entry.name)}")
             old = entries.get(entry.name, entry)
             entries[entry.name] = old._replace(captions=tuple(dict.fromkeys(old.captions + entry.captions)))
         except ValueError as error:
@@ -254,13 +278,32 @@ def _entry(row: Row, known: Names, folder: str) -> _Entry:
 
 
 def _by_stem(names: list[str], kinds: tuple[str, ...], note: str, skips: Skips) -> dict[str, str]:
-    """{stem: its file of the first of `kinds`}; `skips` gets the other files, with `note` about the first."""
+    """{stem: its file of the first of `kinds`}; `skips` gets the other files, with `note` about the first.
+
+    a.png.txt counts as a.txt.
+    """
     chosen: dict[str, str] = {}
     for each in kinds:
         for name in names:
-            if kind(name) == each and (first := chosen.setdefault(stem(name), name)) != name:
+            key = stem(name) if kind(stem(name)) not in IMAGES else stem(stem(name))
+            if kind(name) == each and (first := chosen.setdefault(key, name)) != name:
                 skips.note(name, note.format(shown(first)))
     return chosen
+
+
+def _skip_orphans(names: list[str], orphans: dict[str, str], skips: Skips) -> None:
+    """What has a caption and is no image is a bad one (a.mp4); a caption of nothing is only reported."""
+    others = (n for n in names if kind(n) not in (*SIDECARS, *TABLES) and not _document(n))
+    captioned = {stem(name): name for name in others if stem(name) in orphans}
+    skips.bad += [(shown(name), "captioned, but not a PNG, JPEG or WEBP image") for name in captioned.values()]
+    for key, name in orphans.items():
+        if key not in captioned:
+            skips.note(name, "caption without an image")
+
+
+def _document(name: str) -> bool:
+    """Whether a file is one that explains a folder, by its name."""
+    return bool(DOCUMENTS.match(posixpath.basename(name).lower()))
 
 
 def _elsewhere(images: list[str], orphans: dict[str, str]) -> dict[str, str]:
@@ -293,12 +336,18 @@ def _from_sidecars(root: Path, images: list[str], sidecars: dict[str, str], skip
 # ---- classes ---------------------------------------------------------------------------------------------------------
 
 
-def _from_classes(images: list[str], skips: Skips) -> Found:
+def _from_classes(root: Path, images: list[str], skips: Skips) -> Found:
     entries, labels = [], dict[str, None]()
     weighed = _repeats(images)
+    counts = sorted(count for count, _ in weighed.values())
+    if len(counts) > 1 and counts in ([*range(len(counts))], [*range(1, len(counts) + 1)]):
+        first, (_, label) = min(weighed.items(), key=lambda item: item[1])
+        fix = f"name them {shown(label)} and so on, or give the weights in a metadata.jsonl"
+        problem = f"the numbers of {shown(first)} and its like are either weights or an order"
+        raise DataError(f"{shown(root)}: {problem}; {fix}")
     for name in images:
         label = posixpath.basename(posixpath.dirname(name))
-        label = (weighed[label][1] if weighed and label else label).replace("_", " ")
+        label = (weighed[label][1] if weighed else label).replace("_", " ")
         if label.strip():
             entries.append(_Entry(name, tuple(clean_captions([label]))))
             labels.setdefault(entries[-1].captions[0])
@@ -319,12 +368,13 @@ def _repeats(images: list[str]) -> dict[str, tuple[float, str]]:
     """{folder: (weight, name)} if all images are in folders like 10_name, as some trainers have them; else {}."""
     folders = {posixpath.basename(posixpath.dirname(name)) for name in images}
     found = {folder: (float(match[1]), match[2]) for folder in folders if (match := REPEATS.fullmatch(folder))}
-    return found if len(found) == len(folders) and all(weight > 0 for weight, _ in found.values()) else {}
+    return found if len(found) == len(folders) else {}
 
 
 def _weighed(entries: list[_Entry], layout: str) -> Found:
     """Entries by the weights of their folders, where these have them."""
-    if not (weights := _repeats([entry.name for entry in entries])):
+    weights = _repeats([entry.name for entry in entries])
+    if not weights or not all(weight for weight, _ in weights.values()):
         return entries, layout
     folders = (posixpath.basename(posixpath.dirname(entry.name)) for entry in entries)
     weighed = [e._replace(weight=e.weight * weights[f][0]) for e, f in zip(entries, folders, strict=True)]
@@ -334,26 +384,48 @@ def _weighed(entries: list[_Entry], layout: str) -> Found:
 # ---- what is not read ------------------------------------------------------------------------------------------------
 
 
-def _refuse_unread(root: Path, names: list[str]) -> None:
-    """DataError for a file that could be a table of captions, of a kind that is not read."""
-    if unread := next((name for name in names if kind(name) in UNREAD), None):
-        fix = "write it as metadata.jsonl or metadata.csv with file_name and text, or move it away"
-        raise DataError(f"{shown(root / unread)}: could hold captions, and is of a kind that is not read; {fix}")
+def _refuse_unread(root: Path, names: list[str], known: Names, stems: set[str]) -> None:
+    """DataError for a file that could hold the captions, and does not in a way that is read."""
+    pictured = {posixpath.dirname(name) for name in names if kind(name) in IMAGES}
+    for name in names:
+        path, base, beside = root / name, posixpath.basename(name), stem(name) in stems
+        packed = kind(base) in PACKED and kind(stem(base)) in (*TABLES, *UNREAD)
+        if _document(name):
+            continue
+        if kind(name) == ".tar" and posixpath.dirname(name) not in pictured:
+            fix = f"set data.path to {shown(path.parent)}, or move it away"
+            raise DataError(f"{shown(path)}: tar shards are not read together with images; {fix}")
+        if packed or kind(name) in UNREAD or (beside and kind(name) in BESIDE_IMAGES):
+            problem = "is of a kind that is not read; write it as metadata.jsonl with file_name and text"
+        elif kind(name) in TABLES or kind(name) in SIDECARS:
+            problem = _fault(path, known, posixpath.dirname(name))
+        else:
+            continue
+        raise DataError(f"{shown(path)}: could hold captions, but {problem}, or move it away")
+
+
+def _fault(path: Path, known: Names, folder: str) -> str:
+    """Why a file that could be a table of captions is none of this folder, and the fix."""
+    try:
+        names_images(path, known, folder)
+    except DataError as error:
+        return str(error).removeprefix(f"{shown(path)}: ")
+    return "names no image that is here with one; write it as metadata.jsonl with file_name and text"
 
 
 def _refuse_beside(root: Path, names: list[str], images: list[str]) -> None:
     """DataError where a table, or a folder of caption files, beside the folder names its images."""
     known, wanted = Names(root, names), {posixpath.basename(stem(name)) for name in images}
     for path in _beside(root):
-        table = path.is_file() and _names_images(path, known, "")
-        texts = path.is_dir() and any(kind(each) in SIDECARS and stem(each) in wanted for each in _some(path))
-        if table:
-            fix = f"move it into {shown(root)} as metadata{kind(path.name)}"
-        elif texts:
-            fix = f"move its files beside the images of {shown(root)}"
+        if path.is_dir() and any(kind(each) in SIDECARS and stem(each) in wanted for each in _some(path)):
+            problem, fix = "names the images", f"move its files beside the images of {shown(root)}"
+        elif path.is_file() and kind(path.name) in UNREAD:
+            problem, fix = "could caption the images", "write it as metadata.jsonl there, or move it away"
+        elif path.is_file() and _names_images(path, known, ""):
+            problem, fix = "names the images", f"move it into {shown(root)} as metadata{kind(path.name)}"
         else:
             continue
-        raise DataError(f"{shown(path)}: names the images of {shown(root)}, which have no captions there; {fix}")
+        raise DataError(f"{shown(path)}: {problem} of {shown(root)}, which have no captions there; {fix}")
 
 
 def _beside(root: Path) -> Iterator[Path]:
@@ -361,7 +433,8 @@ def _beside(root: Path) -> Iterator[Path]:
     parent, own = Path(os.path.realpath(root)).parent, Path(os.path.realpath(root)).name
     for name in sorted(_some(parent)):
         path = parent / name
-        if name != own and (kind(name) in TABLES or name.lower() in TEXTS):
+        titled = kind(name) in UNREAD and stem(name).lower() in TITLES
+        if name != own and (kind(name) in TABLES or titled or name.lower() in TEXTS):
             yield path
 
 

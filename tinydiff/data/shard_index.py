@@ -30,17 +30,25 @@ from typing import NamedTuple
 
 from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin  # noqa: F401  (else Pillow loads all plugins)
 
-from tinydiff.data.captions import MAX_CAPTION_FILE, caption_text, clean_captions, json_object, texts_of, weight_of
+from tinydiff.data.captions import (
+    MAX_CAPTION_FILE,
+    SIDECARS,
+    caption_text,
+    clean_captions,
+    json_object,
+    texts_of,
+    weight_of,
+)
 from tinydiff.data.listing import IMAGES, REFUSED
 from tinydiff.data.tar import File, Member, members
 from tinydiff.errors import DataError
 from tinydiff.files import shown, written
 from tinydiff.images import FORMATS, MAX_BYTES, MAX_PIXELS, ORIENTATION, open_image
 
-FORMAT = 1
+FORMAT = 2
 MAX_SKIPPED = 1000  # reasons kept, per shard and in all
 MAX_TEXT = 256 * 2**20  # bytes of names and captions in one shard
-RANKS = {"png": 0, "jpg": 1, "jpeg": 2, "webp": 3, "txt": 4, "caption": 5, "json": 6, "cls": 7}
+RANKS = {kind[1:]: rank for rank, kind in enumerate((*IMAGES, *SIDECARS, ".cls"))}
 ODD, NONE = len(RANKS), len(RANKS) + 1  # the ranks of an image of an unusable name and of what is absent
 MAGIC = b"tdshards"
 PREFIX = struct.Struct("<8sII")  # MAGIC, CRC-32 of all that follows, size of the JSON header; then header, rows, texts

@@ -96,6 +96,9 @@ class ShardSource:
         """uint8 (H, W, 3) in its own size. Raises DataError, naming shard and member, if it does not decode."""
         number, row = self._row(i)
         data = self._file(number, False).read(row.start, row.bytes)
+        if hashlib.sha256(data).digest()[: len(row.digest)] != row.digest:  # the index is not of what is there
+            self._shards[number].index_path.unlink(missing_ok=True)
+            raise DataError(f"{shown(self._shards[number].path)}: has changed since it was indexed; start again")
         try:
             return open_image(data, self.background)
         except DataError as error:

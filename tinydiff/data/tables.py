@@ -69,8 +69,13 @@ def _lenient(name: str) -> str:
 
 
 def file_of(row: dict[str, Any]) -> str | None:
-    """What a row calls its file."""
-    return next((value for key in FILE_KEYS if isinstance(value := tidy(row).get(key), str) and value), None)
+    """What a row calls its file, which may be the path in an object."""
+    row = tidy(row)
+    values = (row[key] for key in FILE_KEYS if key in row)
+    return next(
+        (v for value in values if (v := file_of(value) if isinstance(value, dict) else value) and isinstance(v, str)),
+        None,
+    )
 
 
 def names_images(path: Path, names: Names, folder: str) -> bool:

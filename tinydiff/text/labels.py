@@ -68,8 +68,9 @@ class Labels:
         raise UsageError(f"{text[:60]!r}: no class of this model{near}; give a label{number}")
 
     def check(self, labels: Iterable[str]) -> None:
-        """Raises DataError for a label of data that is no class's name: data have no numbers."""
-        if other := next((text for text in labels if text.strip().lower() not in self.numbers), None):
+        """Raises DataError for a label of data that is no class's whole name: data have neither numbers nor synonyms."""
+        whole = {name.strip().lower() for name in self.names}
+        if other := next((text for text in labels if text.strip().lower() not in whole), None):
             near = nearest(other[:100].lower(), list(self.numbers)[:2000])
             fix = "take its images away, or train them all anew with --fresh"
             raise DataError(f"{shown(other)}: no class that this run was begun with{near}; {fix}")
