@@ -500,6 +500,13 @@ def test_a_folder_that_is_replaced_at_any_moment_is_read_as_old_or_new(tmp_path,
     assert seen == {"old", "new"} and nth > 3
 
 
+def test_a_folder_that_an_equal_one_replaces_is_replaced(tmp_path):
+    """Else what is missing for a moment would be called missing."""
+    write_folder(tmp_path / "model", "same")
+    with pytest.raises(BusyError), undisturbed({tmp_path / "model": stamp(tmp_path / "model")}):
+        write_folder(tmp_path / "model", "same", replace=True)
+
+
 def test_who_never_finds_it_at_rest_is_told_so(tmp_path):
     write_folder(tmp_path / "model", "0")
     numbers = count(1)

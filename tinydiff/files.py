@@ -94,13 +94,11 @@ def stamp(path: str | Path) -> object:
     try:
         if path.is_file():
             return path.stat().st_size, path.stat().st_mtime_ns
-        if (path / MANIFEST).is_file() and (path / MANIFEST).stat().st_size <= MAX_JSON:
-            return (path / MANIFEST).read_bytes()
-        return (
-            [(str(file), file.lstat().st_size, file.lstat().st_mtime_ns) for file in _visible(path)]
-            if path.exists()
-            else None
-        )
+        if (manifest := path / MANIFEST).is_file() and manifest.stat().st_size <= MAX_JSON:
+            return manifest.stat().st_mtime_ns, manifest.read_bytes()  # equal models are replaced too
+        if not path.exists():
+            return None
+        return [(str(file), file.lstat().st_size, file.lstat().st_mtime_ns) for file in _visible(path)]
     except FileNotFoundError:
         return None
     except OSError as error:
