@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinydiff.data.folder import METADATA
+from tinydiff.data.layouts import METADATA
 from tinydiff.data.listing import IMAGES, judge, summary
 from tinydiff.data.shard_index import MAX_SKIPPED, ROW, Row, Skips, cache_folder, indexed, reopened
 from tinydiff.errors import DataError
