@@ -486,6 +486,40 @@ def test_a_damaged_tokenizer_of_a_run_is_refused(name, finished, run_config):
         loop.run(of_stage(run_config, "denoiser", steps=14), finished, accept=True)
 
 
+def test_a_tokenizer_that_cannot_be_compared_is_refused(finished, run_config):
+    more = of_stage(run_config, "denoiser", steps=14)
+    (finished / "tokenizer" / "manifest.json").unlink()
+    with pytest.raises(ModelError, match=r"tokenizer: missing, or without its manifest.json; .*--fresh"):
+        loop.run(more, finished, accept=True)
+
+
+def test_a_tokenizer_is_made_again_of_the_same_data_alone(own_data, tmp_path):
+    loop.run(own_data, tmp_path / "run")
+    before = (tmp_path / "run" / "tokenizer" / "vocab.json").read_bytes()
+    shutil.rmtree(tmp_path / "run" / "tokenizer")
+    loop.run(own_data, tmp_path / "run")
+    assert (tmp_path / "run" / "tokenizer" / "vocab.json").read_bytes() == before
+    shutil.rmtree(tmp_path / "run" / "tokenizer")
+    (Path(own_data.data.path) / "red-square.txt").write_text("quite another caption")
+    with pytest.raises(ModelError, match="tokenizer: missing"):
+        loop.run(own_data, tmp_path / "run", accept=True)
+
+
+def test_tensorboard_that_is_not_there_is_told_before_anything_is_written(run_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UsageError, match=r"train.tensorboard: pip install"):
+        loop.run(replace(run_config, train=replace(run_config.train, tensorboard=True)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_frozen_text_encoder_is_refused(run_config):
+    task = SimpleNamespace(texts=SimpleNamespace(digest="new"), cfg=run_config, model=SimpleNamespace(opened=True))
+    DenoiserTask.restore(task, {"frozen_text": "new"})
+    DenoiserTask.restore(task, {})  # a checkpoint of an older version
+    with pytest.raises(ModelError, match="not the text encoder that the run was begun with"):
+        DenoiserTask.restore(task, {"frozen_text": "old"})
+
+
 def test_other_settings_are_accepted_on_request(finished, run_config):
     slower = replace(run_config.train.denoiser, lr=1e-4, steps=15)
     changed = replace(run_config, train=replace(run_config.train, denoiser=slower))

@@ -34,7 +34,7 @@ SAID = {  # sets -> the keys named, and what to write
     (*DIT, "text_encoder.kind=class", "text_encoder.hidden_size=96"): ("text_encoder.hidden_size", "kind is class"),
 }
 QUIET = [(), ("generate.cfg_scale=1", "diffusion.caption_dropout=0"), (*DIT, "dit.size=custom", "dit.num_layers=2")]
-QUIET += [("data.max_aspect_ratio=2", "data.resolution=64"), ("train.keep_every=1000",)]
+QUIET += [("data.max_aspect_ratio=2", "data.resolution=64"), ("train.keep_every=1000",), ("train.keep_every=2000",)]
 
 
 @pytest.mark.parametrize(("sets", "wanted"), SAID.items(), ids=[" ".join(sets) for sets in SAID])
@@ -150,3 +150,9 @@ def test_a_model_that_cannot_be_drawn_is_refused_before_it_is_trained(run_config
     description = SimpleNamespace(levels=levels)
     with pytest.raises(UsageError, match=r"\[generate\]: --steps 20: no"):
         loop.drawable(run_config, SimpleNamespace(description=description))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "denoiser"])
+def test_a_second_moment_that_never_begins_is_refused(stage):
+    with pytest.raises(UsageError, match=rf"train.{stage}.beta2: .*set 0.999"):
+        config.load(None, (f"train.{stage}.beta2=1",))

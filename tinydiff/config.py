@@ -210,6 +210,8 @@ def conflicts(config: Config) -> Iterator[str]:
         yield f"train.tensor_parallel: {processes} does not divide {heads} attention heads"
     for name in STAGES:
         stage: Stage = config.train.stage(name)
+        if stage.beta2 == 1:
+            yield f"train.{name}.beta2: the second moment never begins at 1; set 0.999"
         if stage.batch_size % stage.accumulate:
             yield f"train.{name}.accumulate: {stage.accumulate} does not divide batch_size {stage.batch_size}"
 

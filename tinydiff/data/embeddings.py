@@ -40,7 +40,7 @@ def fill(
 
 def open_cache(folder: Path, captions: list[str], digest: str) -> TextEmbeddings:
     """The vectors that `fill` computed. Raises DataError if a file is missing or damaged."""
-    return TextEmbeddings(captions, _chunks(folder, captions, digest))
+    return TextEmbeddings(captions, _chunks(folder, captions, digest), digest)
 
 
 def _chunks(folder: Path, captions: list[str], digest: str) -> list[cache.Chunk]:
@@ -49,10 +49,10 @@ def _chunks(folder: Path, captions: list[str], digest: str) -> list[cache.Chunk]
 
 
 class TextEmbeddings:
-    """Every caption's text vectors, memory-mapped from the files `paths`."""
+    """Every caption's text vectors, memory-mapped from the files `paths`; `digest` is the encoder's."""
 
-    def __init__(self, captions: list[str], chunks: list[cache.Chunk]):
-        self.captions, self.paths = captions, [chunk.path for chunk in chunks]
+    def __init__(self, captions: list[str], chunks: list[cache.Chunk], digest: str):
+        self.captions, self.paths, self.digest = captions, [chunk.path for chunk in chunks], digest
         self.stored = cache.Rows(chunks)
 
     def rows(self, captions: Sequence[str]) -> dict[str, Tensor]:

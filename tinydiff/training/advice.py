@@ -25,7 +25,7 @@ def of_settings(cfg: config.Config) -> Iterator[str]:
     stages = {f"train.{name}": cfg.train.stage(name) for name in STAGES}
     for name, stage in stages.items():
         yield from _of_stage(name, stage)
-    if (every := cfg.train.keep_every) and all(lcm(every, stage.save_every) > stage.steps for stage in stages.values()):
+    if (every := cfg.train.keep_every) and not any(_kept(every, stage) for stage in stages.values()):
         multiples = " or ".join(f"{name}.save_every ({stage.save_every})" for name, stage in stages.items())
         yield f"train.keep_every: no checkpoint is at a multiple of {every}; set a multiple of {multiples}"
     if cfg.diffusion.caption_dropout == 0 and cfg.generate.cfg_scale > 1:
@@ -43,6 +43,11 @@ def _of_stage(name: str, stage: Any) -> Iterator[str]:
         yield f"{name}.warmup: {problem}; set {stage.steps // 10}"
     if stage.lr == 0:
         yield f"{name}.lr: at 0 nothing is learnt; 0.001 is usual"
+
+
+def _kept(every: int, stage: Any) -> bool:
+    """Whether a checkpoint is at a multiple of `every`; the last step has one too."""
+    return lcm(every, stage.save_every) <= stage.steps or stage.steps % every == 0
 
 
 def _of_buckets(data: config.Data, down: int) -> Iterator[str]:

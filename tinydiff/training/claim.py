@@ -12,7 +12,7 @@ from typing import Any
 
 from tinydiff import config, files
 from tinydiff.data.dataset import Images, examples
-from tinydiff.errors import DataError, UsageError
+from tinydiff.errors import DataError, ModelError, UsageError
 from tinydiff.files import shown
 from tinydiff.schema import flat, to_toml
 from tinydiff.stages import Stage
@@ -94,6 +94,9 @@ class Claim:
         """The run's tokenizer; made anew until the run has begun."""
         path, network = self.dir / "tokenizer", cfg.text_network
         with self.runtime.world.first() as first:
+            if self.begun and not (path / files.MANIFEST).is_file() and (path.exists() or DATA in self.notes):
+                fix = "put it back from a copy of the run, or train with --fresh"
+                raise ModelError(f"{shown(path)}: missing, or without its {files.MANIFEST}; {fix}")
             if first and not (self.begun and path.exists()):
                 made = network.make_tokenizer(cfg, images.source)
                 with files.committed(path, replace=True) as temporary:

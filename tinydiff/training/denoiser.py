@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +16,10 @@ from tinydiff.condition import Condition, joined, of_size
 from tinydiff.data import cache, embeddings, latents
 from tinydiff.diffusion.noise import keyed
 from tinydiff.diffusion.predictions import PREDICTIONS
+from tinydiff.errors import ModelError
 from tinydiff.networks.network import HIDDEN, named
 from tinydiff.pipeline import Request, generate
+from tinydiff.system import shown
 from tinydiff.text.labels import one_hot
 from tinydiff.training.losses import denoising_losses, pick_level, snr_weight
 from tinydiff.training.run import Run
@@ -61,11 +64,18 @@ class DenoiserTask(Task):
         tokenizers = self.model.tokenizers
         self.encode = lru_cache(200_000)(lambda name, caption: tokenizers[name].encode([caption])[0])  # ids (T,)
 
-    def state(self) -> dict[str, float]:
-        return {"scaling_factor": self.model.scaling_factor}
+    def state(self) -> dict[str, Any]:
+        told = {"frozen_text": self.texts.digest} if self.texts else {}
+        return {"scaling_factor": self.model.scaling_factor, **told}
 
-    def restore(self, state: dict[str, float]) -> None:
-        """Other data have other latents, which are scaled as those that the denoiser has learnt."""
+    def restore(self, state: dict[str, Any]) -> None:
+        """Other data have other latents, which are scaled as those that the denoiser has learnt.
+
+        Raises ModelError where the frozen text encoder is another one than it has learnt to read.
+        """
+        if self.texts and state.get("frozen_text", self.texts.digest) != self.texts.digest:
+            problem = "not the text encoder that the run was begun with; put that back, or train with --fresh"
+            raise ModelError(f"{shown(self.cfg.text_encoder.path)}: {problem}")
         if not self.model.opened and "scaling_factor" in state:  # checkpoints of older versions have none
             self.run.model = self.model = self.model.scaled(state["scaling_factor"])
             self.description = self.model.description

@@ -28,7 +28,7 @@ from tinydiff.progress import Progress
 from tinydiff.schema import to_toml
 from tinydiff.stages import STAGES
 from tinydiff.training import advice, claim, state
-from tinydiff.training.metrics import Metrics
+from tinydiff.training.metrics import Metrics, writer
 from tinydiff.training.optim import clip, learning_rate
 from tinydiff.training.parallel import divides, norm, spread, synced
 from tinydiff.training.run import Run
@@ -46,6 +46,8 @@ def run(cfg: config.Config, run_dir: Path, last: str | None = None, accept: bool
     with enough_memory(cfg), Runtime(cfg) as runtime, runtime.world.together(), claim.held(runtime, run_dir):
         this, result = Run(runtime, run_dir, accept, strict), run_dir
         this.claim.configuration(cfg)
+        if cfg.train.tensorboard:
+            writer()  # refused now, if it is not installed
         for line in advice.of_settings(cfg):
             runtime.say(f"note: {line}")
         for name, row in STAGES.items():

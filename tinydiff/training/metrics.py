@@ -94,13 +94,18 @@ def cut(path: Path, stage: str, start: int) -> None:
     files.write_file(path, b"".join(line + b"\n" for line in kept), force=True)
 
 
-def board(folder: Path, start: int) -> Any:
-    """TensorBoard's writer; readers forget what earlier files of the folder say of steps past `start`."""
+def writer() -> Any:
+    """TensorBoard's class that writes. Raises UsageError where it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UsageError('train.tensorboard: pip install "tinydiff[tensorboard]"') from error
-    return SummaryWriter(str(folder), purge_step=start + 1)
+    return SummaryWriter
+
+
+def board(folder: Path, start: int) -> Any:
+    """TensorBoard's writer; readers forget what earlier files of the folder say of steps past `start`."""
+    return writer()(str(folder), purge_step=start + 1)
 
 
 def memory() -> float:

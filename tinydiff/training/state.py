@@ -339,11 +339,10 @@ def make_room(folder: Path, training: Training) -> None:
     one = sum(math.prod(piece.shape) * piece.tensor.element_size() for piece in training.pieces)
     size = len(KINDS) * one  # of each kind but buffers, which are little, and of the model folder
     with named(folder):
+        if (free := shutil.disk_usage(folder.parent).free) < size:
+            fix = "free some space, or use another --run-dir"
+            raise ResourceError(f"{shown(folder)}: {free / 1e9:.3g} GB free, and a save takes {size / 1e9:.3g}; {fix}")
         make_folder(folder)
-        free = shutil.disk_usage(folder).free
-    if free < size:
-        fix = "free some space, or use another --run-dir"
-        raise ResourceError(f"{shown(folder)}: {free / 1e9:.3g} GB free, and a save takes {size / 1e9:.3g}; {fix}")
 
 
 def prune(folder: Path, stage: str, keep: int, every: int = 0) -> None:
