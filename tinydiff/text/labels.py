@@ -61,7 +61,7 @@ class Labels:
             return self.pad
         if name in self.numbers:
             return self.numbers[name]
-        if name.isdecimal() and name.isascii() and len(name) < 20 and int(name) in self.choices:
+        if name.isdecimal() and len(name) < 20 and int(name) in self.choices:
             return int(name)
         near = nearest(name[:100], list(self.numbers)[:2000]) if self.numbers else ""
         number = f", or a number below {len(self.choices)}" if self.choices else ""
