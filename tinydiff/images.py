@@ -51,11 +51,12 @@ class Room:
     @contextmanager
     def of(self, pixels: int) -> Iterator[None]:
         """Wait until there is room for an image. Who has room already is given more at once, lest it wait for itself."""
-        share = 0 if getattr(self.mine, "held", False) else min(pixels, self.pixels)
+        held = getattr(self.mine, "held", False)
+        share = 0 if held else min(pixels, self.pixels)
         with self.changed:
             self.changed.wait_for(lambda: self.free >= share)
             self.free -= share
-        held, self.mine.held = getattr(self.mine, "held", False), True
+        self.mine.held = True
         try:
             yield
         finally:

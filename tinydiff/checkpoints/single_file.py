@@ -24,7 +24,7 @@ from tinydiff.checkpoints.ldm import HOMES, KINDS, TABLES, UNUSED, VAE, averaged
 from tinydiff.diffusion.schedules import scaled_linear
 from tinydiff.errors import ModelError
 from tinydiff.files import RESTORE, shown, written
-from tinydiff.networks.autoencoder import attention, matrix
+from tinydiff.networks.autoencoder import SCALING, attention, matrix
 from tinydiff.networks.network import unwrapped
 from tinydiff.text.tokenizer import BOS, END_OF_WORD, EOS, Tokenizer, byte_symbols
 
@@ -49,7 +49,6 @@ EMBEDDINGS = (768, 1024, 1280)  # widths of CLIP's vectors
 LABELS = {2816: "Stable Diffusion XL", 2560: "the Stable Diffusion XL refiner"}  # by the width of label_emb.0.0
 PARTS = {"unet": "U-Net", "text_encoder": "text encoder", "vae": "autoencoder; give the file of one beside it"}
 NAMES = ("_class_name", "architectures", "model_type")  # keys of a configuration that say nothing of size
-SCALING = 0.18215
 SPEC = "modelspec."  # metadata of https://github.com/Stability-AI/ModelSpec
 PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 PREDICTIONS |= {"v_pred": "v_prediction", "vpred": "v_prediction", "v_parameterization": "v_prediction"}

@@ -19,7 +19,7 @@ from tinydiff.data.layouts import Entry, entries
 from tinydiff.data.listing import Skips, judge, summary, walk
 from tinydiff.errors import DataError
 from tinydiff.images import open_image, read_image
-from tinydiff.system import shown
+from tinydiff.system import shown, unreadable
 
 BATCH = 4096  # images checked at once, to bound memory
 
@@ -106,7 +106,7 @@ def decoded(path: Path, background: str, digest: str = "") -> tuple[np.ndarray, 
     try:
         data = read_image(path)
     except OSError as error:
-        raise DataError(f"{shown(path)}: {error.strerror}; put it back or make it readable") from error
+        raise unreadable(error, path, DataError) from error
     found = hashlib.sha256(data).hexdigest()
     if digest not in ("", found):
         raise DataError(f"{shown(path)}: has changed since the start; start again")

@@ -30,7 +30,7 @@ from tinydiff.data.captions import (
     weight_of,
 )
 from tinydiff.data.listing import IMAGES, Skips, kind, stem, summary
-from tinydiff.data.tables import TABLES, Names, Row, file_of, names_images, rows
+from tinydiff.data.tables import NUMBERED, TABLES, Names, Row, file_of, names_images, rows, slashed
 from tinydiff.errors import DataError
 from tinydiff.system import shown
 
@@ -142,10 +142,7 @@ def _from_table(root: Path, table: str, known: Names, skips: Skips) -> list[Entr
     number, entries, called = 0, dict[str, Entry](), dict[str, str]()
     for number, row in rows(root / table, known, posixpath.dirname(table)):
         try:
-            entry = _entry(row, known, posixpath.dirname(table))
-            file = posixpath.normpath(
-                re.sub(r"#\d$", "", str(isinstance(row, dict) and file_of(row))).replace("\\", "/")
-            )
+            file, entry = _entry(row, known, posixpath.dirname(table))
             if (other := called.setdefault(entry.name, file)) != file:
                 raise ValueError(f"{shown(file)} and {shown(other)} would both be {shown(entry.name)}")
             old = entries.get(entry.name, entry)
@@ -160,8 +157,8 @@ def _from_table(root: Path, table: str, known: Names, skips: Skips) -> list[Entr
     return list(entries.values())
 
 
-def _entry(row: Row, known: Names, folder: str) -> Entry:
-    """The entry of one row. Raises ValueError if the row is unusable."""
+def _entry(row: Row, known: Names, folder: str) -> tuple[str, Entry]:
+    """What one row calls its file, and the entry. Raises ValueError if the row is unusable."""
     if isinstance(row, str):
         raise ValueError(row)
     if not (file := file_of(row)):
@@ -170,7 +167,7 @@ def _entry(row: Row, known: Names, folder: str) -> Entry:
         raise ValueError(f"no such file in the folder: {shown(file)}")
     if not (texts := texts_of(row)):
         raise ValueError(no_caption(row))
-    return Entry(name, tuple(clean_captions(texts)), weight_of(row))
+    return slashed(NUMBERED.sub("", file)), Entry(name, tuple(clean_captions(texts)), weight_of(row))
 
 
 # ---- caption files ---------------------------------------------------------------------------------------------------

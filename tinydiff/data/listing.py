@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tinydiff.errors import DataError
 from tinydiff.files import MANIFEST, shown
+from tinydiff.system import unreadable
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".jfif", ".jpe", ".pjpeg", ".pjp", ".jfi", ".jif", ".apng")
 REFUSED = (  # counted as unusable images
@@ -72,13 +73,13 @@ def walk(root: Path, skips: Skips) -> list[str]:
         problem = "is not a folder" if os.path.exists(root) else "does not exist"
         raise DataError(f"data folder {shown(root)} {problem}; set data.path to a folder of captioned images")
 
-    def unreadable(error: OSError) -> None:
+    def note(error: OSError) -> None:
         if error.filename == os.fspath(root):
-            raise DataError(f"data folder {shown(root)}: {error.strerror}; make it readable") from None
+            raise unreadable(error, root, DataError) from None
         skips.note(error.filename, error.strerror or "cannot be read")
 
     inside, names = os.path.realpath(root), list[str]()
-    for folder, folders, files in os.walk(root, onerror=unreadable):
+    for folder, folders, files in os.walk(root, onerror=note):
         prefix = "" if folder == os.fspath(root) else Path(folder).relative_to(root).as_posix() + "/"
         made = _made(files)
         if made and prefix:

@@ -1,10 +1,10 @@
 """The index of a shard: offset, size and SHA-256 of every image, its captions and name, built once and kept in a file.
 
 A sample is the members that share a key, which is the path up to the first dot of its last component: an image, a
-caption (.txt, .caption, .cls, or "text", "caption" or "captions" in a .json) and optionally "weight" in the .json. They
-come in any order, and of duplicates the first counts; png is preferred to jpg, jpeg and webp, txt to caption, json and
-cls. Only the headers of images are parsed. An index is valid for one real path, inode, size, mtime and ctime of the shard.
-It is read with `pread`: memory maps would hold a descriptor for each shard, and crash if the file shrank.
+caption (a file of one of `captions.SIDECARS`, or .cls) and optionally "weight" in a .json. They come in any order, and of
+duplicates the first counts; of several kinds that which `RANKS` has first. Only the headers of images are parsed. An index
+is valid for one real path, inode, size, mtime and ctime of the shard. It is read with `pread`: memory maps would hold a
+descriptor for each shard, and crash if the file shrank.
 """
 
 from __future__ import annotations
@@ -236,10 +236,8 @@ class _Contents:
     def _count(self, size: int) -> None:
         self.text += size
         if self.text > MAX_TEXT:
-            path = shown(self.file.path)
-            raise DataError(
-                f"{shown(path)}: names and captions over {MAX_TEXT >> 20} MiB; split it into several shards"
-            )
+            problem = f"names and captions over {MAX_TEXT >> 20} MiB"
+            raise DataError(f"{shown(self.file.path)}: {problem}; split it into several shards")
 
     def _add(self, member: Member, sample: _Sample, kind: str) -> None:
         rank = RANKS[kind]

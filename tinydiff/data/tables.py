@@ -19,12 +19,13 @@ from typing import Any, TextIO
 from tinydiff.data.captions import CAPTION_KEYS, FILE_KEYS, OTHERS, encoding, json_object, texts_of, tidy
 from tinydiff.data.listing import IMAGES, kind, stem
 from tinydiff.errors import DataError
-from tinydiff.files import shown
+from tinydiff.system import shown, unreadable
 
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
 MAX_LINE = 2**20
 MAX_JSON = 256 * 2**20
 SEPARATORS = ",;\t|"
+NUMBERED = re.compile(r"(?<=.)#\d$")  # after a file's name, for several captions of it, as Flickr has them
 LOOKED_AT = 100  # rows, to see whether a table is one of captions
 
 Row = dict[str, Any] | str  # or what is wrong with it
@@ -43,7 +44,7 @@ class Names:
 
     def find(self, name: str, folder: str = "") -> str | None:
         """The file that `name` means in a table that lies in `folder`; None if there is none, or more than one."""
-        plain = posixpath.normpath(name.replace("\\", "/"))
+        plain = slashed(name)
         inside = f"/{plain}".partition(f"/{self.root}/")[2]
         places = (posixpath.join(folder, plain), posixpath.normpath(name), plain, inside)
         if exact := next((place for place in places if place in self.all), None):
@@ -57,11 +58,14 @@ class Names:
             if f"/{_lenient(n)}".endswith(f"/{wanted}") or stem(f"/{_lenient(n)}").endswith(f"/{wanted}")
         ]
         chosen = same or below or near  # `near`: a table of another place, whose folders are not here
-        if not chosen and (
-            numbered := re.fullmatch(r"(.+)#\d", name)
-        ):  # several captions of one file, as Flickr has them
-            return self.find(numbered[1], folder)
+        if not chosen and (file := NUMBERED.sub("", name)) != name:
+            return self.find(file, folder)
         return chosen[0] if len(chosen) == 1 else None
+
+
+def slashed(name: str) -> str:
+    """A name in a table as a path with forward slashes."""
+    return posixpath.normpath(name.replace("\\", "/"))
 
 
 def _lenient(name: str) -> str:
@@ -105,7 +109,7 @@ def rows(path: Path, names: Names, folder: str = "") -> Rows:
             else:
                 yield from _separated(path, _lines(file), names, folder)
     except OSError as error:
-        raise DataError(f"{shown(path)}: {error.strerror}; make it readable") from None
+        raise unreadable(error, path, DataError) from None
     except UnicodeError:
         raise DataError(f"{shown(path)}: neither UTF-8 nor whole UTF-16; save it as UTF-8") from None
 
