@@ -7,6 +7,7 @@ from itertools import pairwise, product
 
 import numpy as np
 import pytest
+from diffusers_loop import Brownian, stepped
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -395,34 +396,8 @@ def levels_from(scheduler, name):
 
 def diffusers_result(scheduler, start, draws, monkeypatch):
     """x after diffusers' own loop, in float64 from unit noise `start`."""
-    import torch
-
-    queue = iter(draws)
     module = type(scheduler).__mro__[1 if type(scheduler).__name__ == "Fixed" else 0].__module__
-    monkeypatch.setattr(f"{module}.randn_tensor", lambda *_, **__: torch.tensor(next(queue)), raising=False)
-    x = torch.tensor(start) * scheduler.init_noise_sigma
-    for t in scheduler.timesteps:
-        scaled = scheduler.scale_model_input(x, t).numpy()
-        x = scheduler.step(torch.tensor(output(scaled, float(t))), t, x).prev_sample
-    return x.numpy()
-
-
-class Brownian:
-    """Stands for diffusers' Brownian tree: increments over [here, there] put together from our two draws a step."""
-
-    def __init__(self, draws):
-        self.draws, self.step, self.start = draws, -1, None
-
-    def __call__(self, here, there):
-        import torch
-
-        here, there = float(here), float(there)
-        if here != self.start:
-            self.start, self.step, self.middle = here, self.step + 1, there
-            return torch.tensor(self.draws[2 * self.step])
-        a, b = here - self.middle, self.middle - there
-        early, late = self.draws[2 * self.step], self.draws[2 * self.step + 1]
-        return torch.tensor((early * math.sqrt(a) + late * math.sqrt(b)) / math.sqrt(a + b))
+    return stepped(scheduler, output, start * float(scheduler.init_noise_sigma), draws, module, monkeypatch)
 
 
 def same_steps() -> list[tuple[str, str, str]]:

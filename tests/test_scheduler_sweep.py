@@ -10,7 +10,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import torch
+from diffusers_loop import Brownian, stepped
 
 from tinydiff.checkpoints import scheduler, solvers
 from tinydiff.diffusion.predictions import PREDICTIONS
@@ -97,22 +97,6 @@ def network(x: np.ndarray, t: float, count: int) -> np.ndarray:
     return np.sin(1.3 * x + 2.5 * t / count) * 0.8 + 0.1 * np.cos(x * x / 4)
 
 
-class Brownian:
-    """Stands for diffusers' Brownian tree: increments put together from our two draws a step."""
-
-    def __init__(self, draws):
-        self.draws, self.step, self.start = draws, -1, None
-
-    def __call__(self, here, there):
-        here, there = float(here), float(there)
-        if here != self.start:
-            self.start, self.step, self.middle = here, self.step + 1, there
-            return torch.tensor(self.draws[2 * self.step])
-        a, b = here - self.middle, self.middle - there
-        early, late = self.draws[2 * self.step], self.draws[2 * self.step + 1]
-        return torch.tensor((early * math.sqrt(a) + late * math.sqrt(b)) / math.sqrt(a + b))
-
-
 def theirs(table: dict, index: dict, scale: float, draws: np.ndarray, monkeypatch) -> np.ndarray:
     """What diffusers' scheduler makes of the first draw times `scale`, as in its Stable Diffusion pipeline."""
     made = getattr(diffusers, table["_class_name"]).from_config(table)
@@ -120,16 +104,10 @@ def theirs(table: dict, index: dict, scale: float, draws: np.ndarray, monkeypatc
     made._internal_dict = type(made.config)(dict(made.config) | patched)
     made.set_timesteps(STEPS)
     start, *others = draws
-    queue = iter(others)
-    noise = f"{type(made).__module__}.randn_tensor"
-    monkeypatch.setattr(noise, lambda *_, **__: torch.tensor(next(queue)), raising=False)
     if table["_class_name"] == "DPMSolverSDEScheduler":
         made.noise_sampler = Brownian(others)
-    x = torch.tensor(start) * scale
-    for t in made.timesteps:
-        read = made.scale_model_input(x, t).numpy()
-        x = made.step(torch.tensor(network(read, float(t), made.config.num_train_timesteps)), t, x).prev_sample
-    return x.numpy()
+    count = made.config.num_train_timesteps
+    return stepped(made, lambda x, t: network(x, t, count), start * scale, others, type(made).__module__, monkeypatch)
 
 
 def ours(read: scheduler.Scheduler, draws: np.ndarray) -> np.ndarray:
