@@ -6,24 +6,23 @@ is one line on stderr and an exit code. Help and version import neither numpy no
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tinydiff import __version__, flags, interrupts, processes
+from tinydiff import __version__, flags, processes
 from tinydiff.diffusion.predictions import PREDICTIONS
 from tinydiff.diffusion.samplers import SAMPLERS
 from tinydiff.diffusion.schedules import SPACINGS
-from tinydiff.errors import HungError, UsageError, UserError, out_of_memory
+from tinydiff.endings import one_line_errors
+from tinydiff.errors import UsageError
 from tinydiff.progress import note
-from tinydiff.system import one_line, shown, told
+from tinydiff.system import shown
 
 if TYPE_CHECKING:
     from tinydiff.checkpoints.source import Source
@@ -372,60 +371,6 @@ def inspect(
 
     for text in look.show(what, as_json, width, height):
         print(text)
-
-
-@contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn what escapes a command into one line on stderr and the exit code it stands for."""
-    try:
-        try:
-            yield
-        except Exception:
-            if interrupts.heard:
-                raise KeyboardInterrupt from None
-            raise
-    except HungError as error:
-        with contextlib.suppress(SystemExit):
-            fail(str(error), error.code)
-        os._exit(error.code)  # an orderly end would wait for what hangs
-    except UserError as error:
-        fail(str(error), error.code)
-    except KeyboardInterrupt:
-        fail("interrupted", interrupts.CODE)
-    except BrokenPipeError:
-        closed_pipe()
-    except SystemExit as stop:
-        if isinstance(stop.__context__, BrokenPipeError):  # click turns it into an exit of its own
-            closed_pipe()
-        raise
-    except OSError as error:
-        fail(told(error, "input/output"), 7)
-    except Exception as error:
-        if out_of_memory(error):
-            fail("out of memory; lower --batch-size or the image size", 7)
-        if type(error).__name__ == "NoArgsIsHelpError":
-            print(error.format_message(), file=sys.stderr)  # type: ignore[attr-defined]
-            raise SystemExit(2) from None
-        if hasattr(error, "format_message"):  # a click exception; typer carries a click of its own
-            fail(error.format_message(), 2)  # type: ignore[attr-defined]
-        fail(f"bug: {type(error).__name__}: {error} (`tinydiff --debug ...` shows where)", 1)
-
-
-def fail(message: str, code: int) -> None:
-    """Print one line that a terminal only shows, or the traceback under --debug, and exit."""
-    if os.environ.get("TINYDIFF_DEBUG"):
-        raise  # noqa: PLE0704
-    with contextlib.suppress(OSError, ValueError, AttributeError, KeyboardInterrupt):
-        if line := one_line(message):  # of many processes that stop together one speaks for all
-            print(f"tinydiff: {processes.turn()}{line}", file=sys.stderr)
-    raise SystemExit(code) from None
-
-
-def closed_pipe() -> None:
-    """Exit as a process that SIGPIPE ended, stdout pointed at nothing so that the last flush does not complain."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    raise SystemExit(141) from None
 
 
 def main() -> None:
