@@ -387,7 +387,7 @@ def test_entries_are_read_as_onnx_reads_them(entries: list[tuple[str, int]], swa
         if swapped:
             tensor.external_data.reverse()
     data = h.make_model(h.make_graph([], "g", [], [], tensors)).SerializeToString()
-    found = [(t["location"], int(t["offset"])) for t in graph.external_tensors(data)]
+    found = [(t["location"], int(t["offset"])) for t in graph.Work.read(data).external]
     assert sorted(found) == sorted(entries)
 
 
@@ -396,7 +396,7 @@ def test_any_bytes_end_in_an_answer(junk: bytes, at: int) -> None:
     data = h.make_model(h.make_graph([], "g", [], [], [external("w.bin")])).SerializeToString()
     for damaged in (junk, data[:at] + junk + data[at:], data[:at] + junk + data[at + len(junk) :]):
         with contextlib.suppress(ValueError, IndexError):
-            assert all(isinstance(t, dict) for t in graph.external_tensors(damaged))
+            assert all(isinstance(t, dict) for t in graph.Work.read(damaged).external)
 
 
 @pytest.mark.parametrize(
@@ -431,7 +431,7 @@ def test_an_entry_of_another_wire_type_does_not_hide_the_location() -> None:
         external("").SerializeToString().replace(b"\x6a\x0c\x0a\x08location\x12\x00", b"\x6a%c" % len(entry) + entry)
     )
     inside = b"\x2a%c" % len(tensor) + tensor
-    assert next(graph.external_tensors(b"\x3a%c" % len(inside) + inside))["location"] == "../secret"
+    assert graph.Work.read(b"\x3a%c" % len(inside) + inside).external[0]["location"] == "../secret"
 
 
 # ---- other types, ranks and sizes ----------------------------------------------------------------------------------

@@ -60,15 +60,15 @@ def check(path: Path) -> None:
     """ModelError unless all that a graph asks for is in proportion, and its external tensors lie in plain files beside it."""
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            check_work(path, data)
-            tensors = list(external_tensors(data)) if data.find(b"location") >= 0 else []
+            work = Work.read(data)
+            check_work(path, data, work)
     except OSError as error:
         raise unreadable(error, path) from error
     except (ValueError, IndexError) as error:
         refuse_pointer(path)
         raise ModelError(f"{shown(path)}: damaged, not an ONNX graph; {RESTORE}") from error
-    sizes = {name: plain_size(path, name) for name in {tensor.get("location", "") for tensor in tensors}}
-    for tensor in tensors:
+    sizes = {name: plain_size(path, name) for name in {tensor.get("location", "") for tensor in work.external}}
+    for tensor in work.external:
         numbers = [tensor.get(key, "0") for key in ("offset", "length")]
         if not all(n.isascii() and n.isdigit() and len(n) < 19 for n in numbers):
             raise ModelError(f"{shown(path)}: external data at {shown(numbers)}; {RESTORE}")
@@ -102,16 +102,11 @@ def messages(data: bytes | mmap.mmap) -> Iterator[tuple[str, int, list[Field]]]:
         todo += [(known[n], a, b) for n, wire, a, b in reversed(inside) if n in known and wire == BYTES]
 
 
-def external_tensors(data: bytes | mmap.mmap) -> Iterator[dict[str, str]]:
-    """The external-data entries (location, offset, length) of every tensor in an ONNX model, however deep.
-
-    Raises ValueError or IndexError where the bytes are no protobuf.
-    """
-    for kind, _, inside in messages(data):
-        entries = [fields(data, a, b) for n, wire, a, b in inside if n == 13 and wire == BYTES]
-        if kind == "Tensor" and entries:
-            pairs = [{n: data[a:b].decode() for n, wire, a, b in entry if wire == BYTES} for entry in entries]
-            yield {pair.get(1, ""): pair.get(2, "") for pair in pairs}
+def external(data: bytes | mmap.mmap, inside: list[Field]) -> dict[str, str]:
+    """A tensor's external-data entries (location, offset, length); {} if its numbers are in the file."""
+    entries = [fields(data, a, b) for n, wire, a, b in inside if n == 13 and wire == BYTES]
+    pairs = [{n: data[a:b].decode() for n, wire, a, b in entry if wire == BYTES} for entry in entries]
+    return {pair.get(1, ""): pair.get(2, "") for pair in pairs}
 
 
 @dataclass
@@ -128,15 +123,20 @@ class Node:
 
 @dataclass
 class Work:
-    """What a graph computes, as far as it tells: its nodes in order, small tensors by name, numbers in sparse ones."""
+    """What a graph computes, as far as it tells: its nodes in order, small tensors by name, numbers in sparse ones.
+
+    `external`: where numbers of tensors are that are not in the file.
+    """
 
     nodes: list[Node] = field(default_factory=list)
     known: dict[bytes, Any] = field(default_factory=dict)  # flat lists of numbers
     functions: set[tuple[bytes, bytes]] = field(default_factory=set)
     sparse: float = 0.0
+    external: list[dict[str, str]] = field(default_factory=list)
 
     @classmethod
     def read(cls, data: bytes | mmap.mmap) -> Work:
+        """Of a model, however deep. Raises ValueError or IndexError where the bytes are no protobuf."""
         work, function, graphs = cls(), None, set[int]()
         for kind, at, inside in messages(data):
             if kind == "Model":
@@ -149,8 +149,11 @@ class Work:
                 work.nodes.append(Node(first(data, inside, 4), first(data, inside, 7), inputs, outputs, function))
             elif kind == "Attribute":
                 work.nodes[-1].attributes += inside if work.nodes else []
-            elif kind == "Tensor" and (small := numbers(data, inside)) is not None:
-                work.known[first(data, inside, 8)] = small
+            elif kind == "Tensor":
+                if (small := numbers(data, inside)) is not None:
+                    work.known[first(data, inside, 8)] = small
+                if elsewhere := external(data, inside):
+                    work.external.append(elsewhere)
             elif kind == "Sparse":
                 work.sparse += product(integers(data, inside, 3))
             function = None if at in graphs else function
@@ -193,9 +196,8 @@ class Work:
         return total
 
 
-def check_work(path: Path, data: bytes | mmap.mmap) -> None:
+def check_work(path: Path, data: bytes | mmap.mmap, work: Work) -> None:
     """ModelError where a graph runs loops, or asks for more nodes or larger constants than any model has."""
-    work = Work.read(data)
     if loop := next((node.operator.decode() for node in work.nodes if node.operator in LOOPS), None):
         raise ModelError(
             f"{shown(path)}: runs a loop ({loop}), which may never end; export it without, as optimum does"
