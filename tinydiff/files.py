@@ -248,7 +248,7 @@ def _seal(folder: Path) -> None:
         assert path.is_file() and not path.is_symlink(), f"{path} is not a regular file"
         name = path.relative_to(folder).as_posix()
         if name != MANIFEST:
-            entries[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+            entries[name] = {"size": path.stat().st_size, "sha256": sha256(path)}
             _open_up(path, mode & 0o666)
             _sync(path)
     text = json.dumps({"format": FORMAT, "files": entries}, indent=2) + "\n"
@@ -335,7 +335,7 @@ def _verify(folder: Path, parts: Collection[str] | None) -> None:
             raise unreadable(error, folder) from error
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):
@@ -387,7 +387,7 @@ def _verify_file(folder: Path, name: str, entry: dict[str, Any], hashed: bool) -
     if (size := path.stat().st_size) != entry["size"]:
         refuse_pointer(path)
         raise ModelError(f"{shown(path)}: damaged, {size} bytes where {entry['size']} were written; {RESTORE}")
-    if hashed and _sha256(path) != entry["sha256"]:
+    if hashed and sha256(path) != entry["sha256"]:
         raise ModelError(f"{shown(path)}: damaged, its SHA-256 is not the one written; {RESTORE}")
 
 
