@@ -70,6 +70,7 @@ def test_help_imports_no_array_library(tmp_path: Path) -> None:
         (["train", "--set", "train.sed=1"], "did you mean 'seed'"),
         (["train", "missing.toml"], "missing.toml"),
         (["train", "--stage", "decoder"], "denoiser"),
+        (["train", "--stage", "denoiser", "--set", "train.denoiser.steps=0"], "set train.denoiser.steps"),
     ],
 )
 def test_usage_errors(words: list[str], says: str, tmp_path: Path) -> None:

@@ -160,6 +160,7 @@ def test_all_mistakes_at_once(tmp_path):
         (["unet.down_block_types=['DownBlock2D']"], "down_block_types: needs one entry for each"),
         (["unet.block_out_channels=[15, 30]"], "unet.block_out_channels: the first width"),
         (["text_encoder.num_attention_heads=5"], "text_encoder.num_attention_heads: does not divide"),
+        (["train.autoencoder.steps=0"], "train.autoencoder.steps: with 0 there is nothing to make latents"),
         (["train.denoiser.accumulate=3"], "train.denoiser.accumulate: 3 does not divide batch_size 4"),
         (["diffusion.schedule=flow", "diffusion.prediction=epsilon"], "diffusion.prediction: flow goes with"),
     ],

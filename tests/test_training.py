@@ -45,7 +45,7 @@ from tinydiff.errors import (
 from tinydiff.networks.dit import DiT as DiTSettings
 from tinydiff.stages import AutoencoderStage, Stage
 from tinydiff.text.tokenizer import Tokenizer
-from tinydiff.training import claim, loop, state
+from tinydiff.training import advice, claim, loop, state
 from tinydiff.training.autoencoder import AutoencoderTask
 from tinydiff.training.denoiser import DenoiserTask
 from tinydiff.training.losses import autoencoder_loss, denoising_losses, pick_level, psnr, snr_weight
@@ -375,6 +375,19 @@ def test_a_seeded_run_repeats_in_its_losses(whole, run_config, tmp_path):
         next(m["loss"] for m in metrics(d) if "loss" in m) for d in (whole, tmp_path / "again", tmp_path / "other")
     ]
     assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_stage_without_steps_is_left_out(finished, whole, run_config, tmp_path):
+    """Nothing is asked of it: neither a batch that comes out even, nor advice, nor a bar in the report."""
+    odd = of_stage(run_config, "denoiser", steps=0, accumulate=3, lr=0.0)
+    assert loop.run(odd, tmp_path / "new") == tmp_path / "new"
+    assert {p.name.partition("-")[0] for p in (tmp_path / "new" / "checkpoints").iterdir()} == {"autoencoder"}
+    assert "denoiser" not in (tmp_path / "new" / "report.html").read_text() and not list(advice.of_settings(odd))
+    before = snapshot(finished)
+    with pytest.raises(UsageError, match=r"train\.denoiser\.steps"):
+        loop.run(of_stage(run_config, "denoiser", steps=0), finished)
+    loop.run(of_stage(run_config, "denoiser", steps=0), finished, accept=True)
+    assert snapshot(finished) == before and digests(finished) == digests(whole)
 
 
 def test_a_finished_run_does_nothing(finished, run_config):

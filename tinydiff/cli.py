@@ -22,6 +22,7 @@ from tinydiff.diffusion.schedules import SPACINGS
 from tinydiff.endings import one_line_errors
 from tinydiff.errors import UsageError
 from tinydiff.progress import note
+from tinydiff.stages import STAGES
 from tinydiff.system import shown
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def train(
     config: ConfigFile = None,
     run_dir: Annotated[Path | None, flag("Where the run lives; runs/NAME by default.", parser=path)] = None,
     set_: Annotated[list[str], flag("Change a key, such as train.seed=1.", "--set", metavar="KEY=VALUE")] = [],  # noqa: B006
-    stage: Annotated[str | None, flag("Stop after this stage: autoencoder or denoiser.")] = None,
+    stage: Annotated[str | None, flag(f"Stop after this stage: {' | '.join(STAGES)}.")] = None,
     fresh: Annotated[bool, flag("Start over in a new run directory.", "--fresh")] = False,
     accept_changes: Annotated[
         bool, flag("Go on though settings or data are not those that the run was begun with.", "--accept-changes")
@@ -119,12 +120,13 @@ def train(
     """Train a model. The same command again goes on where the last one stopped."""
     from tinydiff import config as configuration
     from tinydiff.schema import to_toml
-    from tinydiff.stages import STAGES
 
     path = config or (Path("tinydiff.toml") if Path("tinydiff.toml").exists() else None)
     cfg = configuration.load(path, set_, note)
     if stage is not None:
         flags.choose("--stage", stage, tuple(STAGES))
+        if not cfg.train.stage(stage).steps:
+            raise UsageError(f"--stage: train.{stage}.steps is 0, which leaves it out; set train.{stage}.steps")
     if dry_run:
         print(to_toml(cfg), end="")
         return

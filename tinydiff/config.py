@@ -23,7 +23,7 @@ from tinydiff.networks.autoencoder import Autoencoder
 from tinydiff.networks.text import TextEncoder
 from tinydiff.networks.unet import UNet
 from tinydiff.schema import build, extended, key, merge, read_toml, section, set_key, to_dict
-from tinydiff.stages import STAGES, Stage
+from tinydiff.stages import STAGES, Stage, trained
 from tinydiff.system import shown
 
 Say = Callable[[str], object]
@@ -208,7 +208,9 @@ def conflicts(config: Config) -> Iterator[str]:
         yield "train.tensor_parallel: only a dit's matrices are shared, with train.parallel fsdp"
     if heads % processes:
         yield f"train.tensor_parallel: {processes} does not divide {heads} attention heads"
-    for name in STAGES:
+    if not config.train.stage("autoencoder").steps:
+        yield "train.autoencoder.steps: with 0 there is nothing to make latents and images with; set 1 or more"
+    for name in trained(config.train):
         stage: Stage = config.train.stage(name)
         if stage.beta2 == 1:
             yield f"train.{name}.beta2: the second moment never begins at 1; set 0.999"

@@ -25,7 +25,7 @@ from tinydiff.config import Config
 from tinydiff.errors import UserError
 from tinydiff.files import shown, write_file
 from tinydiff.metrics import parse
-from tinydiff.stages import STAGES
+from tinydiff.stages import STAGES, trained
 
 STRIP = 8  # earlier pictures shown for each stage
 MAX_PICTURE = 6 * 2**20  # bytes; a larger picture is named, not shown
@@ -129,7 +129,9 @@ def page(run_dir: Path) -> str:
         f"{strip(name, samples.get(name, []), pictures)}{curves(stages[name].metrics)}</section>"
         for name in reversed(begun)
     ]
-    bars = "".join(progress(name, cfg, stages[name]) for name in dict.fromkeys([*(STAGES if cfg else ()), *begun]))
+    bars = "".join(
+        progress(name, cfg, stages[name]) for name in dict.fromkeys([*(trained(cfg.train) if cfg else ()), *begun])
+    )
     none = "Nothing measured yet; curves and pictures appear with the first pictures of the run."
     body = "".join(sections) or f'<p class="note">{none}</p>'
     title, about = escape(run_dir.resolve().name), facts(cfg, run_dir)

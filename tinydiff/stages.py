@@ -10,7 +10,7 @@ from tinydiff.schema import key, section
 
 @dataclass(frozen=True)
 class Stage:
-    steps: int = key(2000, "updates", 1)
+    steps: int = key(2000, "updates; 0 leaves the stage out", 0)
     batch_size: int = key(64, "images an update", 1)
     accumulate: int = key(1, "parts a batch is computed in, to save memory; must divide batch_size", 1)
     lr: float = key(1e-3, "peak learning rate", 0)
@@ -64,3 +64,8 @@ STAGES: dict[str, Row] = {
         "generated from these captions, row by row",
     ),
 }
+
+
+def trained(train: Any) -> dict[str, Row]:
+    """The stages of a [train] table that have steps; the others are left out."""
+    return {name: row for name, row in STAGES.items() if train.stage(name).steps}

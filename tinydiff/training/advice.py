@@ -14,7 +14,7 @@ from typing import Any
 from tinydiff import config
 from tinydiff.data.dataset import Source, buckets
 from tinydiff.networks import DENOISERS
-from tinydiff.stages import STAGES
+from tinydiff.stages import trained
 from tinydiff.system import cut
 
 LOOKED_AT = 100_000  # captions
@@ -22,7 +22,7 @@ LOOKED_AT = 100_000  # captions
 
 def of_settings(cfg: config.Config) -> Iterator[str]:
     """Keys that do nothing in this configuration, each with the nearest value that does something."""
-    stages = {f"train.{name}": cfg.train.stage(name) for name in STAGES}
+    stages = {f"train.{name}": cfg.train.stage(name) for name in trained(cfg.train)}
     for name, stage in stages.items():
         yield from _of_stage(name, stage)
     if (every := cfg.train.keep_every) and not any(_kept(every, stage) for stage in stages.values()):

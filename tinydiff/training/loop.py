@@ -26,7 +26,7 @@ from tinydiff.metrics import logged
 from tinydiff.networks.network import imported
 from tinydiff.progress import Progress
 from tinydiff.schema import to_toml
-from tinydiff.stages import STAGES
+from tinydiff.stages import trained
 from tinydiff.training import advice, claim, state
 from tinydiff.training.metrics import Metrics, writer
 from tinydiff.training.optim import clip, learning_rate
@@ -50,7 +50,7 @@ def run(cfg: config.Config, run_dir: Path, last: str | None = None, accept: bool
             writer()  # refused now, if it is not installed
         for line in advice.of_settings(cfg):
             runtime.say(f"note: {line}")
-        for name, row in STAGES.items():
+        for name, row in trained(cfg.train).items():
             settings = cfg.train.stage(name)
             rows = runtime.world.rows(settings.batch_size, cfg.train.tensor_parallel > 1)
             claim.split(rows, name, settings, imported(row.task).whole, runtime.world)
@@ -64,7 +64,7 @@ def run(cfg: config.Config, run_dir: Path, last: str | None = None, accept: bool
             line := advice.of_captions(this.data.source, [*this.model.tokenizers.values()])
         ):
             runtime.say(f"note: {line}")
-        for name, row in STAGES.items():
+        for name, row in trained(cfg.train).items():
             with enough_memory(cfg, name):
                 task = imported(row.task)(this)
                 stage(this, task)
