@@ -34,6 +34,9 @@ class AutoencoderStage(Stage):
     kl_weight: float = key(2e-4, "weight of the Kullback-Leibler term, per latent value", 0)
     l2_weight: float = key(1.0, "weight of the squared error beside the absolute error", 0)
     edge_weight: float = key(1.0, "weight of the absolute error of differences between neighbours", 0)
+    chroma_weight: float = key(0.0, "weight of the absolute error of the two colour differences, Cb and Cr", 0)
+    perceptual_weight: float = key(0.0, "weight of the distance between features of image and reconstruction", 0)
+    features: str = key("", "the network of these features, a name or a file; empty is efficientnet-lite0")
 
 
 @dataclass(frozen=True)

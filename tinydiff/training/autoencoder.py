@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tinydiff.diffusion.noise import keyed
+from tinydiff.errors import ModelError
 from tinydiff.images import to_pixels, to_uint8
+from tinydiff.measure.features import open_features
 from tinydiff.models.autoencoder import Autoencoder, mean_and_std
 from tinydiff.training.losses import autoencoder_loss, psnr
+from tinydiff.training.run import Run
 from tinydiff.training.task import PICTURES, Batch, Player, Task, Terms, counted
 
 
@@ -29,6 +34,23 @@ class AutoencoderTask(Task):
     name = "autoencoder"
     publishes = False  # an autoencoder alone is no model
 
+    def __init__(self, run: Run):
+        super().__init__(run)
+        cfg, self.features = self.settings, None
+        if cfg.perceptual_weight:
+            place = {"device": run.runtime.device, "memory_format": torch.channels_last}
+            self.features = open_features(cfg.features).to(**place)
+
+    def state(self) -> dict[str, Any]:
+        return {"features": self.features.digest} if self.features else {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Raises ModelError where the feature network is another one than the run was begun with."""
+        begun = state.get("features")
+        if self.features and begun not in (None, self.features.digest) and not self.run.claim.accept:
+            problem = "not the feature network that the run was begun with; put that back, or use --accept-changes"
+            raise ModelError(f"{self.features.name}: {problem}")
+
     def cast(self) -> dict[str, Player]:
         return {self.name: Player(self.model.vae, Reconstruct(self.model.vae), self.settings)}
 
@@ -44,6 +66,8 @@ class AutoencoderTask(Task):
         x = batch["pixels"].to(memory_format=torch.channels_last)
         output, mean, std = self.players[player].network(x, batch["noise"])
         terms = autoencoder_loss(x, output, mean, std, self.settings)
+        if self.features:
+            terms["perceptual"] = self.settings.perceptual_weight * self.features.distance(x, output).mean()
         return torch.stack(list(terms.values())).sum(), {k: counted(v.detach()) for k, v in terms.items()}
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ from tinydiff.stages import AutoencoderStage as Settings
 
 
 def autoencoder_loss(pixels: Tensor, output: Tensor, mean: Tensor, std: Tensor, cfg: Settings) -> dict[str, Tensor]:
-    """Weighted terms, whose sum is the loss: absolute and squared error, error of edges, and KL to N(0, 1).
+    """Weighted terms, whose sum is the loss: absolute and squared error, error of edges and colours, and KL to N(0, 1).
 
     pixels, output (B, 3, H, W) in [-1, 1]; mean, std (B, C, h, w). KL is the mean over latent values (Kingma & Welling
     2014, appendix B).
@@ -25,7 +25,16 @@ def autoencoder_loss(pixels: Tensor, output: Tensor, mean: Tensor, std: Tensor, 
         terms["l2"] = cfg.l2_weight * (error**2).mean()
     if cfg.edge_weight:
         terms["edges"] = cfg.edge_weight * (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean())
+    if cfg.chroma_weight:
+        terms["chroma"] = cfg.chroma_weight * chroma(error).abs().mean()
     return terms
+
+
+def chroma(rgb: Tensor) -> Tensor:
+    """The colour differences Cb and Cr (B, 2, H, W) of ITU-R BT.601, section 2.5; linear, so an error's are its errors."""
+    r, g, b = rgb.unbind(1)
+    y = 0.299 * r + 0.587 * g + 0.114 * b
+    return torch.stack([(b - y) / 1.772, (r - y) / 1.402], dim=1)
 
 
 def denoising_losses(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
