@@ -7,7 +7,7 @@ are those of diffusers and transformers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -169,6 +169,7 @@ def load(path: Path | None = None, overrides: Sequence[str] = (), say: Say = lam
     for text in overrides:
         set_key(table, text, problems)
     config = build(whole(), merge(to_dict(config), modern(table, "--set", say)), "", problems) if overrides else config
+    config = config if problems else replace(config, autoencoder=AUTOENCODER.completed(config))
     problems += list(conflicts(config)) if not problems else []
     if problems:
         raise UsageError(("--set: " if overrides else f"{shown(path)}: ") + "; ".join(problems))
