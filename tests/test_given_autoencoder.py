@@ -33,7 +33,7 @@ def test_the_shape_is_that_of_the_given_one(tiny_model: Path) -> None:
 
 def test_weights_are_read_and_may_be_trained(tiny_model: Path, tiny_config: config.Config) -> None:
     cfg = load(None, [f"autoencoder.path={tiny_model}", "data.resolution=32"])
-    model = folder.build(cfg, Tokenizer.train(["a"], 300, 8))
+    model = folder.build(cfg, Tokenizer.train(["a"], 514, 8))
     theirs = load_file(tiny_model / "vae" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(theirs[k], v) for k, v in model.vae.state_dict().items())
     assert all(p.requires_grad for p in model.vae.parameters())
@@ -58,7 +58,7 @@ def test_a_missing_one_is_named_before_anything_is_built(tiny_config: config.Con
     (tmp_path / "c.toml").write_text(to_toml(cfg))
     assert load(tmp_path / "c.toml") == cfg  # whoever only reads the configuration needs no autoencoder
     with pytest.raises(ModelError, match="holds no autoencoder"):
-        folder.build(cfg, Tokenizer.train(["a"], 300, 8))
+        folder.build(cfg, Tokenizer.train(["a"], 514, 8))
 
 
 def test_one_that_cannot_be_ours_is_refused(tiny_model: Path, tmp_path: Path) -> None:

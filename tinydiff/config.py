@@ -209,8 +209,9 @@ def conflicts(config: Config) -> Iterator[str]:
         yield "train.tensor_parallel: only a dit's matrices are shared, with train.parallel fsdp"
     if heads % processes:
         yield f"train.tensor_parallel: {processes} does not divide {heads} attention heads"
-    if not config.train.stage("autoencoder").steps:
-        yield "train.autoencoder.steps: with 0 there is nothing to make latents and images with; set 1 or more"
+    if not (config.train.stage("autoencoder").steps or config.autoencoder.path):
+        nothing = "with 0 there is nothing to make latents and images with"
+        yield f"train.autoencoder.steps: {nothing}; set 1 or more, or name an autoencoder by autoencoder.path"
     for name in trained(config.train):
         stage: Stage = config.train.stage(name)
         if stage.beta2 == 1:

@@ -84,7 +84,8 @@ class Model:
 def build(cfg: config.Config, tokenizer: Any, seed: int = 0) -> Model:
     """The networks of a configuration, each initialised from its own `seed`, so none depends on another's size.
 
-    A frozen text encoder and a given autoencoder are not initialised but read from their folders. Raises ModelError where that cannot be.
+    A frozen text encoder and a given autoencoder are not initialised but read from their folders. Raises ModelError
+    where that cannot be.
     """
     configs, parts = new.configs(cfg, tokenizer), dict[str, nn.Module]()
     given = {TEXT: cfg.text_network.given(cfg), VAE: AUTOENCODER.given(cfg)}
