@@ -1,9 +1,13 @@
-"""Feature networks: EfficientNet-Lite0 against its own package, files that are recognised, files that are refused."""
+"""Feature networks: EfficientNet-Lite0 against its own package, Inception and LPIPS against figures of pytorch-fid and lpips
+(which need torchvision, so they are not run here), files that are recognised, files that are refused."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
+import feature_networks
 import numpy as np
 import pytest
 import torch
@@ -11,7 +15,8 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from tinydiff.errors import ModelError, UserError
-from tinydiff.measure.features import DEFAULT, FEATURES, Features, open_features, packaged
+from tinydiff.measure.features import Features, open_features
+from tinydiff.measure.networks import DEFAULT, FEATURES, packaged
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +97,83 @@ def test_a_file_is_recognised_by_its_tensors(features: Features, tmp_path: Path)
     assert again.digest != features.digest  # of the file
 
 
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.save(feature_networks.inception(), path := tmp_path_factory.mktemp("inception") / "weights.pth")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def vgg(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """VGG16's file, with some of its classifier, and that of LPIPS's weights."""
+    folder = tmp_path_factory.mktemp("vgg")
+    torch.save(feature_networks.vgg16() | {"classifier.6.bias": torch.zeros(1000)}, folder / "vgg.pth")
+    torch.save(feature_networks.lpips_weights(), folder / "weights.pth")
+    return str(folder / "vgg.pth"), str(folder / "weights.pth")
+
+
+def test_names_of_tensors_are_those_of_the_published_files() -> None:
+    """By a hash of names and shapes, taken of the networks of torch-fidelity and torchvision."""
+    for make, expected in (
+        (feature_networks.inception, "61093f3898ff55ee"),
+        (feature_networks.vgg16, "9b2b6f069afa4d27"),
+    ):
+        shapes = sorted((name, tuple(t.shape)) for name, t in make().items())
+        assert sha256(repr(shapes).encode()).hexdigest()[:16] == expected
+
+
+def test_inception_equals_pytorch_fid(inception: str) -> None:
+    """On seeded weights and pictures of 64 pixels; its figures are written down here."""
+    network = open_features(inception)
+    pooled, logits = network(pictures(4, 64)[:2])
+    assert (
+        network.name == "inception" and pooled.shape == (2, 2048) and logits is not None and logits.shape == (2, 1008)
+    )
+    theirs = [0, 0.02379, 0.34472, 0.4678, 0.01516, 0.18468, 0, 0.02913, 0.40644, 0.40699, 0.02526, 0.24119]
+    assert pooled[:, ::400].flatten().tolist() == pytest.approx(theirs, abs=2e-5)
+    theirs = [0.16065, 0.89243, -0.8258, -0.62217, 0.13616, 0.934, -0.85743, -0.66745]
+    assert logits[:, ::300].flatten().tolist() == pytest.approx(theirs, abs=2e-5)
+    with pytest.raises(UserError, match="inception compares no places"):
+        network.distance(pictures(1), pictures(1))
+
+
+def test_lpips_equals_its_package(vgg: tuple[str, str]) -> None:
+    """On seeded weights and pictures of 64 pixels; its figures are written down here. Without its weights all are 1."""
+    x = pictures(4, 64)
+    network = open_features(",".join(vgg))
+    assert network.name == "lpips-vgg16"
+    assert network.distance(x[:2], x[2:]).tolist() == pytest.approx([0.93759, 1.05542], abs=2e-5)
+    alone = open_features(vgg[0])
+    assert alone.name == "vgg16" and alone.digest != network.digest
+    pairs = zip(alone.maps(x[:2]), alone.maps(x[2:]), strict=True)
+    expected = sum((F.normalize(p) - F.normalize(q)).square().sum(1).mean((1, 2)) for p, q in pairs)
+    torch.testing.assert_close(alone.distance(x[:2], x[2:]), expected)
+    assert alone(x)[0].shape == (4, 512) and alone(x)[1] is None
+    with pytest.raises(UserError, match="16 pixels"):
+        network.distance(x[:1, :, :12, :12], x[1:2, :, :12, :12])
+    with pytest.raises(ModelError, match="not a feature network"):
+        open_features(vgg[1])
+
+
+def test_official_names_are_those_of_official_files(
+    features: Features, inception: str, vgg: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert features.called("frechet") == "frechet_efficientnet-lite0"
+    assert open_features(inception).called("frechet") == "frechet_inception"
+    assert open_features(",".join(vgg)).called("perceptual") == "perceptual_lpips-vgg16"
+    for name, paths in (("inception", [inception]), ("lpips-vgg16", vgg)):
+        row = replace(FEATURES[name], digests=tuple(sha256(Path(path).read_bytes()).hexdigest()[:8] for path in paths))
+        monkeypatch.setitem(FEATURES, name, row)
+    assert [open_features(inception).called(m) for m in ("frechet", "kernel", "inception", "recall")] == [
+        "FID",
+        "KID",
+        "IS",
+        "recall_inception",
+    ]
+    assert open_features(",".join(vgg)).called("perceptual") == "LPIPS"
+    assert open_features(vgg[0]).called("perceptual") == "perceptual_vgg16"
+
+
 @pytest.mark.parametrize("what", ["missing", "text", "other", "partial", "pickle", "list"])
 def test_refusals_are_one_line(what: str, features: Features, tmp_path: Path) -> None:
     path = tmp_path / "net.pth"
@@ -112,6 +194,6 @@ def test_refusals_are_one_line(what: str, features: Features, tmp_path: Path) ->
 
 
 def test_a_missing_package_is_named_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tinydiff.measure.features.find_spec", lambda name: None)
+    monkeypatch.setattr("tinydiff.measure.networks.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"tinydiff\[features\]"):
         open_features(next(iter(FEATURES)))

