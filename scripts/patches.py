@@ -32,7 +32,9 @@ Image.MAX_IMAGE_PIXELS = None
 
 def pictures(folder: Path) -> list[Path]:
     """The images of a folder, of each picture the largest file: wallpapers are named by their sizes, 3840x2160.jpg."""
-    paths = (p for p in sorted(folder.rglob("*")) if p.suffix.lower() in SUFFIXES and p.is_file() and not p.is_symlink())
+    paths = (
+        p for p in sorted(folder.rglob("*")) if p.suffix.lower() in SUFFIXES and p.is_file() and not p.is_symlink()
+    )
     largest: dict[Path, Path] = {}
     for path in (path for path in paths if path.stem != "screenshot"):
         where = path.parent if path.stem.replace("x", "").isdigit() else path  # 1920x1080.jpg beside 3840x2160.jpg
@@ -56,9 +58,11 @@ def cut(path: Path, count: int, size: int, rng: np.random.Generator) -> Iterator
     with Image.open(path) as file:
         image = flattened(file, rng)
     short = min(image.size)
-    scales = [scaled(image, size * max(1.0, min(LARGEST, short / size) ** rng.random())) for _ in range(SCALES)]
+    scales = [
+        scaled(image, size * max(1.0, min(LARGEST, short / size) ** rng.random())) for _ in range(min(SCALES, count))
+    ]
     for _ in range(count):
-        pixels = scales[int(rng.integers(SCALES))]
+        pixels = scales[int(rng.integers(len(scales)))]
         for _ in range(8):
             y, x = (int(rng.integers(side - size + 1)) for side in pixels.shape[:2])
             patch = pixels[y : y + size, x : x + size]
@@ -70,7 +74,9 @@ def cut(path: Path, count: int, size: int, rng: np.random.Generator) -> Iterator
 def scaled(image: Image.Image, short: float) -> np.ndarray:
     """(H, W, 3) with a short side of `short` pixels, rounded."""
     factor = round(short) / min(image.size)
-    return np.asarray(image.resize([max(round(side * factor), round(short)) for side in image.size], Image.Resampling.LANCZOS))
+    return np.asarray(
+        image.resize([max(round(side * factor), round(short)) for side in image.size], Image.Resampling.LANCZOS)
+    )
 
 
 def texture(size: int, rng: np.random.Generator) -> np.ndarray:

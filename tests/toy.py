@@ -82,7 +82,7 @@ class ToyTask(Task):
     """The mean colours of images, drawn by a generator that a critic judges."""
 
     name = "toy"
-    publishes = False
+    publishes = ""
 
     def cast(self) -> dict[str, Player]:
         torch.manual_seed(0)

@@ -7,7 +7,7 @@ are those of diffusers and transformers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -169,6 +169,7 @@ def load(path: Path | None = None, overrides: Sequence[str] = (), say: Say = lam
     for text in overrides:
         set_key(table, text, problems)
     config = build(whole(), merge(to_dict(config), modern(table, "--set", say)), "", problems) if overrides else config
+    config = config if problems else replace(config, autoencoder=AUTOENCODER.completed(config))
     problems += list(conflicts(config)) if not problems else []
     if problems:
         raise UsageError(("--set: " if overrides else f"{shown(path)}: ") + "; ".join(problems))
@@ -208,8 +209,9 @@ def conflicts(config: Config) -> Iterator[str]:
         yield "train.tensor_parallel: only a dit's matrices are shared, with train.parallel fsdp"
     if heads % processes:
         yield f"train.tensor_parallel: {processes} does not divide {heads} attention heads"
-    if not config.train.stage("autoencoder").steps:
-        yield "train.autoencoder.steps: with 0 there is nothing to make latents and images with; set 1 or more"
+    if not (config.train.stage("autoencoder").steps or config.autoencoder.path):
+        nothing = "with 0 there is nothing to make latents and images with"
+        yield f"train.autoencoder.steps: {nothing}; set 1 or more, or name an autoencoder by autoencoder.path"
     for name in trained(config.train):
         stage: Stage = config.train.stage(name)
         if stage.beta2 == 1:

@@ -335,6 +335,14 @@ def _verify(folder: Path, parts: Collection[str] | None) -> None:
             raise unreadable(error, folder) from error
 
 
+def shipped(name: str) -> Path:
+    """Where weights of this name are that come with the package."""
+    package = Path(__file__).resolve().parent
+    return (
+        next((p for p in (package / "weights", package.parent / "weights") if p.is_dir()), package / "weights") / name
+    )
+
+
 def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:

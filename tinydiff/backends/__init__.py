@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tinydiff.checkpoints.source import Source
 from tinydiff.errors import ModelError, UsageError
-from tinydiff.files import present, shown, undisturbed
+from tinydiff.files import present, shipped, shown, undisturbed
 
 if TYPE_CHECKING:
     from tinydiff.pipeline import Backend
@@ -17,17 +17,15 @@ SHIPPED = "emoji"
 
 def find_model(name: str | None) -> Path:
     """A model folder from its path, a training run's folder, or the name of a shipped model (the default)."""
-    package = Path(__file__).resolve().parents[1]
-    shipped = next((p for p in (package / "weights", package.parent / "weights") if p.is_dir()), package / "weights")
     if name == "":
         raise UsageError("the model's name is empty; give a model folder, a run, a file or a shipped model")
-    path = Path(name) if name else shipped / SHIPPED
+    path = Path(name) if name else shipped(SHIPPED)
     if path.is_file():
         return path
-    for candidate in map(present, (path, path / "model", shipped / (name or SHIPPED))):
+    for candidate in map(present, (path, path / "model", shipped(name or SHIPPED))):
         if (candidate / "model_index.json").is_file():
             return candidate
-    known = ", ".join(sorted(p.parent.name for p in shipped.glob("*/model_index.json"))) or "none"
+    known = ", ".join(sorted(p.parent.name for p in shipped("").glob("*/model_index.json"))) or "none"
     problem = "no model_index.json" if path.is_dir() else "no such model"
     raise ModelError(f"{shown(path)}: {problem}; give a model folder, a finished run, or a shipped model ({known})")
 

@@ -22,7 +22,17 @@ from tinydiff.checkpoints.description import Description, describe
 from tinydiff.checkpoints.source import Configs, Source
 from tinydiff.errors import ModelError
 from tinydiff.files import committed, shown, verify
-from tinydiff.networks import LABELS, TEXT, VAE, denoiser_in, network_of, networks, text_encoders, tokenizer_folder
+from tinydiff.networks import (
+    AUTOENCODER,
+    LABELS,
+    TEXT,
+    VAE,
+    denoiser_in,
+    network_of,
+    networks,
+    text_encoders,
+    tokenizer_folder,
+)
 from tinydiff.networks.autoencoder import SCALING
 from tinydiff.networks.network import Network, Table
 from tinydiff.schema import to_toml
@@ -74,15 +84,20 @@ class Model:
 def build(cfg: config.Config, tokenizer: Any, seed: int = 0) -> Model:
     """The networks of a configuration, each initialised from its own `seed`, so none depends on another's size.
 
-    A frozen text encoder is not initialised but read from its folder. Raises ModelError where that cannot be.
+    A frozen text encoder and a given autoencoder are not initialised but read from their folders. Raises ModelError
+    where that cannot be.
     """
-    configs, parts, given = new.configs(cfg, tokenizer), dict[str, nn.Module](), cfg.text_network.given(cfg)
+    configs, parts = new.configs(cfg, tokenizer), dict[str, nn.Module]()
+    given = {TEXT: cfg.text_network.given(cfg), VAE: AUTOENCODER.given(cfg)}
     for name, table in networks(configs).items():
         torch.manual_seed(seed)
         network = network_of(name, table)
-        if given and name == TEXT:
-            tensors = network.renamed(weights.tensors(weights.files(given)))
-            parts[name] = filled(network, table, tensors, given).requires_grad_(False)
+        if path := given.get(name):
+            tensors = network.renamed(weights.tensors(weights.files(path)))
+            tensors = (
+                tensors if name == TEXT else {k: v.clone() for k, v in tensors.items()}
+            )  # files are not written to
+            parts[name] = filled(network, table, tensors, path).requires_grad_(name != TEXT)
         else:
             parts[name] = network.build(table)
     return Model(configs, parts, {LABELS if cfg.text_network.labels else TEXT: tokenizer}, generate=cfg.generate)
@@ -107,6 +122,14 @@ def save(
         write_description(folder, model.configs, model.tokenizers)
         if cfg:
             (folder / "tinydiff.toml").write_text(to_toml(cfg), encoding="utf-8")
+
+
+def save_network(path: Path, table: Table, tensors: Mapping[str, Tensor], file: str, cfg: config.Config) -> None:
+    """Commit the folder of one network, as diffusers opens it, and the configuration that it was trained with."""
+    with committed(path, replace=True) as folder:
+        save_tensors(tensors, folder / file, torch.float32)
+        write_json(folder / "config.json", table)
+        (folder / "tinydiff.toml").write_text(to_toml(cfg), encoding="utf-8")
 
 
 def write_description(

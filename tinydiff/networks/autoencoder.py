@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinydiff.errors import ModelError
+from tinydiff.files import read_json, shipped, shown
 from tinydiff.networks.network import Array, Graph, Network, Table, pick
 from tinydiff.schema import Key, key
 
@@ -28,6 +31,15 @@ OTHER = re.compile(
 )
 
 
+GENERAL = "general"  # the name of the autoencoder that is shipped
+PLACES = (
+    "vae",
+    "model/vae",
+    "autoencoder",
+    "",
+)  # of a model folder, a run, a run without a model, an autoencoder's own
+
+
 @dataclass(frozen=True)
 class Autoencoder:
     block_out_channels: tuple[int, ...] = key(
@@ -37,6 +49,7 @@ class Autoencoder:
     latent_channels: int = key(4, "channels of a latent", 1, 64)
     norm_num_groups: int = key(8, "group normalisation groups; must divide every width", 1, 2**14)
     mid_block_add_attention: bool = key(False, "self-attention at the lowest resolution")
+    path: str = key("", "begin with this one, which then says these keys: a folder, or the shipped 'general'")
 
     @property
     def factor(self) -> int:
@@ -80,8 +93,32 @@ class AutoencoderNetwork(Network):
     def describe(self, cfg: Config) -> dict[str, Any]:
         n = len(cfg.autoencoder.block_out_channels)
         kinds = {"down_block_types": ["DownEncoderBlock2D"] * n, "up_block_types": ["UpDecoderBlock2D"] * n}
+        shape = {name: value for name, value in asdict(cfg.autoencoder).items() if name != "path"}
         own = {"in_channels": 3, "out_channels": 3, "act_fn": "silu", "sample_size": cfg.data.resolution}
-        return {"_class_name": self.library[1]} | kinds | own | asdict(cfg.autoencoder) | {"scaling_factor": 1.0}
+        return {"_class_name": self.library[1]} | kinds | own | shape | {"scaling_factor": 1.0}
+
+    def given(self, cfg: Config) -> Path | None:
+        """The folder that `autoencoder.path` names, None where the autoencoder is a new one. Raises ModelError."""
+        if not (path := cfg.autoencoder.path):
+            return None
+        start = shipped("autoencoder") if path == GENERAL else Path(path)
+        for place in PLACES:
+            if (start / place / "config.json").is_file():
+                return start / place
+        raise ModelError(f"{shown(path)}: holds no autoencoder; autoencoder.path names a model, a run, or {GENERAL!r}")
+
+    def completed(self, cfg: Config) -> Autoencoder:
+        """The settings as the given autoencoder has them, as far as its folder is there. Raises ModelError."""
+        if not (path := cfg.autoencoder.path):
+            return cfg.autoencoder
+        try:
+            folder = self.given(cfg)
+        except ModelError:  # whoever only reads a configuration needs no autoencoder
+            return cfg.autoencoder
+        try:
+            return replace(pick(Autoencoder, self.read(read_json(folder / "config.json"))), path=path)  # type: ignore[operator]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"{shown(path)}: unsupported or incomplete config.json: {shown(error)}") from None
 
     def conflicts(self, cfg: Config) -> Iterator[str]:
         yield from self.misfits(asdict(cfg.autoencoder))

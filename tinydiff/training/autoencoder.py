@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tinydiff.checkpoints import folder
 from tinydiff.diffusion.noise import keyed
 from tinydiff.errors import ModelError
 from tinydiff.images import to_pixels, to_uint8
 from tinydiff.measure.features import open_features
 from tinydiff.models.autoencoder import Autoencoder, mean_and_std
+from tinydiff.networks import VAE, network_of
 from tinydiff.training.losses import autoencoder_loss, psnr
 from tinydiff.training.run import Run
 from tinydiff.training.task import PICTURES, Batch, Player, Task, Terms, counted
@@ -32,7 +35,7 @@ class Reconstruct(nn.Module):
 
 class AutoencoderTask(Task):
     name = "autoencoder"
-    publishes = False  # an autoencoder alone is no model
+    publishes = "autoencoder"
 
     def __init__(self, run: Run):
         super().__init__(run)
@@ -69,6 +72,11 @@ class AutoencoderTask(Task):
         if self.features:
             terms["perceptual"] = self.settings.perceptual_weight * self.features.distance(x, output).mean()
         return torch.stack(list(terms.values())).sum(), {k: counted(v.detach()) for k, v in terms.items()}
+
+    def publish(self, checkpoint: Path, path: Path) -> None:
+        """The autoencoder's own folder, as `autoencoder.path` and diffusers open it."""
+        table, tensors = self.model.configs[VAE], self.averaged(checkpoint)[VAE]
+        folder.save_network(path, table, tensors, network_of(VAE, table).file, self.cfg)
 
     @torch.no_grad()
     def pictures(self) -> tuple[np.ndarray, dict[str, float]]:

@@ -39,7 +39,7 @@ from tinydiff.training.task import Batch, Task, counted, moved
 
 
 def run(cfg: config.Config, run_dir: Path, last: str | None = None, accept: bool = False, strict: bool = False) -> Path:
-    """Train the stages in order, up to the `last`, continuing a run. Returns the model folder, or `run_dir` without one.
+    """Train the stages in order, up to the `last`, continuing a run. Returns the folder that was published last.
 
     `accept` goes on with another configuration or other data; `strict` refuses to pass over a damaged checkpoint.
     """
@@ -68,7 +68,7 @@ def run(cfg: config.Config, run_dir: Path, last: str | None = None, accept: bool
             with enough_memory(cfg, name):
                 task = imported(row.task)(this)
                 stage(this, task)
-            result = run_dir / "model" if task.publishes else result
+            result = run_dir / task.publishes if task.publishes else result
             if name == last:
                 break
         this.claim.write()
@@ -109,8 +109,8 @@ def stage(run: Run, task: Task) -> None:
                 run.claim.write()
         with contextlib.closing(Saver()) as saver:
             train(run, task, training, saver, start, skipped)
-    elif world.rank == 0 and task.publishes and not published(run):
-        task.publish(run.checkpoints / f"{task.name}-{start:08d}", run.dir / "model")
+    elif world.rank == 0 and task.publishes and not published(run, task):
+        task.publish(run.checkpoints / f"{task.name}-{start:08d}", run.dir / task.publishes)
     training.exchange()
     for player in task.players.values():
         player.module.eval()
@@ -121,9 +121,9 @@ def divided(run: Run, task: Task) -> bool:
     return any(divides(player.parts, run.world, run.runtime.cfg) for player in task.players.values())
 
 
-def published(run: Run) -> bool:
-    """Whether the run's model folder is there, whole, and says what the configuration says."""
-    path = run.dir / "model" / "tinydiff.toml"
+def published(run: Run, task: Task) -> bool:
+    """Whether the folder that a task publishes is there, whole, and says what the configuration says."""
+    path = run.dir / task.publishes / "tinydiff.toml"
     if not path.exists() or path.read_text(encoding="utf-8") != to_toml(run.cfg):
         return False
     try:
@@ -354,7 +354,7 @@ def commit(run: Run, task: Task, training: Training, saver: Saver, n: int, skipp
 
     def publish(checkpoint: Path) -> None:
         if task.publishes:
-            task.publish(checkpoint, run.dir / "model")
+            task.publish(checkpoint, run.dir / task.publishes)
 
     def write(memory: Snapshot) -> None:
         state.save(run.checkpoints / f"{task.name}-{n:08d}", memory, training.places, about, world, publish)

@@ -45,7 +45,7 @@ class Task:
 
     name = ""
     captions: ClassVar[list[str]] = []  # of the pictures
-    publishes = True  # whether each checkpoint makes the run's model folder anew
+    publishes = "model"  # the folder of the run that each checkpoint makes anew, if any
     rows: list[range]  # of the batch, what this process computes at once
     whole = False  # whether a loss needs all rows of the batch at once, and so cannot be computed in parts
 
@@ -85,11 +85,14 @@ class Task:
 
     def publish(self, checkpoint: Path, path: Path) -> None:
         """The model folder at `path` with the averaged weights of a checkpoint."""
-        kept = dict(Blocks(checkpoint, "average").whole()) | dict(Blocks(checkpoint, "buffers").whole())
-
-        places = self.stored.items()
-        parts = {n: {k: kept[v] if isinstance(v, str) else v for k, v in part.items()} for n, part in places}
+        parts = self.averaged(checkpoint)
         folder.save(path, self.model, self.cfg, force=True, tensors_of=lambda name, _: parts[name])
+
+    def averaged(self, checkpoint: Path) -> dict[str, dict[str, Tensor]]:
+        """The tensors of each of the model's networks, with the averaged weights of a checkpoint."""
+        kept = dict(Blocks(checkpoint, "average").whole()) | dict(Blocks(checkpoint, "buffers").whole())
+        places = self.stored.items()
+        return {n: {k: kept[v] if isinstance(v, str) else v for k, v in part.items()} for n, part in places}
 
 
 def stored(model: folder.Model, players: Mapping[str, Player]) -> dict[str, dict[str, str | Tensor]]:

@@ -1,0 +1,89 @@
+"""A given autoencoder: found where a name or a folder leads, the shape taken from it, frozen or tuned on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tinydiff import config
+from tinydiff.checkpoints import folder
+from tinydiff.checkpoints.source import Source
+from tinydiff.config import load
+from tinydiff.errors import ModelError
+from tinydiff.schema import to_toml
+from tinydiff.text.tokenizer import Tokenizer
+from tinydiff.training import loop
+
+SHAPE = ("block_out_channels", "latent_channels", "layers_per_block", "norm_num_groups", "mid_block_add_attention")
+
+
+def test_the_shape_is_that_of_the_given_one(tiny_model: Path) -> None:
+    theirs = json.loads((tiny_model / "vae" / "config.json").read_text())
+    cfg = load(None, [f"autoencoder.path={tiny_model}", "data.resolution=32"])
+    assert {name: getattr(cfg.autoencoder, name) for name in SHAPE} == {
+        name: tuple(theirs[name]) if isinstance(theirs[name], list) else theirs[name] for name in SHAPE
+    }
+    assert cfg.autoencoder.path == str(tiny_model)
+
+
+def test_weights_are_read_and_may_be_trained(tiny_model: Path, tiny_config: config.Config) -> None:
+    cfg = load(None, [f"autoencoder.path={tiny_model}", "data.resolution=32"])
+    model = folder.build(cfg, Tokenizer.train(["a"], 514, 8))
+    theirs = load_file(tiny_model / "vae" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(theirs[k], v) for k, v in model.vae.state_dict().items())
+    assert all(p.requires_grad for p in model.vae.parameters())
+    with torch.no_grad():
+        for p in model.vae.parameters():
+            p.add_(1)
+    again = load_file(tiny_model / "vae" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(theirs[k], again[k]) for k in theirs)  # the file is not written to
+
+
+@pytest.mark.parametrize("place", ["model", "run", "vae"])
+def test_it_is_found_in_models_runs_and_folders_of_its_own(place: str, tiny_model: Path, tmp_path: Path) -> None:
+    if place == "run":
+        (tmp_path / "model").symlink_to(tiny_model)
+    path = {"model": tiny_model, "run": tmp_path, "vae": tiny_model / "vae"}[place]
+    assert load(None, [f"autoencoder.path={path}", "data.resolution=32"]).autoencoder.latent_channels > 0
+
+
+def test_a_missing_one_is_named_before_anything_is_built(tiny_config: config.Config, tmp_path: Path) -> None:
+    changed = dataclasses.replace(tiny_config.autoencoder, path=str(tmp_path / "none"))
+    cfg = dataclasses.replace(tiny_config, autoencoder=changed)
+    (tmp_path / "c.toml").write_text(to_toml(cfg))
+    assert load(tmp_path / "c.toml") == cfg  # whoever only reads the configuration needs no autoencoder
+    with pytest.raises(ModelError, match="holds no autoencoder"):
+        folder.build(cfg, Tokenizer.train(["a"], 514, 8))
+
+
+def test_one_that_cannot_be_ours_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    table = json.loads((tiny_model / "vae" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(table | {"act_fn": "relu"}))
+    with pytest.raises(ModelError, match="act_fn"):
+        load(None, [f"autoencoder.path={tmp_path}"])
+
+
+def test_a_stage_alone_publishes_what_the_next_run_begins_with(run_config: config.Config, tmp_path: Path) -> None:
+    first = loop.run(run_config, tmp_path / "first", last="autoencoder")
+    assert first == tmp_path / "first" / "autoencoder"
+    saved = load_file(first / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "c.toml").write_text(to_toml(run_config))
+    frozen = [f"autoencoder.path={tmp_path / 'first'}", "train.autoencoder.steps=0", "train.denoiser.steps=2"]
+    model = loop.run(load(tmp_path / "c.toml", frozen), tmp_path / "second")
+    kept = folder.load(Source(model)).vae.state_dict()
+    assert all(torch.equal(saved[k], v) for k, v in kept.items())
+    assert folder.load(Source(model)).scaling_factor != 1  # measured on the data
+
+
+@pytest.mark.peers
+def test_what_a_stage_publishes_opens_in_diffusers(run_config: config.Config, tmp_path: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    place = loop.run(run_config, tmp_path / "run", last="autoencoder")
+    vae = AutoencoderKL.from_pretrained(place)
+    assert vae.config.latent_channels == run_config.autoencoder.latent_channels
