@@ -3,7 +3,9 @@
 `python scripts/emoji.py OUT` reads the bitmaps of fonts-noto-color-emoji and the English names and keywords of
 unicode-cldr-core and writes OUT/train and OUT/heldout, each with images and a metadata.jsonl. One sequence of code
 points is one glyph; glyphs with equal pixels become one image. Held out is one in twenty of the compositions of skin
-tone, gender and role, every part of which is seen in training in other company. Needs fontTools and Pillow (the `dev`
+tone, gender and role, every part of which is seen in training in other company. With `--phrases` the captions are also
+what people say instead of a name (`scripts/phrases.py`), and OUT/paraphrased has training images under phrases that
+training never sees. Needs fontTools and Pillow (the `dev`
 extra).
 """
 
@@ -23,6 +25,7 @@ from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 
+from phrases import divided
 from PIL import Image
 
 from tinydiff.errors import DataError, ResourceError, UsageError, UserError
@@ -310,6 +313,28 @@ def _picked(sequence: str) -> bool:
     return int.from_bytes(hashlib.sha256(sequence.encode()).digest()[:8], "big") % HELD_OUT_ONE_IN == 0
 
 
+# ---- phrases ----------------------------------------------------------------------------------------------------------
+
+
+def paraphrased(found: list[Emoji], cldr: Annotations) -> tuple[list[Emoji], list[Emoji]]:
+    """(the same with phrases for further captions, those that keep a phrase back under that name)."""
+    parts = [divided(emoji.stem, emoji.name, _other_words(emoji, cldr)) for emoji in found]
+    captions = (text for emoji in found for text in emoji.captions)
+    counts = Counter(text.lower() for text in (*captions, *(text for each, kept in parts for text in (*each, kept))))
+    whole, back = list[Emoji](), list[Emoji]()
+    for emoji, (phrases, kept) in zip(found, parts, strict=True):
+        whole.append(replace(emoji, captions=(*emoji.captions, *(p for p in phrases if counts[p.lower()] == 1))))
+        if kept and counts[kept.lower()] == 1:
+            back.append(replace(emoji, name=kept, captions=(kept,)))
+    return whole, back
+
+
+def _other_words(emoji: Emoji, cldr: Annotations) -> list[str]:
+    """Keywords that say something which the name does not."""
+    words = [] if emoji.toned else cldr.keywords.get(emoji.sequence, [])
+    return [word for word in words if not set(word.lower().split()) & set(emoji.name.lower().split())]
+
+
 # ---- writing -------------------------------------------------------------------------------------------------------
 
 
@@ -372,14 +397,18 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("out", type=Path, help="folder to write: OUT/train and OUT/heldout")
     parser.add_argument("--size", type=int, default=64, help="pixels a side (64)")
+    parser.add_argument("--phrases", action="store_true", help="captions in other words too, some of them kept back")
     parser.add_argument("--font", type=Path, default=FONT, help=f"colour bitmap font ({FONT})")
     parser.add_argument("--cldr", type=Path, default=CLDR, help=f"CLDR's common folder ({CLDR})")
     options = parser.parse_args(arguments)
     try:
         if not 8 <= options.size <= 1024:
             raise UsageError(f"--size {options.size} is out of range; give 8 to 1024 pixels")
-        train, held_out = split(collect(options.font, read_cldr(options.cldr)))
-        write(options.out, {"train": train, "heldout": held_out}, options.size)
+        cldr = read_cldr(options.cldr)
+        train, held_out = split(collect(options.font, cldr))
+        train, kept = paraphrased(train, cldr) if options.phrases else (train, [])
+        parts = {"train": train, "heldout": held_out} | ({"paraphrased": kept} if kept else {})
+        write(options.out, parts, options.size)
     except UserError as error:
         print(f"emoji.py: {error}", file=sys.stderr)
         return error.code
