@@ -93,11 +93,7 @@ def build(cfg: config.Config, tokenizer: Any, seed: int = 0) -> Model:
         torch.manual_seed(seed)
         network = network_of(name, table)
         if path := given.get(name):
-            tensors = network.renamed(weights.tensors(weights.files(path)))
-            tensors = (
-                tensors if name == TEXT else {k: v.clone() for k, v in tensors.items()}
-            )  # files are not written to
-            parts[name] = filled(network, table, tensors, path).requires_grad_(name != TEXT)
+            parts[name] = opened(network, table, path, learns=name != TEXT)
         else:
             parts[name] = network.build(table)
     return Model(configs, parts, {LABELS if cfg.text_network.labels else TEXT: tokenizer}, generate=cfg.generate)
@@ -173,6 +169,13 @@ def load(source: Source) -> Model:
         if (network := network_of(name, source.configs.get(name, {}))).module:
             parts[name] = filled(network, source.table(name), source.tensors(name), source.path / name)
     return Model(source.configs, parts, source.tokenizers, source.path, opened=True)
+
+
+def opened(network: Network, table: Table, path: Path, learns: bool = False) -> nn.Module:
+    """The network of a table with the weights of a folder, copied from its files where it `learns`. Raises ModelError."""
+    tensors = network.renamed(weights.tensors(weights.files(path)))
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()} if learns else tensors
+    return filled(network, table, tensors, path).requires_grad_(learns)
 
 
 def filled(network: Network, table: Table, tensors: Mapping[str, Tensor], path: Path) -> nn.Module:

@@ -1,0 +1,88 @@
+"""How well an autoencoder reconstructs pictures: a table of PSNR, SSIM, perceptual distance and chroma error.
+
+`python scripts/reconstructions.py AUTOENCODER FOLDER ...`: images are put on white and cut to a square at each size;
+those smaller than it are left out. PSNR is of the mean squared error over all images; the chroma error is the mean
+absolute error of Cb and Cr as a share of their range. `--picture FILE` shows images above their reconstructions.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tinydiff import config, images
+from tinydiff.checkpoints import folder
+from tinydiff.measure import distances
+from tinydiff.measure.features import Features, open_features
+from tinydiff.models.autoencoder import mean_and_std
+from tinydiff.networks import VAE, network_of
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+CHROMA = np.array([[-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])  # Cb and Cr of RGB (BT.601)
+
+
+def pictures(place: Path, size: int, count: int) -> np.ndarray:
+    """uint8 (N, size, size, 3): up to `count` images of a folder, spread over it."""
+    paths = sorted(path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES)
+    found = []
+    for path in paths[:: max(1, len(paths) // (2 * count))]:
+        image = Image.open(path)
+        if min(image.size) >= size:
+            white = Image.new("RGBA", image.size, "white")
+            white.alpha_composite(image.convert("RGBA"))
+            found.append(images.fit(np.asarray(white.convert("RGB")), size))
+    return np.stack(found[:count]) if found else np.zeros((0, size, size, 3), np.uint8)
+
+
+@torch.no_grad()
+def reconstructed(vae, pixels: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W) in [-1, 1] through the latents' means."""
+    return vae.decode(mean_and_std(vae.encode(pixels))[0]).clamp(-1, 1)
+
+
+def row(vae, features: Features, batch: np.ndarray) -> tuple[list[float], np.ndarray]:
+    """(PSNR in dB, SSIM, perceptual distance, chroma error in %), and the reconstructions, uint8."""
+    x = torch.from_numpy(images.to_pixels(batch))
+    output = torch.cat([reconstructed(vae, part) for part in x.split(4)])
+    distance = torch.cat([features.distance(a, b) for a, b in zip(x.split(4), output.split(4), strict=True)])
+    a, b = ((each.permute(0, 2, 3, 1).numpy() + 1) / 2 for each in (x, output))
+    psnr = -10 * np.log10(((a - b) ** 2).mean())
+    chroma = np.abs((a - b) @ CHROMA.T).mean()
+    drawn = images.to_uint8(output.numpy())
+    return [psnr, distances.ssim(a, b).mean(), distance.mean().item(), 100 * chroma], drawn
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("autoencoder", help="what autoencoder.path takes")
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256, 512])
+    parser.add_argument("--count", type=int, default=64)
+    parser.add_argument("--picture", type=Path)
+    args = parser.parse_args()
+    cfg = config.load(None, [f"autoencoder.path={args.autoencoder}", "data.resolution=512"])
+    network = network_of(VAE, {"_class_name": "AutoencoderKL"})
+    table = network.describe(cfg)
+    vae, features = folder.opened(network, table, network.given(cfg)), open_features()
+    print("| images | size | of | PSNR, dB | SSIM | distance | chroma error, % |\n|---|---|---|---|---|---|---|")
+    for place in args.folders:
+        for size in args.sizes:
+            if not len(batch := pictures(place, size, args.count)):
+                continue
+            figures, drawn = row(vae, features, batch)
+            print(
+                f"| {place.name} | {size} | {len(batch)} | " + " | ".join(f"{f:.4g}" for f in figures) + " |",
+                flush=True,
+            )
+            if args.picture:
+                both = np.concatenate([batch[:8], drawn[:8]])
+                name = args.picture.with_name(f"{args.picture.stem}-{place.name}-{size}.png")
+                name.write_bytes(images.encode_png(images.grid(both, min(8, len(batch))), None))
+
+
+if __name__ == "__main__":
+    main()
