@@ -587,8 +587,11 @@ def test_a_folder_of_diffusers_draws_the_same_here(their_folder, monkeypatch):
     ("overrides", "says"),
     [
         (["text_encoder.kind=class"], "text_encoder.kind: class goes with denoiser.kind dit"),
-        (["text_encoder.kind=t5"], "text_encoder.path: names the folder of a T5 encoder"),
-        (["text_encoder.path=t5"], "text_encoder.path: names the folder of a T5 encoder, with text_encoder.kind t5"),
+        (["text_encoder.kind=t5"], "text_encoder.path: names the folder of a frozen text encoder"),
+        (
+            ["text_encoder.path=t5"],
+            "text_encoder.path: names the folder of a frozen text encoder, with text_encoder.kind t5 or bert",
+        ),
         (["denoiser.kind=dit", "dit.patch_size=3"], "dit.patch_size: 3 is none of 2, 4, 8"),
         (
             ["denoiser.kind=dit", "dit.patch_size=4", "data.resolution=24"],

@@ -21,6 +21,7 @@ from tinydiff import config
 from tinydiff.cost import costs
 from tinydiff.models.attention import Attention
 from tinydiff.models.autoencoder import Autoencoder
+from tinydiff.models.bert import BertConfig, BertEncoder
 from tinydiff.models.cost import Cost, cost, reach
 from tinydiff.models.dit import Condition, DiT
 from tinydiff.models.t5 import T5Config, T5Encoder
@@ -144,10 +145,11 @@ def test_an_autoencoder_keeps_what_a_real_run_keeps(attention: bool) -> None:
     assert (found[0].activations, found[1].activations) == wanted
 
 
-@pytest.mark.parametrize("kind", ["clip", "t5"])
+@pytest.mark.parametrize("kind", ["clip", "t5", "bert"])
 def test_a_text_encoder_keeps_what_a_real_run_keeps_and_has_no_reach(kind: str) -> None:
     clip = TextEncoder(config.TextEncoder("clip", "", 600, 16, 40, 3, 2, 9), 600, 599)
-    net = clip if kind == "clip" else T5Encoder(T5Config(600, 24, 5, 40, 3, 4, 8, 20))
+    t5, bert = T5Encoder(T5Config(600, 24, 5, 40, 3, 4, 8, 20)), BertEncoder(BertConfig(600, 16, 3, 2, 40, 9))
+    net = {"clip": clip, "t5": t5, "bert": bert}[kind]
     ids = torch.arange(1, 10)[None]
     wanted = kept(lambda: net(ids), net)
     found = of(net, input_ids=ids)

@@ -22,7 +22,7 @@ from tinydiff.networks import AUTOENCODER, DENOISERS, TEXT_ENCODERS, network_of
 from tinydiff.networks.network import Network, OtherNetwork
 
 ROWS = {"unet": DENOISERS["unet"], "dit": DENOISERS["dit"], "vae": AUTOENCODER}
-ROWS |= {kind: TEXT_ENCODERS[kind] for kind in ("clip", "t5")}
+ROWS |= {kind: TEXT_ENCODERS[kind] for kind in ("clip", "t5", "bert")}
 
 
 HUGE, INF, NAN = 10**400, math.inf, math.nan
@@ -56,7 +56,7 @@ def test_no_value_that_makes_no_network_passes(name):
                 row.valid({key: [0, 0] if each.kind == tuple[int, ...] else 0})
 
 
-@pytest.mark.parametrize("name", ["unet", "dit", "t5"])
+@pytest.mark.parametrize("name", ["unet", "dit", "t5", "bert"])
 def test_defaults_make_a_network(name):
     assert ROWS[name].read({}) == ROWS[name].read(json.loads(json.dumps(ROWS[name].complete({}))))
 
@@ -76,6 +76,7 @@ def test_defaults_make_a_network(name):
         ("vae", {"block_out_channels": [48]}, "norm_num_groups: 32 does not divide"),
         ("vae", {"block_out_channels": [32], "down_block_types": ["DownEncoderBlock2D"] * 2}, "down_block_types"),
         ("clip", {"hidden_size": 512, "num_attention_heads": 3}, "num_attention_heads: 3 heads do not divide"),
+        ("bert", {"num_attention_heads": 5}, "num_attention_heads: 5 heads do not divide"),
         ("t5", {"relative_attention_max_distance": 8}, "relative_attention_num_buckets"),
         ("dit", {"num_attention_heads": 1, "attention_head_dim": 7}, "attention_head_dim"),
         ("dit", {"patch_size": 3}, "patch_size: 3 does not divide"),

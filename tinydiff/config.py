@@ -243,8 +243,9 @@ def _of_text(config: Config) -> Iterator[str]:
     text = config.text_encoder
     if text.hidden_size % text.num_attention_heads:
         yield "text_encoder.num_attention_heads: does not divide hidden_size"
-    if (config.text_network.given(config) is not None) != bool(text.path):
-        yield "text_encoder.path: names the folder of a T5 encoder, with text_encoder.kind t5 and no other"
+    if config.text_network.frozen != bool(text.path):
+        kinds = " or ".join(name for name, row in TEXT_ENCODERS.items() if row.frozen)
+        yield f"text_encoder.path: names the folder of a frozen text encoder, with text_encoder.kind {kinds}"
     if text.kind not in config.denoiser_network.reads:
         kinds = " or ".join(name for name, row in DENOISERS.items() if text.kind in row.reads)
         yield f"text_encoder.kind: {text.kind} goes with denoiser.kind {kinds}"

@@ -37,7 +37,7 @@ class DiTNetwork(Denoiser):
     module = "tinydiff.models.dit:DiT"
     library = ("diffusers", "DiTTransformer2DModel")
     outputs = (1, 2)  # a learned variance too
-    reads = ("clip", "t5", "class")
+    reads = ("clip", "t5", "bert", "class")
     pipelines = {"class": "DiTPipeline"}
     no_form = "a DiT that reads text"
     defaults: ClassVar[Table] = {"num_attention_heads": 16, "attention_head_dim": 72, "num_layers": 28, "patch_size": 2}

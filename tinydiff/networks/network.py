@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_type_hints
 
 from tinydiff.schema import Key, brief
@@ -221,7 +222,7 @@ class Denoiser(Network):
 
     folder = ""  # in a model folder
     outputs: tuple[int, ...] = (1,)  # how many values it may give for each of a latent
-    reads: tuple[str, ...] = ("clip", "t5")  # kinds of text encoders that go with it
+    reads: tuple[str, ...] = ("clip", "t5", "bert")  # kinds of text encoders that go with it
     pipelines: ClassVar[dict[str, str]] = {}  # kind of text encoder -> the pipeline of diffusers for both
     no_form = "diffusers has no such denoiser"  # why none does with the other kinds
 
@@ -294,6 +295,8 @@ class TextEncoder(Network):
         outputs = {HIDDEN: Array((*tokens, width)), POOLED: Array(("batch", width))}
         return {folder: Graph("forward", {"input_ids": Array(tokens, "tokens")}, outputs)}
 
-    def given(self, cfg: Config) -> Any:
-        """The folder of weights that are taken as they are; None for an encoder that is trained."""
+    frozen = False  # whether its weights are taken as they are from a folder, `given`
+
+    def given(self, cfg: Config) -> Path | None:
+        """The folder of a frozen encoder's weights; None for an encoder that is trained."""
         return None

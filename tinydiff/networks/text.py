@@ -1,7 +1,8 @@
-"""What reads a prompt, without torch: CLIP's tower, T5's encoder, and class labels, which need no network."""
+"""What reads a prompt, without torch: CLIP's tower, T5's and BERT's encoders, and class labels, which need no network."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ TEXT_ENCODERS: dict[str, Network] = {}  # by `text_encoder.kind`; filled at the 
 MOST_TOKENS = 2**22
 TOKENS = Key(int, 1, MOST_TOKENS)
 CLIP_UNUSED = ("position_ids", "text_projection.weight")
+BERT_PLACES = "embeddings.position_ids"
+NORMS = {"gamma": "weight", "beta": "bias"}
+BERT_NORM = re.compile(rf"(?<=LayerNorm\.)(?:{'|'.join(NORMS)})$")
 CLIP_BARE = ("embeddings.", "encoder.layers.", "final_layer_norm.")  # transformers 5 drops the prefix
 
 
@@ -30,10 +34,12 @@ CLIP_BARE = ("embeddings.", "encoder.layers.", "final_layer_norm.")  # transform
 class TextEncoder:
     kind: str = key(
         "clip",
-        "CLIP's tower, trained; a T5 encoder from the folder `path`, frozen; or captions as classes (dit only)",
+        "CLIP's tower, trained; T5's encoder or BERT's of the folder `path`, frozen; or captions as classes (dit only)",
         choices=TEXT_ENCODERS,
     )
-    path: str = key("", "T5: a folder with text_encoder/ and tokenizer/, as a diffusers pipeline has them")
+    path: str = key(
+        "", "t5, bert: a folder of transformers, sentence-transformers, or with text_encoder/ and tokenizer/"
+    )
     vocab_size: int = key(1024, "most tokens of the byte-pair tokenizer trained on the captions", 514, 1_000_000)
     hidden_size: int = key(192, "width", 8, 2**16)
     intermediate_size: int = key(384, "width inside a block's multilayer perceptron", 8, 2**20)
@@ -57,6 +63,21 @@ class T5Config:
     relative_attention_max_distance: int = key(128, "", 2, 2**16)
     layer_norm_epsilon: float = key(1e-6, "", 1e-12, 1.0)
     feed_forward_proj: str = key("relu", "", choices=("relu", "gated-gelu"))
+    pad_token_id: int = key(0, "", 0, MOST_TOKENS)
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """The keys of transformers' `config.json` that shape the encoder, each with what its absence means there."""
+
+    vocab_size: int = key(30522, "", 1, MOST_TOKENS)
+    hidden_size: int = key(768, "", 1, 2**16)
+    num_hidden_layers: int = key(12, "", 1, 256)
+    num_attention_heads: int = key(12, "", 1, 2**12)
+    intermediate_size: int = key(3072, "", 1, 2**20)
+    max_position_embeddings: int = key(512, "", 1, 2**16)
+    type_vocab_size: int = key(2, "", 1, 2**10)
+    layer_norm_eps: float = key(1e-12, "", 1e-15, 1.0)
     pad_token_id: int = key(0, "", 0, MOST_TOKENS)
 
 
@@ -99,7 +120,49 @@ class ClipNetwork(Network):
         return self.tokenizer_class.train(captions, text.vocab_size, text.max_position_embeddings)
 
 
-class T5Network(Network):
+class GivenNetwork(Network):
+    """An encoder of `text_encoder.path`, frozen: of a folder of transformers, sentence-transformers or a diffusers pipeline."""
+
+    frozen = True
+    width_key = "hidden_size"
+
+    def width(self, table: Table) -> int:
+        return table.get(self.width_key, 0)
+
+    def given(self, cfg: Config) -> Path:
+        return self.places(cfg)[0]
+
+    def places(self, cfg: Config) -> tuple[Path, Path]:
+        """The folders of weights and tokenizer: one and the same, unless they are text_encoder/ and tokenizer/."""
+        path = Path(cfg.text_encoder.path)
+        one = next((each for each in (path, path / "0_Transformer") if (each / "config.json").is_file()), None)
+        return (one, one) if one else (path / "text_encoder", path / "tokenizer")
+
+    def describe(self, cfg: Config, tokenizer: Any) -> dict[str, Any]:
+        place = self.given(cfg)
+        table = read_json(place / "config.json")
+        try:
+            settings = asdict(pick(self.settings, self.read(table)))
+        except (TypeError, ValueError) as error:
+            raise ModelError(f"{shown(place)}: unsupported or incomplete config.json: {shown(error)}") from None
+        for problem in self.disagreements(settings, tokenizer):
+            raise ModelError(f"{shown(place)}: {problem}")
+        return {"architectures": [self.library[1]], "model_type": self.kind} | settings
+
+    def disagreements(self, table: Table, tokenizer: Any) -> Iterator[str]:
+        """What its tokenizer and the length of prompts ask for, and it has not."""
+        if (vectors := table["vocab_size"]) < tokenizer.vocab_size:
+            yield f"has vectors of {vectors} pieces, its tokenizer {tokenizer.vocab_size}; mend path"
+        if table["pad_token_id"] != tokenizer.pad:
+            yield f"has padding of id {table['pad_token_id']}, its tokenizer {tokenizer.pad}; mend path"
+        if (places := table.get("max_position_embeddings", tokenizer.max_length)) < tokenizer.max_length:
+            yield f"reads {places} tokens; set text_encoder.max_position_embeddings to that or less"
+
+    def make_tokenizer(self, cfg: Config, source: Source) -> Any:
+        return self.tokenizer_class.load(self.places(cfg)[1], cfg.text_encoder.max_position_embeddings)
+
+
+class T5Network(GivenNetwork):
     name, kind, title = "t5", "t5", "T5"
     longest = "tinydiff.text.sentencepiece:T5_LENGTH"
     module = "tinydiff.models.t5:T5Encoder"
@@ -110,6 +173,7 @@ class T5Network(Network):
     settings = T5Config
     defaults = asdict(T5Config())
     only = {"model_type": "t5"}
+    width_key = "d_model"
 
     def misfits(self, table: Table) -> Iterator[str]:
         count, reach = table["relative_attention_num_buckets"], table["relative_attention_max_distance"]
@@ -119,26 +183,6 @@ class T5Network(Network):
     def shapes(self, table: Table) -> dict[str, tuple[int, ...]]:
         return {"shared.weight": (table["vocab_size"], table["d_model"])}
 
-    def width(self, table: Table) -> int:
-        return table.get("d_model", 0)
-
-    def given(self, cfg: Config) -> Path:
-        return Path(cfg.text_encoder.path) / "text_encoder"
-
-    def describe(self, cfg: Config, tokenizer: Any) -> dict[str, Any]:
-        table = read_json(self.given(cfg) / "config.json")
-        try:
-            settings = pick(T5Config, self.read(table))
-            too_few = settings.vocab_size < tokenizer.vocab_size
-        except (TypeError, ValueError) as error:
-            raise ModelError(
-                f"{shown(self.given(cfg))}: unsupported or incomplete config.json: {shown(error)}"
-            ) from None
-        if too_few:
-            problem = f"has vectors of {settings.vocab_size} pieces, its tokenizer {tokenizer.vocab_size}"
-            raise ModelError(f"{shown(self.given(cfg))}: {problem}; mend path")
-        return {"architectures": [self.library[1]], "model_type": "t5"} | asdict(settings)
-
     def renamed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Of a whole T5 the encoder; its table of embeddings goes by either of two names, or both."""
         tensors = super().renamed(tensors)
@@ -146,9 +190,33 @@ class T5Network(Network):
         table = kept.pop("encoder.embed_tokens.weight", None)
         return kept if table is None else {"shared.weight": table} | kept
 
-    def make_tokenizer(self, cfg: Config, source: Source) -> Any:
-        text = cfg.text_encoder
-        return self.tokenizer_class.load(Path(text.path) / "tokenizer", text.max_position_embeddings)
+
+class BertNetwork(GivenNetwork):
+    name, kind, title = "bert", "bert", "BERT"
+    longest = "tinydiff.text.wordpiece:BERT_LENGTH"
+    module = "tinydiff.models.bert:BertEncoder"
+    tokenizer = "tinydiff.text.wordpiece:BertTokenizer"
+    tokenizer_library = ("transformers", "BertTokenizer")
+    library = ("transformers", "BertModel")
+    no_form = "text is read by BERT with its padding masked"
+    settings = BertConfig
+    defaults = asdict(BertConfig())
+    only = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
+    only |= {"is_decoder": (False, None), "add_cross_attention": (False, None)}
+
+    def misfits(self, table: Table) -> Iterator[str]:
+        if table["hidden_size"] % table["num_attention_heads"]:
+            yield f"num_attention_heads: {table['num_attention_heads']} heads do not divide hidden_size {table['hidden_size']}"
+
+    def shapes(self, table: Table) -> dict[str, tuple[int, ...]]:
+        rows = {"word": "vocab_size", "position": "max_position_embeddings", "token_type": "type_vocab_size"}
+        return {f"embeddings.{k}_embeddings.weight": (table[v], table["hidden_size"]) for k, v in rows.items()}
+
+    def renamed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of a BERT with a head the encoder, without its pooler; older files call a norm's weight and bias gamma and beta."""
+        names = {name.removeprefix("bert."): tensor for name, tensor in super().renamed(tensors).items()}
+        kept = {k: v for k, v in names.items() if k.startswith(("embeddings.", "encoder.")) and k != BERT_PLACES}
+        return {BERT_NORM.sub(lambda old: NORMS[old[0]], name): tensor for name, tensor in kept.items()}
 
 
 class ClassNetwork(Network):
@@ -171,4 +239,4 @@ class ClassNetwork(Network):
         return self.tokenizer_class(names, max(LEAST, len(names)))
 
 
-TEXT_ENCODERS |= {row.kind: row for row in (ClipNetwork(), T5Network(), ClassNetwork())}
+TEXT_ENCODERS |= {row.kind: row for row in (ClipNetwork(), T5Network(), BertNetwork(), ClassNetwork())}

@@ -7,7 +7,6 @@ Opens a transformers folder: tokenizer.json, or spiece.model alone, which is pro
 
 from __future__ import annotations
 
-import json
 import struct
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,9 @@ from typing import Any
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as BackendTokenizer
 
-from tinydiff.errors import ModelError
-from tinydiff.files import read_json
 from tinydiff.protobuf import values
-from tinydiff.system import unreadable
-from tinydiff.text.tokenizer import MOST_IDS, SubwordTokenizer, listed_tokens
+from tinydiff.text.given import GivenTokenizer
+from tinydiff.text.tokenizer import MOST_IDS, listed_tokens
 
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
 SPACE = "▁"  # U+2581
@@ -28,76 +25,35 @@ SENTINELS = 100  # <extra_id_0> and on, the mask tokens of pre-training; spiece.
 UNIGRAM, UNKNOWN, CONTROL = 1, 2, 3  # a model type, and two token types
 
 
-class T5Tokenizer(SubwordTokenizer):
+class T5Tokenizer(GivenTokenizer):
     """Text to ids. `max_length` counts EOS; there is no BOS."""
 
-    def __init__(self, backend: BackendTokenizer, max_length: int = T5_LENGTH) -> None:
-        """`backend` normalises, splits and looks up ids. Raises ValueError if it lacks EOS or padding."""
-        if max_length < 2:
-            raise ValueError(f"max_length is {max_length}; it holds at least one token and EOS")
-        eos, pad = backend.token_to_id(EOS), backend.token_to_id(PAD)
-        if eos is None or pad is None:
-            raise ValueError(f"its vocabulary lacks {EOS if eos is None else PAD}")
-        backend.no_truncation()
-        backend.no_padding()
-        self._backend, self.max_length, self.eos, self.pad = backend, max_length, eos, pad
-        self.vocab_size = max(backend.get_vocab().values()) + 1
-        if self.vocab_size > MOST_IDS:
-            raise ValueError(f"an id is {self.vocab_size - 1}, over {MOST_IDS - 1}")
+    title, longest = "T5", T5_LENGTH
+    special = {"eos": EOS, "pad": PAD}  # noqa: RUF012
 
     @classmethod
-    def load(cls, folder: str | Path, max_length: int | None = None) -> T5Tokenizer:
-        """Read a T5 tokenizer folder. `max_length` defaults to the folder's. Raises ModelError."""
-        folder = Path(folder)
-        settings = folder / "tokenizer_config.json"
-        config = read_json(settings) if settings.is_file() else {}
-        try:
-            backend = _backend(folder, config)
-            if max_length is None:
-                length = int(config.get("model_max_length") or T5_LENGTH)
-                max_length = length if length < 10**6 else T5_LENGTH  # transformers writes 1e30 for "not set"
-            tokenizer = cls(backend, max_length)
-            tokenizer.ids("\uffff")  # in no vocabulary: if that raises, then now and not at some later prompt
-            return tokenizer
-        except (ModelError, KeyboardInterrupt, SystemExit):
-            raise
-        except OSError as error:
-            raise unreadable(error, folder) from error
-        except BaseException as error:  # the tokenizers library raises bare Exception; its panics are BaseException
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            raise ModelError(f"{folder}: not a T5 tokenizer ({reason}); restore the folder") from error
+    def read_older(cls, folder: Path, config: dict[str, Any]) -> BackendTokenizer:
+        """spiece.model, converted as transformers does, with the tokens added since."""
+        sentinels = int(config.get("extra_ids", SENTINELS))
+        if not 0 <= sentinels < MOST_IDS:
+            raise ValueError(f"extra_ids is {str(sentinels)[:40]}")
+        backend = from_spiece((folder / "spiece.model").read_bytes(), sentinels)
+        for content, (index, token) in sorted(listed_tokens(folder, config).items(), key=lambda item: item[1][0]):
+            backend.add_special_tokens([token]) if token.special else backend.add_tokens([token])
+            if backend.token_to_id(content) != index:
+                raise ValueError(f"{content[:40]!a} is listed with id {str(index)[:40]}, which is another token's")
+        return backend
 
-    def save(self, folder: str | Path) -> None:
-        """Write the two files that transformers' T5TokenizerFast and AutoTokenizer read."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+    def settings(self) -> dict[str, Any]:
         sentinels = sum(token.startswith("<extra_id_") for token in self._backend.get_vocab())
         special = {"eos_token": EOS, "pad_token": PAD, "unk_token": UNK, "extra_ids": sentinels}
-        config = {"tokenizer_class": "T5TokenizerFast", "model_max_length": self.max_length, **special}
-        files = {"tokenizer.json": self._backend.to_str(), "tokenizer_config.json": json.dumps(config, indent=2) + "\n"}
-        for name, text in files.items():
-            (folder / name).write_text(text, encoding="utf-8", newline="\n")
+        return {"tokenizer_class": "T5TokenizerFast", **special}
 
     def spans(self, text: str) -> tuple[list[int], list[int]]:
         """`ids` of `text`, and the index of each one's first character that is not white space."""
         encoding = self._encoding(text)
         begin = [stop - len(text[start:stop].lstrip()) for start, stop in encoding.offsets]
         return encoding.ids, [min(index, len(text) - 1) for index in begin]
-
-
-def _backend(folder: Path, config: dict[str, Any]) -> BackendTokenizer:
-    """tokenizer.json as it is or, without one, spiece.model converted as transformers does, with the tokens added since."""
-    if (folder / "tokenizer.json").is_file():
-        return BackendTokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    sentinels = int(config.get("extra_ids", SENTINELS))
-    if not 0 <= sentinels < MOST_IDS:
-        raise ValueError(f"extra_ids is {str(sentinels)[:40]}")
-    backend = from_spiece((folder / "spiece.model").read_bytes(), sentinels)
-    for content, (index, token) in sorted(listed_tokens(folder, config).items(), key=lambda item: item[1][0]):
-        backend.add_special_tokens([token]) if token.special else backend.add_tokens([token])
-        if backend.token_to_id(content) != index:
-            raise ValueError(f"{content[:40]!a} is listed with id {str(index)[:40]}, which is another token's")
-    return backend
 
 
 def from_spiece(data: bytes, sentinels: int = SENTINELS) -> BackendTokenizer:
