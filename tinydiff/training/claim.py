@@ -15,12 +15,13 @@ from tinydiff.data.dataset import Images, examples
 from tinydiff.errors import DataError, ModelError, UsageError
 from tinydiff.files import shown
 from tinydiff.schema import flat, to_toml
-from tinydiff.stages import Stage
+from tinydiff.stages import STAGES, Stage
 from tinydiff.training.parallel import World
 from tinydiff.training.runtime import Runtime
+from tinydiff.training.state import checkpoints
 
 CONFIG, DATA = "tinydiff.toml", "data.json"
-FREE = (  # keys that change nothing that is learnt
+FREE = (  # keys that change nothing that is learnt; those of stages ahead are free too
     "generate.",
     *(f"train.{k}" for k in ("threads", "keep", "device", "timeout", "max_skipped", "tensorboard", "parallel")),
     *(f"train.{k}" for k in ("tensor_parallel", "gradient_checkpointing", "compile")),
@@ -61,10 +62,17 @@ class Claim:
         """Whether the directory belongs to a run."""
         return (self.dir / CONFIG).exists()
 
+    @property
+    def ahead(self) -> list[str]:
+        """The stages after the last that has a checkpoint."""
+        begun = [bool(checkpoints(self.dir / "checkpoints", name)) for name in STAGES]
+        return [name for i, name in enumerate(STAGES) if not any(begun[i:])]
+
     def configuration(self, cfg: config.Config) -> None:
         """Refuse another configuration for a run that has begun, unless it is accepted."""
         old, new = flat(config.load(self.dir / CONFIG)) if self.begun else {}, flat(cfg)
-        changed = [k for k in old if new[k] != old[k] and not any(f in k for f in FREE)]
+        free = (*FREE, *(f"train.{name}." for name in self.ahead))
+        changed = [k for k in old if new[k] != old[k] and not any(f in k for f in free)]
         if changed and not self.accept:
             what = ", ".join(f"{k} ({shown(old[k])} -> {shown(new[k])})" for k in changed[:10])
             fix = "use --accept-changes to go on so, --fresh or another --run-dir"
