@@ -41,7 +41,11 @@ SOLVERS = {  # name: order, network calls a step, when to use it
     "dpmpp_2m_sde": ("stochastic", 1, "variety at moderate steps"),
     "dpmpp_3m_sde": ("stochastic", 1, "the same, more steps"),
     "dpmpp_sde": ("stochastic", 2, "the same, two calls a step"),
-    "lcm": ("stochastic", 1, "latent consistency models only: two to eight steps"),
+    "lcm": (
+        "stochastic",
+        1,
+        "distilled models only (`tinydiff train --stage distill`, latent consistency models): one to eight steps",
+    ),
 }
 DRAWN = ("ddim", "heun", "dpm2", "dpm_solver_2", "dpm_solver_3", "dpmpp_2m", "plms", "lms", "deis", "unipc")
 SPACED = ("ddim", "dpmpp_2m", "deis", "unipc")

@@ -271,6 +271,24 @@ def test_shared_matrices_learn_the_same(server, tmp_path):
     alike(tmp_path / "alone", tmp_path / "run")
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_distil_what_one_does(server, alone, tmp_path, parallel):
+    """From the denoiser of one process: its teacher and the text encoder may be divided, too."""
+    settings = [
+        f"train.distill.{key}" for key in ("steps=20", "batch_size=4", "warmup=2", "solver_steps=2", "lr=0.001")
+    ]
+    for size in (1, 2):
+        shutil.copytree(alone, tmp_path / str(size))
+        done = server.run(size, tmp_path / str(size), *settings, *[f"train.parallel={parallel}"] * (size - 1))
+        assert done == [0] * size, server.said()
+    one, two = (losses(tmp_path / size, "distill") for size in "12")
+    assert len(one) == 2 and two == pytest.approx(one, rel=1e-4)
+    first, second = (folder.load(Source(tmp_path / size / "model")) for size in "12")
+    for name, part in first.networks.items():
+        for key, value in part.state_dict().items():
+            assert (second.networks[name].state_dict()[key] - value).abs().max() <= 2e-3 * value.abs().max() + 1e-5, key
+
+
 def test_parts_of_a_batch_are_exchanged_once(server, alone, tmp_path):
     """Gradients of two processes in two parts each: as one batch, and summed over the processes once an update."""
     count = """

@@ -380,7 +380,7 @@ def test_a_seeded_run_repeats_in_its_losses(whole, run_config, tmp_path):
 def test_a_stage_without_steps_is_left_out(finished, whole, run_config, tmp_path):
     """Nothing is asked of it: neither a batch that comes out even, nor advice, nor a bar in the report."""
     odd = of_stage(run_config, "denoiser", steps=0, accumulate=3, lr=0.0)
-    assert loop.run(odd, tmp_path / "new") == tmp_path / "new"
+    assert loop.run(odd, tmp_path / "new") == tmp_path / "new" / "autoencoder"
     assert {p.name.partition("-")[0] for p in (tmp_path / "new" / "checkpoints").iterdir()} == {"autoencoder"}
     assert "denoiser" not in (tmp_path / "new" / "report.html").read_text() and not list(advice.of_settings(odd))
     before = snapshot(finished)

@@ -212,12 +212,23 @@ def conflicts(config: Config) -> Iterator[str]:
     if not (config.train.stage("autoencoder").steps or config.autoencoder.path):
         nothing = "with 0 there is nothing to make latents and images with"
         yield f"train.autoencoder.steps: {nothing}; set 1 or more, or name an autoencoder by autoencoder.path"
+    yield from _of_distillation(config)
     for name in trained(config.train):
         stage: Stage = config.train.stage(name)
         if stage.beta2 == 1:
             yield f"train.{name}.beta2: the second moment never begins at 1; set 0.999"
         if stage.batch_size % stage.accumulate:
             yield f"train.{name}.accumulate: {stage.accumulate} does not divide batch_size {stage.batch_size}"
+
+
+def _of_distillation(config: Config) -> Iterator[str]:
+    """Of the stage that makes of a trained denoiser one that draws from its noisiest level in few calls."""
+    if "distill" not in trained(config.train):
+        return
+    if "denoiser" not in trained(config.train):
+        yield "train.distill.steps: there is no denoiser to distil with train.denoiser.steps 0"
+    if config.diffusion.prediction == "epsilon":
+        yield "train.distill.steps: of pure noise, where few calls begin, epsilon says nothing; set diffusion.prediction=v"
 
 
 def reduction(config: Config) -> int:

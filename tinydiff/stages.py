@@ -42,6 +42,13 @@ class AutoencoderStage(Stage):
 
 
 @dataclass(frozen=True)
+class DistillStage(Stage):
+    cfg_scale: float = key(3.0, "guidance of the teacher, which drawing then needs no more", 1, 100)
+    calls: int = key(4, "network calls of a picture; those of its divisors may be asked for, too", 1, 10)
+    solver_steps: int = key(4, "steps of the teacher from each of these calls' noise level to the next", 1, 100)
+
+
+@dataclass(frozen=True)
 class Row:
     """A stage: the table of its settings under [train], where its task is ("package.module:Class"), what its pictures are."""
 
@@ -67,6 +74,12 @@ STAGES: dict[str, Row] = {
         section(Stage, "stage 2: text encoder and denoiser on the latents", steps=2000, warmup=200, ema=0.998),
         "tinydiff.training.denoiser:DenoiserTask",
         "generated from these captions, row by row",
+    ),
+    "distill": Row(
+        DistillStage,
+        section(DistillStage, "stage 3: the denoiser, to draw in few calls", steps=0, lr=2e-4, warmup=20, ema=0.98),
+        "tinydiff.training.distill:DistillTask",
+        "generated from these captions in few calls, row by row",
     ),
 }
 

@@ -292,6 +292,8 @@ def write(cfg: config.Config) -> dict[str, Any]:
         scheduler |= {key: True for key, name in RESPACED.items() if name == named}
         levels = training_levels(d.schedule, d.num_train_timesteps, d.shift, d.zero_terminal_snr)
         scheduler |= dict(zip(("sigma_max", "sigma_min"), schedules.ends(levels), strict=True))
+    if kind == "LCMScheduler":  # whose steps are then those of "trailing"
+        scheduler["original_inference_steps"] = d.num_train_timesteps
     if d.zero_terminal_snr:
         scheduler["rescale_betas_zero_snr"] = True
     if d.schedule == "flow":

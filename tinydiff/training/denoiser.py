@@ -61,6 +61,7 @@ class DenoiserTask(Task):
         count = len(run.data.source)
         self.captions = [run.data.source.captions(i * count // PICTURES)[0] for i in range(PICTURES)]  # type: ignore[misc]
         super().__init__(run)
+        self.dropout = self.cfg.diffusion.caption_dropout
         tokenizers = self.model.tokenizers
         self.encode = lru_cache(200_000)(lambda name, caption: tokenizers[name].encode([caption])[0])  # ids (T,)
 
@@ -87,17 +88,21 @@ class DenoiserTask(Task):
     def weights(self) -> np.ndarray:
         return self.data.weights() * self.latents.valid
 
+    def pick(self, u: float, normal: float) -> int:
+        """The level of a row, from a uniform and a standard normal number."""
+        return pick_level(u, normal, self.cfg.diffusion.timestep_density, len(self.levels))
+
     def draw(self, step: int, row: int, image: int, shape: tuple[int, ...]) -> tuple[int, str, np.ndarray]:
         """(level, caption, normals (2, C, h, w)) of one row of the batch, which holds `image`."""
-        rng, cfg = keyed(self.cfg.train.seed, "denoiser", step, row), self.cfg.diffusion
+        rng, cfg = keyed(self.cfg.train.seed, self.name, step, row), self.cfg.diffusion
         u, dropped, which = rng.random(3)
-        level = pick_level(u, float(rng.standard_normal()), cfg.timestep_density, len(self.levels))
+        level = self.pick(u, float(rng.standard_normal()))
         normals = rng.standard_normal((2, *shape), np.float32)
         if cfg.offset_noise:
             normals[1] += cfg.offset_noise * rng.standard_normal((shape[0], 1, 1), np.float32)
         captions = self.data.source.captions(image % len(self.data.source))
         captions = captions if self.model.text_encoders else captions[:1]  # of a class the first one is the label
-        return level, "" if dropped < cfg.caption_dropout else captions[self.choose(which, len(captions))], normals
+        return level, "" if dropped < self.dropout else captions[self.choose(which, len(captions))], normals
 
     @staticmethod
     def choose(u: float, count: int) -> int:
@@ -105,7 +110,7 @@ class DenoiserTask(Task):
         return 0 if count == 1 or u < 0.5 else 1 + int((u - 0.5) * 2 * (count - 1))
 
     def batch(self, step: int, rows: range) -> Batch:
-        """The noisy `sample` (B, C, h, w), its `target`, `timestep`, loss `weight` and `band` of noise (B,), and the text."""
+        """The noisy `sample` (B, C, h, w), its `target`, `timestep`, loss `weight` and `level` (B,), and the text."""
         chosen = self.order(step)[rows.start : rows.stop]
         mean, std = (part * self.model.scaling_factor for part in self.latents.rows(chosen))
         drawn = [self.draw(step, row, int(i), mean.shape[1:]) for row, i in zip(rows, chosen, strict=True)]
@@ -116,8 +121,8 @@ class DenoiserTask(Task):
         x0 = mean + std * noise[:, 0]
         a, s, times, w = (torch.from_numpy(v.astype(np.float32)) for v in (alpha, sigma, t, weight))
         a, s = a[:, None, None, None], s[:, None, None, None]
-        target, bands = self.prediction.target(x0, noise[:, 1], a, s), torch.tensor(picked) * BANDS // len(self.levels)
-        batch = {"sample": x0 * a + noise[:, 1] * s, "target": target, "timestep": times, "weight": w, "band": bands}
+        target, level = self.prediction.target(x0, noise[:, 1], a, s), torch.tensor(picked)
+        batch = {"sample": x0 * a + noise[:, 1] * s, "target": target, "timestep": times, "weight": w, "level": level}
         factor = self.description.factor
         sizes = of_size(self.description.conditions, mean.shape[2] * factor, mean.shape[3] * factor, len(rows))
         tokens, condition = self.told(captions)
@@ -138,9 +143,13 @@ class DenoiserTask(Task):
         sample = batch["sample"].to(memory_format=torch.channels_last)
         output = self.players[player].network(sample, batch["timestep"], batch["tokens"], batch["condition"])
         each = denoising_losses(output, batch["target"], batch["weight"])  # (B,)
-        inside = torch.nn.functional.one_hot(batch["band"], BANDS).double()  # (B, BANDS)
-        sums = torch.stack([each.detach().double() @ inside, inside.sum(0)], dim=1)  # (BANDS, 2)
-        return each.mean(), {f"loss_{i}": sums[i] for i in range(BANDS)}
+        return each.mean(), self.bands(each.detach(), batch["level"])
+
+    def bands(self, losses: Tensor, level: Tensor) -> Terms:
+        """The rows' losses (B,), apart by their bands of noise."""
+        inside = torch.nn.functional.one_hot(level * BANDS // len(self.levels), BANDS).double()  # (B, BANDS)
+        sums = torch.stack([losses.double() @ inside, inside.sum(0)], dim=1)  # (BANDS, 2)
+        return {f"loss_{i}": sums[i] for i in range(BANDS)}
 
     def pictures(self, steps: int = 12) -> tuple[np.ndarray, dict[str, float]]:
         """Generated images, uint8 (16, H, W, 3), of captions spread over the data."""

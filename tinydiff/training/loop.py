@@ -44,7 +44,7 @@ def run(cfg: config.Config, run_dir: Path, last: str | None = None, accept: bool
     `accept` goes on with another configuration or other data; `strict` refuses to pass over a damaged checkpoint.
     """
     with enough_memory(cfg), Runtime(cfg) as runtime, runtime.world.together(), claim.held(runtime, run_dir):
-        this, result = Run(runtime, run_dir, accept, strict), run_dir
+        this, result, publishers = Run(runtime, run_dir, accept, strict), run_dir, dict[str, Task]()
         this.claim.configuration(cfg)
         if cfg.train.tensorboard:
             writer()  # refused now, if it is not installed
@@ -58,7 +58,9 @@ def run(cfg: config.Config, run_dir: Path, last: str | None = None, accept: bool
         this.claim.data(this.data)
         if runtime.world.rank == 0:
             state.sweep(run_dir)
-        this.model = placed(folder.build(cfg, this.claim.tokenizer(cfg, this.data), cfg.train.seed), runtime)
+        this.model = folder.build(cfg, this.claim.tokenizer(cfg, this.data), cfg.train.seed)
+        for part in this.model.networks.values():
+            runtime.placed(part)
         drawable(cfg, this.model)
         if runtime.world.rank == 0 and (
             line := advice.of_captions(this.data.source, [*this.model.tokenizers.values()])
@@ -68,9 +70,12 @@ def run(cfg: config.Config, run_dir: Path, last: str | None = None, accept: bool
             with enough_memory(cfg, name):
                 task = imported(row.task)(this)
                 stage(this, task)
-            result = run_dir / task.publishes if task.publishes else result
+            if task.publishes:
+                result, publishers[task.publishes] = run_dir / task.publishes, task
             if name == last:
                 break
+        for task in publishers.values():
+            put_right(this, task)
         this.claim.write()
     return result
 
@@ -82,15 +87,6 @@ def drawable(cfg: config.Config, model: folder.Model) -> None:
         model.description.levels(g.sampler, g.steps, g.spacing)
     except UsageError as error:
         raise UsageError(f"[generate]: {error}") from error
-
-
-def placed(model: folder.Model, runtime: Runtime) -> folder.Model:
-    """The model on the run's device, in evaluation mode: a stage's players alone are set to training."""
-    for part in model.networks.values():
-        part.eval().to(runtime.device)
-        if runtime.cfg.channels_last:
-            part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model
 
 
 def stage(run: Run, task: Task) -> None:
@@ -109,8 +105,6 @@ def stage(run: Run, task: Task) -> None:
                 run.claim.write()
         with contextlib.closing(Saver()) as saver:
             train(run, task, training, saver, start, skipped)
-    elif world.rank == 0 and task.publishes and not published(run, task):
-        task.publish(run.checkpoints / f"{task.name}-{start:08d}", run.dir / task.publishes)
     training.exchange()
     for player in task.players.values():
         player.module.eval()
@@ -121,10 +115,16 @@ def divided(run: Run, task: Task) -> bool:
     return any(divides(player.parts, run.world, run.runtime.cfg) for player in task.players.values())
 
 
+def put_right(run: Run, task: Task) -> None:
+    """Publish a finished stage's folder again where it is not what its last checkpoint says."""
+    if run.world.rank == 0 and not published(run, task):
+        task.publish(state.checkpoints(run.checkpoints, task.name)[-1], run.dir / task.publishes)
+
+
 def published(run: Run, task: Task) -> bool:
     """Whether the folder that a task publishes is there, whole, and says what the configuration says."""
     path = run.dir / task.publishes / "tinydiff.toml"
-    if not path.exists() or path.read_text(encoding="utf-8") != to_toml(run.cfg):
+    if not path.exists() or path.read_text(encoding="utf-8") != to_toml(task.cfg):
         return False
     try:
         files.verify(path.parent)

@@ -262,6 +262,13 @@ def piece(name: str, p: nn.Parameter, world: World) -> Piece:
     return Piece(name, p, p.to_local().detach(), tuple(offset), copies, shared or world.rank % world.tensor == 0)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A copy of all of a tensor, of which each process may hold a slice."""
+    from torch.distributed.tensor import DTensor
+
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
 def norm(parts: Sequence[Piece], gradients: list[Tensor], world: World) -> Tensor:
     """The norm of the whole gradient, (), of which each process has its blocks."""
     if not gradients:

@@ -7,6 +7,7 @@ import os
 import signal
 
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinydiff import config
@@ -52,6 +53,13 @@ class Runtime:
         if self.device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
         return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else None
+
+    def placed(self, network: nn.Module) -> nn.Module:
+        """The network on the device, in evaluation mode: a stage's players alone are set to training."""
+        network.eval().to(self.device)
+        if self.cfg.channels_last:
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return network
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, self.dtype) if self.dtype else contextlib.nullcontext()
