@@ -54,19 +54,18 @@ def test_chroma_is_that_of_pillow() -> None:
 
 
 def test_chroma_weighs_errors_of_colour_and_not_of_brightness() -> None:
-    cfg, latent = AutoencoderStage(chroma_weight=3.0), (torch.zeros(1, 4, 1, 1), torch.ones(1, 4, 1, 1))
-    pixels = torch.zeros(1, 3, 4, 4)
-    assert autoencoder_loss(pixels, pixels + 0.5, *latent, cfg)["chroma"].item() == pytest.approx(0, abs=1e-6)
+    cfg, pixels = AutoencoderStage(chroma_weight=3.0), torch.zeros(1, 3, 4, 4)
+    assert autoencoder_loss(pixels, pixels + 0.5, {}, cfg)["chroma"].item() == pytest.approx(0, abs=1e-6)
     bluer = pixels + torch.tensor([0, 0, 0.4])[:, None, None]
     cb, cr = 0.4 * (1 - 0.114) / 1.772, -0.4 * 0.114 / 1.402
-    assert autoencoder_loss(pixels, bluer, *latent, cfg)["chroma"].item() == pytest.approx(3 * (cb - cr) / 2)
+    assert autoencoder_loss(pixels, bluer, {}, cfg)["chroma"].item() == pytest.approx(3 * (cb - cr) / 2)
 
 
 def test_the_perceptual_term_is_the_mean_distance_of_features(task: Callable[..., AutoencoderTask]) -> None:
     plain, other = task(), task(perceptual_weight=0.7)
     batch = plain.batch(2, range(4))
     with torch.no_grad():
-        output = plain.players["autoencoder"].network(batch["pixels"], batch["noise"])[0]
+        output = plain.players["autoencoder"].network(batch["pixels"], batch["noise"], batch["turn"][0].tolist())[0]
         pairs, features = zip(batch["pixels"].split(1), output.split(1), strict=True), open_features()
         wanted = 0.7 * sum(features.distance(x, y).item() for x, y in pairs) / 4
         (loss, terms), (before, _) = (each.loss("autoencoder", batch) for each in (other, plain))

@@ -39,6 +39,14 @@ class AutoencoderStage(Stage):
     features: str = key(
         "", "the network of these features: a name, a file, or files joined by commas; empty is efficientnet-lite0"
     )
+    adversarial_weight: float = key(
+        0.0, "weight of a patch discriminator's loss, balanced with the others' gradients", 0
+    )
+    adversarial_start: int = key(0, "update from which on that discriminator, the critic, learns and judges", 0)
+    critic_lr: float = key(5e-4, "the critic's peak learning rate", 0)
+    critic_width: int = key(32, "the critic's channels after its first layer", 8, 512)
+    critic_halvings: int = key(2, "how often the critic halves the image: a logit sees 26 pixels at 2, 54 at 3", 1, 3)
+    equivariance: float = key(0.0, "share of updates whose latents are scaled and turned, and the images too", 0, 1)
 
 
 @dataclass(frozen=True)

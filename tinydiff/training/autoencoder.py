@@ -1,36 +1,27 @@
-"""Stage 1: reconstruct images through a latent that is nearly a standard normal."""
+"""Stage 1: reconstruct images through a latent that is nearly a standard normal; a critic judges, where one is asked for."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tinydiff.checkpoints import folder
 from tinydiff.diffusion.noise import keyed
 from tinydiff.errors import ModelError
 from tinydiff.images import to_pixels, to_uint8
 from tinydiff.measure.features import open_features
-from tinydiff.models.autoencoder import Autoencoder, mean_and_std
+from tinydiff.models.autoencoder import mean_and_std
+from tinydiff.models.critic import Critic
 from tinydiff.networks import VAE, network_of
-from tinydiff.training.losses import autoencoder_loss, psnr
+from tinydiff.training.losses import autoencoder_loss, balance, hinge, psnr
+from tinydiff.training.reconstruct import Reconstruct, draw, turned
 from tinydiff.training.run import Run
 from tinydiff.training.task import PICTURES, Batch, Player, Task, Terms, counted
-
-
-class Reconstruct(nn.Module):
-    """Pixels (B, 3, H, W) and noise (B, C, h, w) to reconstructions, and the latents' means and deviations."""
-
-    def __init__(self, vae: Autoencoder):
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        mean, std = mean_and_std(self.vae.encode(x).float())
-        return self.vae.decode(mean + std * noise).float(), mean, std
 
 
 class AutoencoderTask(Task):
@@ -40,38 +31,91 @@ class AutoencoderTask(Task):
     def __init__(self, run: Run):
         super().__init__(run)
         cfg, self.features = self.settings, None
+        self.balance = 0.0  # weighs the adversarial loss, as the update before found it
+        self.drawn = dict[int, tuple[Tensor, Tensor]]()  # by first row, what the critic is to tell apart
+        self.partial = dict[str, list[Tensor]]()
         if cfg.perceptual_weight:
-            place = {"device": run.runtime.device, "memory_format": torch.channels_last}
-            self.features = open_features(cfg.features).to(**place)
+            self.features = open_features(cfg.features).to(**self.place)
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Where and how what the model has not is kept."""
+        return {"device": self.run.runtime.device, "memory_format": torch.channels_last}
 
     def state(self) -> dict[str, Any]:
-        return {"features": self.features.digest} if self.features else {}
+        features = {"features": self.features.digest} if self.features else {}
+        return features | ({"balance": self.balance} if "critic" in self.players else {})
 
     def restore(self, state: dict[str, Any]) -> None:
         """Raises ModelError where the feature network is another one than the run was begun with."""
-        begun = state.get("features")
+        begun, self.balance = state.get("features"), state.get("balance", 0.0)
         if self.features and begun not in (None, self.features.digest) and not self.run.claim.accept:
             problem = "not the feature network that the run was begun with; put that back, or use --accept-changes"
             raise ModelError(f"{self.features.name}: {problem}")
 
     def cast(self) -> dict[str, Player]:
-        return {self.name: Player(self.model.vae, Reconstruct(self.model.vae), self.settings)}
+        cfg, self.trained = self.settings, Reconstruct(self.model.vae)
+        players = {self.name: Player(self.trained, self.trained, cfg)}
+        if cfg.adversarial_weight:
+            torch.manual_seed(self.cfg.train.seed)
+            critic = Critic(cfg.critic_width, cfg.critic_halvings).to(**self.place)
+            players["critic"] = Player(critic, critic, replace(cfg, lr=cfg.critic_lr))
+        return players
 
     def batch(self, step: int, rows: range) -> Batch:
-        """Pixels (B, 3, H, W) and the noise (B, C, h, w) of their latents."""
+        """Pixels (B, 3, H, W), the noise (B, C, h, w) of their latents, how these are `turned` (B, 3), step and row (B, 2)."""
         pixels = to_pixels(self.data.batch(self.order(step)[rows.start : rows.stop]))
         d, seed = self.model.description, self.cfg.train.seed
         shape = (d.latent_channels, pixels.shape[2] // d.factor, pixels.shape[3] // d.factor)
         noise = np.stack([keyed(seed, "autoencoder", step, row).standard_normal(shape, np.float32) for row in rows])
-        return {"pixels": torch.from_numpy(pixels), "noise": torch.from_numpy(noise)}
+        turn = draw(seed, step, self.settings.equivariance, *shape[1:])
+        numbers = {"turn": torch.tensor([turn] * len(rows)), "place": torch.tensor([[step, row] for row in rows])}
+        return {"pixels": torch.from_numpy(pixels), "noise": torch.from_numpy(noise), **numbers}
 
     def loss(self, player: str, batch: Batch) -> tuple[Tensor, Terms]:
-        x = batch["pixels"].to(memory_format=torch.channels_last)
-        output, mean, std = self.players[player].network(x, batch["noise"])
-        terms = autoencoder_loss(x, output, mean, std, self.settings)
+        judged = "critic" in self.players and int(batch["place"][0, 0]) >= self.settings.adversarial_start
+        if player == "critic":
+            return self.judgement(batch) if judged else (torch.zeros(()), {})
+        x, turn = batch["pixels"].to(memory_format=torch.channels_last), batch["turn"][0].tolist()
+        output, *latent = self.players[player].network(x, batch["noise"], turn)
+        x = turned(x, turn, self.model.description.factor)
+        terms = autoencoder_loss(x, output, self.trained.terms(latent, self.settings), self.settings)
         if self.features:
             terms["perceptual"] = self.settings.perceptual_weight * self.features.distance(x, output).mean()
-        return torch.stack(list(terms.values())).sum(), {k: counted(v.detach()) for k, v in terms.items()}
+        loss = torch.stack(list(terms.values())).sum()
+        if judged:
+            self.drawn[int(batch["place"][0, 1])] = x, output.detach()
+            adversarial = -self.players["critic"].module(output).float().mean()
+            terms["adversarial"] = self.settings.adversarial_weight * self.balance * adversarial
+            self.weigh(loss, adversarial)
+            loss = loss + terms["adversarial"]
+        return loss, {k: counted(v.detach()) for k, v in terms.items()}
+
+    def judgement(self, batch: Batch) -> tuple[Tensor, Terms]:
+        """The critic's loss on images and the reconstructions of this update: all of both at once, since DDP expects one call."""
+        real, fake = (
+            self.players["critic"].network(torch.cat(self.drawn.pop(int(batch["place"][0, 1])))).float().chunk(2)
+        )
+        told = {"real": real.detach().mean(), "fake": fake.detach().mean(), "balance": real.new_tensor(self.balance)}
+        return hinge(real, fake), {k: counted(v) for k, v in told.items()}
+
+    def weigh(self, loss: Tensor, adversarial: Tensor) -> None:
+        """Set the next update's balance by the whole batch's gradients of both losses at the decoder's last layer.
+
+        That of this update would be known only after its last part, on all processes.
+        """
+        if not torch.is_grad_enabled():
+            return  # one looks for what spoilt an update
+        gradients = [torch.autograd.grad(each, self.trained.last, retain_graph=True)[0] for each in (loss, adversarial)]
+        total = self.summed("balance", torch.stack(gradients).float())
+        if total is not None and total.isfinite().all():
+            self.balance = balance(*total / len(self.rows) / self.run.world.size)
+
+    def summed(self, name: str, part: Tensor) -> Tensor | None:
+        """The sum of what every part of a batch on every process gives under a name, once its last part has been given."""
+        parts = self.partial.setdefault(name, [])
+        parts.append(part)
+        return self.run.world.sum(torch.stack(self.partial.pop(name)).sum(0)) if len(parts) == len(self.rows) else None
 
     def publish(self, checkpoint: Path, path: Path) -> None:
         """The autoencoder's own folder, as `autoencoder.path` and diffusers open it."""

@@ -12,15 +12,13 @@ from torch.nn import functional as F
 from tinydiff.stages import AutoencoderStage as Settings
 
 
-def autoencoder_loss(pixels: Tensor, output: Tensor, mean: Tensor, std: Tensor, cfg: Settings) -> dict[str, Tensor]:
-    """Weighted terms, whose sum is the loss: absolute and squared error, error of edges and colours, and KL to N(0, 1).
+def autoencoder_loss(pixels: Tensor, output: Tensor, latent: dict[str, Tensor], cfg: Settings) -> dict[str, Tensor]:
+    """Weighted terms, whose sum is the loss: absolute and squared error, error of edges and colours, those of the `latent`.
 
-    pixels, output (B, 3, H, W) in [-1, 1]; mean, std (B, C, h, w). KL is the mean over latent values (Kingma & Welling
-    2014, appendix B).
+    pixels, output (B, 3, H, W) in [-1, 1].
     """
     error = output - pixels
-    kl = 0.5 * (mean**2 + std**2 - 1) - std.log()
-    terms = {"l1": error.abs().mean(), "kl": cfg.kl_weight * kl.mean()}
+    terms = {"l1": error.abs().mean(), **latent}
     if cfg.l2_weight:
         terms["l2"] = cfg.l2_weight * (error**2).mean()
     if cfg.edge_weight:
@@ -28,6 +26,21 @@ def autoencoder_loss(pixels: Tensor, output: Tensor, mean: Tensor, std: Tensor, 
     if cfg.chroma_weight:
         terms["chroma"] = cfg.chroma_weight * chroma(error).abs().mean()
     return terms
+
+
+def kl(mean: Tensor, std: Tensor) -> Tensor:
+    """The divergence of N(mean, std) from N(0, 1), the mean over latent values (Kingma & Welling 2014, appendix B)."""
+    return (0.5 * (mean**2 + std**2 - 1) - std.log()).mean()
+
+
+def hinge(real: Tensor, fake: Tensor) -> Tensor:
+    """The critic's loss on its logits of images and of reconstructions (Lim & Ye 2017, eq. 3; VQGAN halves it)."""
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def balance(reconstruction: Tensor, adversarial: Tensor) -> float:
+    """The adversarial loss's weight: the ratio of gradients' norms at the decoder's last layer (Esser et al. 2021, eq. 7)."""
+    return min(reconstruction.norm().item() / (adversarial.norm().item() + 1e-4), 1e4)
 
 
 def chroma(rgb: Tensor) -> Tensor:
