@@ -318,6 +318,31 @@ loop.run = counted
     assert f"exchanges {4 + STEPS}" in server.said()
 
 
+EVERY = ("perceptual_weight=0.1", "chroma_weight=1", "equivariance=0.5", "adversarial_weight=0.5")
+EVERY += ("adversarial_start=3", "critic_width=8", "steps=20", "save_every=20")
+
+
+def test_two_processes_learn_every_loss_of_the_autoencoder_and_its_critic(server, tmp_path):
+    """The critic begins at step 3, and some batches are turned; alone in two parts, which changes nothing either."""
+    settings = [f"train.autoencoder.{each}" for each in EVERY]
+    found = []
+    for name, size, parts in (("alone", 1, 2), ("pair", 2, 1)):
+        run_dir, more = tmp_path / name, f"train.autoencoder.accumulate={parts}"
+        assert server.run(size, run_dir, *settings, more, "--stage", "autoencoder") == [0] * size, server.said()
+        last = run_dir / "checkpoints" / "autoencoder-00000020"
+        rows = [row | {"stage": 0} for row in untimed(run_dir) if "critic_loss" in row]
+        weights = {k: dict(state.Blocks(last, k).whole()) for k in ("weights", "buffers")}
+        found.append((rows, weights, state.read(last)["task"]["balance"]))
+    (rows, one, balance), (others, other, theirs) = found
+    assert len(rows) == 2 and theirs == pytest.approx(balance, rel=1e-3) and balance > 0
+    for row, another in zip(rows, others, strict=True):
+        assert another == pytest.approx(row, rel=1e-4, abs=1e-4)
+    assert any(name.startswith("critic.") for name in one["weights"])
+    for kind in one:
+        for name, value in one[kind].items():
+            torch.testing.assert_close(other[kind][name], value, rtol=1e-3, atol=1e-4)
+
+
 def test_parts_of_a_batch_add_up_where_weights_are_divided(server, alone, tmp_path):
     """FSDP keeps whole gradients until the last part; blocks that are computed twice are gathered twice."""
     settings = ("train.parallel=fsdp", "train.denoiser.accumulate=2", "train.gradient_checkpointing=true")

@@ -21,6 +21,11 @@ DIT = ("denoiser.kind=dit", "data.resolution=32")
 SAID = {  # sets -> the keys named, and what to write
     ("train.denoiser.steps=50",): ("train.denoiser.warmup", "set 5"),
     ("train.autoencoder.lr=0",): ("train.autoencoder.lr", "0.001"),
+    ("train.autoencoder.features=x",): ("train.autoencoder.features", "train.autoencoder.perceptual_weight is 0"),
+    ("train.autoencoder.critic_width=8", "train.autoencoder.critic_lr=1"): (
+        "train.autoencoder.critic_lr, train.autoencoder.critic_width",
+        "adversarial_weight is 0",
+    ),
     ("train.keep_every=333",): ("train.keep_every", "train.denoiser.save_every (500)"),
     ("diffusion.caption_dropout=0",): ("diffusion.caption_dropout", "generate.cfg_scale=1"),
     ("diffusion.caption_dropout=1",): ("diffusion.caption_dropout", "0.1"),

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forker import Forker
 from PIL import Image
+from runs import sha256, untimed
 
 from tinydiff import config
 from tinydiff.checkpoints import folder
@@ -17,11 +19,15 @@ from tinydiff.checkpoints.source import Source
 from tinydiff.data.dataset import Images, open_source
 from tinydiff.errors import ModelError, UserError
 from tinydiff.measure.features import open_features
+from tinydiff.models.critic import Critic
+from tinydiff.schema import to_toml
 from tinydiff.stages import AutoencoderStage
 from tinydiff.training import claim, loop
 from tinydiff.training.autoencoder import AutoencoderTask
-from tinydiff.training.losses import autoencoder_loss, chroma
+from tinydiff.training.losses import autoencoder_loss, balance, chroma, hinge
+from tinydiff.training.reconstruct import draw, turned
 from tinydiff.training.run import Run
+from tinydiff.training.state import Learner, Training
 
 
 def of_autoencoder(cfg: config.Config, **keys: object) -> config.Config:
@@ -103,3 +109,181 @@ def test_a_feature_network_that_is_missing_is_told_before_anything_is_written(ru
     with pytest.raises(UserError, match=r"none\.pth"):
         loop.run(cfg, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- the critic
+
+
+@pytest.mark.parametrize(("halvings", "seen"), [(1, 12), (2, 26), (3, 54)])
+def test_a_logit_of_the_critic_sees_its_patch_of_its_own_image(halvings: int, seen: int) -> None:
+    """By gradients: how many pixels along a side change a logit in the middle, and none of another image."""
+    torch.manual_seed(0)
+    critic, x = Critic(8, halvings), torch.randn(2, 3, 128, 128, requires_grad=True)
+    for layer in critic.layers:
+        if isinstance(layer, torch.nn.GroupNorm):  # it sees the whole image
+            layer.forward = lambda x: x  # type: ignore[method-assign]
+    logits = critic(x)
+    assert logits.shape == (2, 1, 128 // 2**halvings, 128 // 2**halvings)
+    logits[0, 0, logits.shape[2] // 2, logits.shape[3] // 2].backward()
+    assert x.grad is not None
+    assert [int(x.grad[0].abs().sum((0, axis)).count_nonzero()) for axis in (1, 2)] == [seen, seen]
+    assert x.grad[1].count_nonzero() == 0
+
+
+def test_the_critic_judges_each_image_by_itself_whatever_its_size() -> None:
+    torch.manual_seed(0)
+    critic, x = Critic(16, 3), torch.randn(3, 3, 40, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(critic(x), torch.cat([critic(row) for row in x.split(1)]), rtol=1e-4, atol=1e-5)
+        assert critic(x[..., :8, :9]).shape == (3, 1, 1, 1)
+
+
+def test_hinge_and_balance_by_hand() -> None:
+    real, fake = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-2.0, 0.0, 0.5])
+    assert hinge(real, fake).item() == pytest.approx(0.5 * ((0 + 0.5 + 2) / 3 + (0 + 1 + 1.5) / 3))
+    assert balance(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 2.0])) == pytest.approx(5 / (2 + 1e-4))
+    assert balance(torch.tensor([3e9]), torch.tensor([0.0])) == 1e4
+
+
+EVERY = {"perceptual_weight": 0.1, "chroma_weight": 1.0, "equivariance": 0.5}
+EVERY |= {"adversarial_weight": 0.5, "adversarial_start": 3, "critic_width": 8}
+
+
+def trained(task: AutoencoderTask) -> Training:
+    world = task.run.world
+    return Training([Learner.of(k, p.module, p.settings, world) for k, p in task.players.items()])
+
+
+def updates(task: AutoencoderTask, count: int) -> list[dict[str, float]]:
+    training = trained(task)
+    return [loop.step(task.run, task, training, n, loop.parts_of(task, n)).values for n in range(count)]
+
+
+def test_the_balance_is_the_ratio_of_gradients_at_the_last_layer(task: Callable[..., AutoencoderTask]) -> None:
+    """Esser et al. 2021, equation 7, by the whole backward pass of each loss alone; the update after it is weighed so."""
+    keys = {"adversarial_weight": 0.5, "critic_width": 8, "perceptual_weight": 0.1}
+    made, fresh = task(**keys, accumulate=2), task(**keys)
+    made.rows = [range(2), range(2, 4)]
+    (first,) = updates(made, 1)
+    batch, norms = fresh.batch(0, range(4)), []
+    for alone in (True, False):
+        vae = fresh.model.vae
+        vae.zero_grad()
+        if alone:  # its own balance is 0 still
+            fresh.loss("autoencoder", batch)[0].backward()
+        else:
+            output = fresh.players["autoencoder"].network(batch["pixels"], batch["noise"], [8, 8, 0])[0]
+            (-fresh.players["critic"].module(output).mean()).backward()
+        norms.append(vae.decoder.conv_out.weight.grad.norm().item())
+    assert made.balance == pytest.approx(norms[0] / (norms[1] + 1e-4), rel=1e-4)
+    assert first["adversarial"] == 0 and first["critic_loss"] > 0
+    again = made.batch(1, range(4))
+    with torch.no_grad():
+        loss, terms = made.loss("autoencoder", again)
+        output = made.drawn[0][1]
+        wanted = -0.5 * made.balance * made.players["critic"].module(output).mean()
+    assert terms["adversarial"][0].item() == pytest.approx(wanted.item(), rel=1e-5) and wanted != 0
+    assert loss.item() == pytest.approx(sum(t[0].item() for t in terms.values()), rel=1e-5)
+
+
+def test_parts_of_a_batch_learn_what_the_whole_does(task: Callable[..., AutoencoderTask]) -> None:
+    whole, parts = task(**EVERY | {"adversarial_start": 0}), task(**EVERY | {"adversarial_start": 0}, accumulate=2)
+    parts.rows = [range(2), range(2, 4)]
+    for one, other in zip(updates(whole, 6), updates(parts, 6), strict=True):
+        assert other == pytest.approx(one, rel=1e-4, abs=1e-4)
+    assert whole.balance == pytest.approx(parts.balance, rel=1e-4) and whole.balance > 0
+
+
+def test_the_critic_waits_and_changes_nothing_until_its_start(task: Callable[..., AutoencoderTask]) -> None:
+    alone, judged = task(), task(adversarial_weight=0.5, adversarial_start=2, critic_width=8)
+    before = [p.detach().clone() for p in judged.players["critic"].module.parameters()]
+    ours, theirs = updates(alone, 4), updates(judged, 4)
+    assert all(row["loss"] == other["loss"] for row, other in zip(ours[:3], theirs[:3], strict=True))
+    assert [row["critic_loss"] > 0 for row in theirs] == [False, False, True, True]
+    assert theirs[3]["loss"] != ours[3]["loss"]
+    after = [p.detach() for p in judged.players["critic"].module.parameters()]
+    assert not any(torch.equal(a, b) for a, b in zip(after, before, strict=True) if a.ndim > 1)
+
+
+def test_the_critic_learns_to_tell_images_from_reconstructions(task: Callable[..., AutoencoderTask]) -> None:
+    made = task(adversarial_weight=0.1, critic_width=16, critic_lr=2e-3, warmup=0, lr=1e-6)
+    rows = updates(made, 30)
+    assert rows[-1]["critic_loss"] < 0.5 * rows[0]["critic_loss"]
+    assert rows[-1]["critic_real"] > 0.3 > -0.3 > rows[-1]["critic_fake"]
+
+
+# ---------------------------------------------------------------------------------------------------- scaled and turned
+
+
+def test_latents_and_images_are_turned_alike() -> None:
+    """An image of one colour a latent: what is made of the latents' turn is the image's turn."""
+    latents = torch.randn(2, 3, 8, 6)
+    image = latents.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    for quarters in range(4):
+        small, large = turned(latents, [8, 6, quarters]), turned(image, [8, 6, quarters], 4)
+        assert torch.equal(large, small.repeat_interleave(4, 2).repeat_interleave(4, 3))
+        by_hand = np.rot90(latents.numpy(), quarters, (2, 3))
+        assert np.array_equal(small.numpy(), by_hand)
+    half, halved = turned(latents, [4, 3, 0]), turned(image, [4, 3, 0], 4)
+    torch.testing.assert_close(half, torch.nn.functional.avg_pool2d(latents, 2))
+    assert halved.shape == (2, 3, 16, 12)
+    flat = torch.full((1, 3, 32, 24), 0.3)
+    torch.testing.assert_close(turned(flat, [3, 2, 1], 4), torch.full((1, 3, 8, 12), 0.3))
+
+
+def test_turns_are_drawn_as_often_and_as_far_as_they_should_be() -> None:
+    drawn = [draw(0, step, 0.6, 16, 32) for step in range(3000)]
+    changed = np.array([turn for turn in drawn if turn != [16, 32, 0]])
+    assert len(changed) / 3000 == pytest.approx(0.6, abs=0.04)
+    assert np.bincount(changed[:, 2]).tolist()[0] == 0 and np.bincount(changed[:, 2])[1:].min() > 500
+    assert changed[:, 0].min() == 4 and changed[:, 0].max() == 16
+    assert np.abs(changed[:, 1] - 2 * changed[:, 0]).max() <= 1
+    assert drawn[7] == draw(0, 7, 0.6, 16, 32) and all(draw(1, n, 0.0, 8, 8) == [8, 8, 0] for n in range(50))
+
+
+def test_the_target_of_a_turned_batch_is_the_turned_image(task: Callable[..., AutoencoderTask]) -> None:
+    made = task(equivariance=1.0, l2_weight=0.0, edge_weight=0.0, kl_weight=0.0)
+    steps = [made.batch(n, range(4)) for n in range(30)]
+    batch = next(batch for batch in steps if batch["turn"][0, 0] < 8)
+    turn = batch["turn"][0].tolist()
+    with torch.no_grad():
+        loss, _ = made.loss("autoencoder", batch)
+        moments = made.model.vae.encode(batch["pixels"])
+        z = moments[:, :4] + (0.5 * moments[:, 4:]).exp() * batch["noise"]
+        small = torch.nn.functional.interpolate(z, turn[:2], mode="bilinear")
+        output = made.model.vae.decode(small.rot90(turn[2], (2, 3)))
+        wanted = torch.nn.functional.interpolate(
+            batch["pixels"], [2 * side for side in turn[:2]], mode="bilinear", antialias=True
+        )
+    assert loss.item() == pytest.approx((output - wanted.rot90(turn[2], (2, 3))).abs().mean().item(), rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------ killed, resumed
+
+
+def left(run_dir: Path) -> dict[str, str]:
+    """SHA-256 of all that the last checkpoint and the autoencoder's own folder hold, and what was measured."""
+    paths = [*run_dir.glob("checkpoints/*-00000012/*"), *run_dir.glob("autoencoder/*")]
+    found = {k: v for k, v in sha256(run_dir, paths).items() if "toml" not in k}
+    assert len(found) > 7
+    return found | {"log": str(untimed(run_dir))}
+
+
+def test_killed_at_random_moments_it_ends_in_the_same_bits(run_config, forker: Forker, tmp_path: Path) -> None:
+    """With all losses, two players and turned latents, the critic beginning between two checkpoints."""
+    path = tmp_path / "every.toml"
+    cfg = of_autoencoder(run_config, **EVERY, save_every=2)
+    cfg = replace(cfg, train=replace(cfg.train, denoiser=replace(cfg.train.denoiser, steps=0)))
+    path.write_text(to_toml(cfg))
+
+    def run(name: str, die_at: int = 0) -> int:
+        log = Path(f"{tmp_path / name}.log")
+        arguments = (str(path), str(tmp_path / name), die_at, ("rename", "fsync", "link"))
+        return forker.wait(forker.call("forker:train", *arguments, log=log))
+
+    assert run("whole") == 0, Path(f"{tmp_path / 'whole'}.log").read_text()
+    rng, codes = np.random.default_rng(0), []
+    while not codes or codes[-1]:
+        codes.append(run("killed", int(rng.integers(8, 40)) if len(codes) < 5 else 0))
+    assert len(codes) > 3
+    assert left(tmp_path / "killed") == left(tmp_path / "whole")

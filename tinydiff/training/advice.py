@@ -18,6 +18,10 @@ from tinydiff.stages import trained
 from tinydiff.system import cut
 
 LOOKED_AT = 100_000  # captions
+WEIGHED = {  # keys of the autoencoder's stage that only the loss of a weight reads
+    "perceptual_weight": ("features",),
+    "adversarial_weight": ("adversarial_start", "critic_lr", "critic_width", "critic_halvings"),
+}
 
 
 def of_settings(cfg: config.Config) -> Iterator[str]:
@@ -78,6 +82,10 @@ def _unused(cfg: config.Config) -> Iterator[tuple[list[str], str]]:
     if kind == "dit" and cfg.network.size != "custom":
         own = [key for key in _changed("dit", cfg, usual) if key.split(".")[1] not in ("size", "patch_size")]
         rules.append((own, f"dit.size is {cfg.network.size}; custom reads them"))
+    stage, plain = (each.train.stage("autoencoder") for each in (cfg, usual))
+    for weight, keys in WEIGHED.items():
+        named = [f"train.autoencoder.{k}" for k in keys if getattr(stage, k) != getattr(plain, k)]
+        rules.append((named if not getattr(stage, weight) else [], f"train.autoencoder.{weight} is 0"))
     yield from ((keys, reason) for keys, reason in rules if keys)
 
 
