@@ -31,6 +31,7 @@ FITTED = {
     "shift",
     "kind",
     "patch_size",
+    "image_channels",
     "size",
 }  # keys that have to fit another key: left at their default
 

@@ -21,6 +21,7 @@ import torch
 from forker import Forker, processor_time, wait_until
 from interpreters import ENV
 from runs import sha256, untimed
+from safetensors.torch import load_file
 from torch import nn
 
 from tinydiff import config
@@ -348,6 +349,24 @@ def test_parts_of_a_batch_add_up_where_weights_are_divided(server, alone, tmp_pa
     settings = ("train.parallel=fsdp", "train.denoiser.accumulate=2", "train.gradient_checkpointing=true")
     assert server.run(2, tmp_path / "run", *settings) == [0, 0], server.said()
     assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-4)
+
+
+def test_a_loss_of_the_whole_batch_is_that_of_one_process(server, tmp_path):
+    """Contrastive: each row is compared with those of the other process too, whose gradients come back."""
+    settings = [
+        f"train.contrastive.{key}" for key in ("steps=20", "batch_size=8", "warmup=2", "save_every=20", "clip=0")
+    ]
+    settings += ["train.contrastive.image_channels=[16]", "train.autoencoder.steps=1", "--stage", "contrastive"]
+    assert server.run(1, tmp_path / "one", *settings) == [0], server.said()
+    assert server.run(2, tmp_path / "two", *settings) == [0, 0], server.said()
+    for key in ("loss", "grad_norm", "scale"):
+        rows = (untimed(tmp_path / name) for name in ("one", "two"))
+        one, two = ([row[key] for row in each if row["stage"] == "contrastive" and key in row] for each in rows)
+        assert len(one) == 2 and two == pytest.approx(one, rel=1e-4), key
+    places = [tmp_path / name / "contrastive" / "model.safetensors" for name in ("one", "two")]
+    mine, theirs = map(load_file, places)
+    for name, value in mine.items():
+        assert (value - theirs[name]).abs().max() <= 1e-4 + 2e-3 * value.abs().max(), name
 
 
 # ------------------------------------------------------------------------------------------------ when one of them dies

@@ -20,6 +20,7 @@ from tinydiff.networks import AUTOENCODER, DENOISERS, TEXT_ENCODERS
 from tinydiff.networks import Denoiser as Network
 from tinydiff.networks import TextEncoder as TextNetwork
 from tinydiff.networks.autoencoder import Autoencoder
+from tinydiff.networks.contrastive import NETWORK as CONTRASTIVE
 from tinydiff.networks.text import TextEncoder
 from tinydiff.networks.unet import UNet
 from tinydiff.schema import build, extended, key, merge, read_toml, section, set_key, to_dict
@@ -196,6 +197,7 @@ def conflicts(config: Config) -> Iterator[str]:
     yield from (f"autoencoder.{problem}" for problem in AUTOENCODER.conflicts(config))
     yield from (f"{kind}.{problem}" for problem in network.conflicts(config))
     yield from _of_text(config)
+    yield from CONTRASTIVE.conflicts(config)
     if (config.diffusion.schedule == "flow") != (config.diffusion.prediction == "flow"):
         yield "diffusion.prediction: flow goes with diffusion.schedule flow, the others do not: diffusers has no other form"
     if config.diffusion.zero_terminal_snr and config.diffusion.prediction in ("epsilon", "flow"):

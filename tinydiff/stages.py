@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tinydiff.networks.contrastive import CONTRASTIVE, Towers
 from tinydiff.schema import key, section
 
 
@@ -50,6 +51,11 @@ class AutoencoderStage(Stage):
 
 
 @dataclass(frozen=True)
+class ContrastiveStage(Towers, Stage):
+    pass
+
+
+@dataclass(frozen=True)
 class DistillStage(Stage):
     cfg_scale: float = key(3.0, "guidance of the teacher, which drawing then needs no more", 1, 100)
     calls: int = key(4, "network calls of a picture; those of its divisors may be asked for, too", 1, 10)
@@ -76,6 +82,18 @@ STAGES: dict[str, Row] = {
         "tinydiff.training.autoencoder:AutoencoderTask",
         "images of the data above, their reconstructions below",
         ("images", "reconstructions"),
+    ),
+    CONTRASTIVE: Row(
+        ContrastiveStage,
+        section(
+            ContrastiveStage,
+            "between them, where it has steps: text encoder and an image tower, by which caption goes with which image",
+            steps=0,
+            batch_size=256,
+        ),
+        "tinydiff.training.contrastive:ContrastiveTask",
+        "images of some captions above, the images nearest to these captions below",
+        ("images of captions", "nearest to the captions"),
     ),
     "denoiser": Row(
         Stage,

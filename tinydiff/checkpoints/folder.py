@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from tinydiff.checkpoints import new, weights
 from tinydiff.checkpoints.description import Description, describe
 from tinydiff.checkpoints.source import Configs, Source
 from tinydiff.errors import ModelError
-from tinydiff.files import committed, shown, verify
+from tinydiff.files import MANIFEST, committed, shown, verify
 from tinydiff.networks import (
     AUTOENCODER,
     LABELS,
@@ -106,15 +106,18 @@ def save(
     dtype: torch.dtype = torch.float32,
     force: bool = False,
     tensors_of: Callable[[str, nn.Module], Mapping[str, Tensor]] = lambda name, part: part.state_dict(),
+    beside: Sequence[Path] = (),
 ) -> None:
     """Commit a model folder that diffusers, transformers and tinydiff open; `tensors_of` says what is in its
-    networks' folders, `cfg` what it was trained with."""
+    networks' folders, `cfg` what it was trained with, `beside` what other networks' folders are copied to it."""
     with committed(path, replace=force) as folder:
         for name, part in model.networks.items():
             (folder / name).mkdir()
             table = model.configs[name]
             save_tensors(tensors_of(name, part), folder / name / network_of(name, table).file, dtype)
             write_json(folder / name / "config.json", table)
+        for other in beside:
+            shutil.copytree(other, folder / other.name, ignore=shutil.ignore_patterns(MANIFEST, "tinydiff.toml"))
         write_description(folder, model.configs, model.tokenizers)
         if cfg:
             (folder / "tinydiff.toml").write_text(to_toml(cfg), encoding="utf-8")

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from tinydiff.backends.pytorch import TorchBackend
 from tinydiff.checkpoints.folder import Model
 from tinydiff.condition import Condition, joined, of_size
-from tinydiff.data import cache, embeddings, latents
 from tinydiff.diffusion.noise import keyed
 from tinydiff.diffusion.predictions import PREDICTIONS
 from tinydiff.errors import ModelError
@@ -21,16 +20,13 @@ from tinydiff.networks.network import HIDDEN, named
 from tinydiff.pipeline import Request, generate
 from tinydiff.system import shown
 from tinydiff.text.labels import one_hot
+from tinydiff.training import encoding
+from tinydiff.training.encoding import learns
 from tinydiff.training.losses import denoising_losses, pick_level, snr_weight
 from tinydiff.training.run import Run
 from tinydiff.training.task import PICTURES, Batch, Player, Task, Terms
 
 BANDS = 4  # of noise levels, whose losses are told apart
-
-
-def learns(module: nn.Module) -> bool:
-    """Whether a network is not frozen."""
-    return any(p.requires_grad for p in module.parameters())
 
 
 class Denoise(nn.Module):
@@ -54,7 +50,7 @@ class DenoiserTask(Task):
 
     def __init__(self, run: Run):
         run.model.vae.requires_grad_(False).eval()
-        self.latents, self.texts = encoded(run)
+        self.latents, self.texts = encoding.images(run), encoding.captions(run)
         run.model = run.model if run.model.opened else run.model.scaled(self.latents.scaling_factor)
         self.description = run.model.description
         self.levels, self.prediction = self.description.schedule, PREDICTIONS[self.description.prediction]
@@ -160,28 +156,3 @@ class DenoiserTask(Task):
         each = [slice(start, start + most) for start in range(0, PICTURES, most)]
         seeds = range(self.cfg.train.seed, self.cfg.train.seed + PICTURES)
         return np.concatenate([generate(backend, self.captions[s], seeds[s], request) for s in each]), {}
-
-
-def encoded(run: Run) -> tuple[latents.Latents, embeddings.TextEmbeddings | None]:
-    """The latents of all images, and what all captions say where every text encoder is frozen."""
-    world, place, data, encoders = run.world, run.dir / "latents", run.data, run.model.text_encoders
-    most = run.cfg.train.stage("autoencoder").rows
-    latents.fill(place, data, run.model.vae, run.progress("encoding images"), world.rank, world.size, most)
-    world.wait()
-    images, texts = latents.open_cache(place, data, run.model.vae), None
-    if encoders and not any(map(learns, encoders.values())):
-        captions = sorted({"", *(c for i in range(len(data.source)) for c in data.source.captions(i))})
-        key = " ".join([*map(latents.digest, encoders.values()), *run.model.description.conditions])
-        backend, progress = TorchBackend(run.model), run.progress("encoding captions")
-
-        def encode(captions: list[str]) -> Condition:
-            return backend.encode_text({name: t.encode(captions) for name, t in backend.tokenizers.items()})
-
-        most = run.cfg.train.stage("denoiser").rows
-        embeddings.fill(run.dir / "texts", captions, encode, key, progress, world.rank, world.size, most)
-        world.wait()
-        texts = embeddings.open_cache(run.dir / "texts", captions, key)
-    if world.rank == 0:
-        cache.sweep(place, images.paths)
-        cache.sweep(run.dir / "texts", texts.paths if texts else [])
-    return images, texts

@@ -27,7 +27,8 @@ from tinydiff.errors import ModelError
 from tinydiff.networks import network_of
 from tinydiff.networks.network import named
 from tinydiff.system import shown
-from tinydiff.training.denoiser import DenoiserTask, learns
+from tinydiff.training.denoiser import DenoiserTask
+from tinydiff.training.encoding import learns
 from tinydiff.training.losses import denoising_losses
 from tinydiff.training.parallel import whole
 from tinydiff.training.run import Run

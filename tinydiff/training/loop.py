@@ -124,6 +124,8 @@ def put_right(run: Run, task: Task) -> None:
 def published(run: Run, task: Task) -> bool:
     """Whether the folder that a task publishes is there, whole, and says what the configuration says."""
     path = run.dir / task.publishes / "tinydiff.toml"
+    if not all((path.parent / place.name).is_dir() for place in task.beside):
+        return False
     if not path.exists() or path.read_text(encoding="utf-8") != to_toml(task.cfg):
         return False
     try:

@@ -55,6 +55,17 @@ def denoising_losses(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return F.mse_loss(output.float(), target, reduction="none").mean(dim=(1, 2, 3)) * weight
 
 
+def contrastive_loss(logits: Tensor, match: Tensor) -> Tensor:
+    """Symmetric cross-entropy of images (rows) and texts (columns) of a batch (Radford et al. 2021, figure 3): (B, B) each.
+
+    `match` is 1 where a text is right for an image, else 0. What is right is shared out evenly over all that match, so that
+    two equal captions are not each other's negatives; a batch without any has the paper's loss.
+    """
+    by_image = F.cross_entropy(logits, match / match.sum(1, keepdim=True))
+    by_text = F.cross_entropy(logits.T, (match / match.sum(0)).T)
+    return (by_image + by_text) / 2
+
+
 def snr_weight(alpha: np.ndarray, sigma: np.ndarray, prediction: str, gamma: float) -> np.ndarray:
     """Min-SNR-gamma weights (Hang et al. 2023, section 3.4) for a loss on `prediction`; ones if gamma is 0.
 

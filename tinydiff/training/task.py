@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from tinydiff.checkpoints import folder
 from tinydiff.data.dataset import Order
-from tinydiff.stages import Stage
+from tinydiff.networks.contrastive import CONTRASTIVE
+from tinydiff.stages import Stage, trained
 from tinydiff.training.run import Run
 from tinydiff.training.state import Blocks
 
@@ -86,7 +87,14 @@ class Task:
     def publish(self, checkpoint: Path, path: Path) -> None:
         """The model folder at `path` with the averaged weights of a checkpoint."""
         parts = self.averaged(checkpoint)
-        folder.save(path, self.model, self.cfg, force=True, tensors_of=lambda name, _: parts[name])
+        beside = [place for place in self.beside if place.is_dir()]
+        folder.save(path, self.model, self.cfg, force=True, tensors_of=lambda name, _: parts[name], beside=beside)
+
+    @property
+    def beside(self) -> list[Path]:
+        """The folders of the run that its model folder holds copies of."""
+        kept = self.publishes == "model" and CONTRASTIVE in trained(self.cfg.train)
+        return [self.run.dir / CONTRASTIVE] if kept else []
 
     def averaged(self, checkpoint: Path) -> dict[str, dict[str, Tensor]]:
         """The tensors of each of the model's networks, with the averaged weights of a checkpoint."""

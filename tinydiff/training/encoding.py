@@ -1,0 +1,51 @@
+"""What frozen networks make of the data, computed once for a run and cached in its directory: latents, and texts' vectors.
+
+Every process computes a share; when all are done, each opens everything, and what nothing reads any more is removed.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from tinydiff.backends.pytorch import TorchBackend
+from tinydiff.condition import Condition
+from tinydiff.data import cache, embeddings, latents
+from tinydiff.training.run import Run
+
+
+def learns(module: nn.Module) -> bool:
+    """Whether a network is not frozen."""
+    return any(p.requires_grad for p in module.parameters())
+
+
+def images(run: Run) -> latents.Latents:
+    """The latents of all images, by the run's autoencoder."""
+    world, place, data = run.world, run.dir / "latents", run.data
+    most = run.cfg.train.stage("autoencoder").rows
+    latents.fill(place, data, run.model.vae, run.progress("encoding images"), world.rank, world.size, most)
+    world.wait()
+    found = latents.open_cache(place, data, run.model.vae)
+    if world.rank == 0:
+        cache.sweep(place, found.paths)
+    return found
+
+
+def captions(run: Run) -> embeddings.TextEmbeddings | None:
+    """What all captions say, where every text encoder is frozen."""
+    world, place, encoders, texts = run.world, run.dir / "texts", run.model.text_encoders, None
+    if encoders and not any(map(learns, encoders.values())):
+        source = run.data.source
+        said = sorted({"", *(c for i in range(len(source)) for c in source.captions(i))})
+        key = " ".join([*map(latents.digest, encoders.values()), *run.model.description.conditions])
+        backend, progress = TorchBackend(run.model), run.progress("encoding captions")
+
+        def encode(captions: list[str]) -> Condition:
+            return backend.encode_text({name: t.encode(captions) for name, t in backend.tokenizers.items()})
+
+        most = run.cfg.train.stage("denoiser").rows
+        embeddings.fill(place, said, encode, key, progress, world.rank, world.size, most)
+        world.wait()
+        texts = embeddings.open_cache(place, said, key)
+    if world.rank == 0:
+        cache.sweep(place, texts.paths if texts else [])
+    return texts
