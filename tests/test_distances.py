@@ -143,6 +143,8 @@ def test_copies_are_told_from_new_pictures() -> None:
     mixed = np.concatenate([memorised, new[:300]])
     flags, z = d.copies(mixed, training)
     assert flags[:100].all() and flags[100:].mean() < 0.1 and z < -5
+    assert d.copies(memorised[:3].astype(np.float32), np.repeat(training, 2, axis=0))[0].sum() == 0  # among equal pairs
+    assert d.copies(training[:3].astype(np.float32), np.repeat(training, 2, axis=0))[0].all()
     flags, z = d.copies(new * 4, training)
     assert flags.mean() < 0.02 and z > 10
 

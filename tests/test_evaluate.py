@@ -18,6 +18,10 @@ from tinydiff.data import shapes
 from tinydiff.data.folder import FolderSource
 from tinydiff.diffusion.schedules import SCHEDULES, sampling_levels
 from tinydiff.errors import DataError, UsageError
+from tinydiff.measure.intervals import NORMAL_95, resampled, wilson
+from tinydiff.measure.oracle import READINGS
+from tinydiff.measure.reconstruction import reconstruction
+from tinydiff.measure.retrieval import block_sums, choose
 from tinydiff.networks.network import HIDDEN, Array
 
 SIDE = 16
@@ -176,11 +180,11 @@ def test_a_folder_given_twice_holds_its_images_once(tmp_path: Path) -> None:
 
 def test_the_choice_is_seeded_distinct_and_spread(tmp_path: Path) -> None:
     source = FolderSource(write(tmp_path / "a", noise(30), [f"c{i % 20}" for i in range(30)]))
-    first = evaluate.choose(source, 8, 0)
-    assert first == evaluate.choose(source, 8, 0) != evaluate.choose(source, 8, 1)
+    first = choose(source, 8, 0)
+    assert first == choose(source, 8, 0) != choose(source, 8, 1)
     assert len(first) == 8 and all(source.captions(i)[0] == caption for caption, i in first.items())
-    assert list(evaluate.choose(source, 12, 0))[:8] == list(first)
-    assert len(evaluate.choose(source, 99, 0)) == 20
+    assert list(choose(source, 12, 0))[:8] == list(first)
+    assert len(choose(source, 99, 0)) == 20
 
 
 def test_pictures_are_fitted_and_seeds_count_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,10 +224,10 @@ def test_the_models_own_background_counts(tmp_path: Path) -> None:
 @settings(max_examples=30, deadline=None)
 def test_block_sums_are_sixteen_times_pils_reduction(count: int, h: int, w: int, seed: int) -> None:
     batch = np.random.default_rng(seed).integers(0, 256, (count, 4 * h, 4 * w, 3), dtype=np.uint8)
-    ours = evaluate.block_sums(batch).reshape(count, h, w, 3) / 16
+    ours = block_sums(batch).reshape(count, h, w, 3) / 16
     theirs = np.stack([np.asarray(Image.fromarray(image).reduce(4)) for image in batch])
     assert np.abs(ours - theirs).max() <= 0.5  # PIL rounds
-    assert evaluate.block_sums(np.full((1, 4 * h - 1, 4 * w - 3, 3), 9, np.uint8)).tolist() == [[144.0] * (h * w * 3)]
+    assert block_sums(np.full((1, 4 * h - 1, 4 * w - 3, 3), 9, np.uint8)).tolist() == [[144.0] * (h * w * 3)]
 
 
 # ---- shapes --------------------------------------------------------------------------------------------------------
@@ -234,7 +238,7 @@ def test_shapes_drawn_as_asked_are_read_wholly_right() -> None:
     drawn = {c: shapes.render(shapes.parse(c), np.random.default_rng(5), 32) for c in captions}
     backend = Painter(drawn, 32)
     [row] = run(backend, "shapes", count=30, seed=3, side=32)
-    assert all(row[name] == 1.0 for name in evaluate.READINGS)
+    assert all(row[name] == 1.0 for name in READINGS)
     assert (row["data"], row["images"]) == ("shapes", 30)
     assert backend.asked == captions and all(shapes.held_out(c) for c in captions)
 
@@ -287,38 +291,75 @@ def test_psnr_of_a_constant_error_is_its_closed_form(tmp_path: Path) -> None:
 
 def test_psnr_clips_to_what_can_be_saved_and_takes_64() -> None:
     white = [np.full((8, 8, 3), 255, np.uint8)] * 3
-    assert evaluate.reconstruction_psnr(Painter({}, error=0.5), white, 2) == pytest.approx(10 * np.log10(4e12))  # type: ignore[arg-type]
+    row = reconstruction(Painter({}, error=0.5), white, 2, 0)  # type: ignore[arg-type]
+    assert row["reconstruction_psnr"] == pytest.approx(10 * np.log10(4e12))
+    assert row["reconstruction_ssim"] == pytest.approx(1)
     subject = evaluate.open_subject(config.Data(resolution=16), 100, 0)
     assert len(list(subject.originals(evaluate.RECONSTRUCTED))) == 64
 
 
 def test_wilson_against_published_and_closed_forms() -> None:
-    low, high = evaluate.wilson(0, 10)
-    z2 = evaluate.NORMAL_95**2
+    low, high = wilson(0, 10)
+    z2 = NORMAL_95**2
     assert low == 0 and high == pytest.approx(z2 / (10 + z2))
-    low, high = evaluate.wilson(81, 263)  # Newcombe 1998, table I, method 3
+    low, high = wilson(81, 263)  # Newcombe 1998, table I, method 3
     assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
-    low, high = evaluate.wilson(15, 148)  # the same table
+    low, high = wilson(15, 148)  # the same table
     assert (round(low, 4), round(high, 4)) == (0.0624, 0.1605)
 
 
 @given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_wilson_bounds_are_the_roots_of_its_quadratic(case: tuple[int, int]) -> None:
     right, count = case
-    for bound in evaluate.wilson(right, count):
-        assert abs((right / count - bound) ** 2 - evaluate.NORMAL_95**2 * bound * (1 - bound) / count) < 1e-9
-    mirrored = evaluate.wilson(count - right, count)
-    assert evaluate.wilson(right, count) == pytest.approx((1 - mirrored[1], 1 - mirrored[0]))
+    for bound in wilson(right, count):
+        assert abs((right / count - bound) ** 2 - NORMAL_95**2 * bound * (1 - bound) / count) < 1e-9
+    mirrored = wilson(count - right, count)
+    assert wilson(right, count) == pytest.approx((1 - mirrored[1], 1 - mirrored[0]))
+
+
+def test_a_resampled_interval_is_that_of_the_normal_mean_and_seeded() -> None:
+    x = np.random.default_rng(0).normal(5, 2, 400)
+    value, interval = resampled(lambda i: float(x[i].mean()), len(x), 3)
+    assert value == pytest.approx(x.mean())
+    assert interval["high"] - value == pytest.approx(value - interval["low"]) == pytest.approx(0.196, rel=0.3)
+    again = [resampled(lambda i: float(x[i].mean()), len(x), seed)[1] for seed in (3, 4)]
+    assert again[0] == interval != again[1]
+
+
+def test_reconstruction_figures_are_means_over_images_with_intervals(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", noise(20))
+    [row] = run(Painter(by_caption(folder), error=0.1), folder)
+    for name in ("reconstruction_psnr", "reconstruction_ssim"):
+        bounds = row["intervals"][name]
+        assert bounds["low"] < row[name] < bounds["high"]
+    from skimage.metrics import structural_similarity
+
+    theirs = []
+    for image in by_caption(folder).values():
+        output = np.minimum(image / 255 + 0.05, 1)
+        theirs.append(
+            structural_similarity(
+                image / 255,
+                output,
+                data_range=1.0,
+                channel_axis=2,
+                gaussian_weights=True,
+                sigma=1.5,
+                use_sample_covariance=False,
+            )
+        )
+    assert row["reconstruction_ssim"] == pytest.approx(np.mean(theirs), abs=1e-6)
 
 
 def test_lines_name_the_figures() -> None:
-    interval = {name: {"low": 0.486, "high": 0.575} for name in evaluate.READINGS}
-    row = dict.fromkeys(evaluate.READINGS, 0.5) | {
+    interval = {name: {"low": 0.486, "high": 0.575} for name in READINGS}
+    row = dict.fromkeys(READINGS, 0.5) | {
         "all": 0.53,
         "data": "shapes",
         "images": 500,
         "intervals": interval,
         "reconstruction_psnr": 31.25,
+        "reconstruction_ssim": 0.9876,
     }
     assert evaluate.line(row).startswith(
         "shapes: 500 unseen captions: wholly right 53.0% (48.6% to 57.5%); colours 50.0%"
@@ -332,10 +373,11 @@ def test_lines_name_the_figures() -> None:
         "candidates": 70,
         "intervals": interval,
         "reconstruction_psnr": 25.0,
+        "reconstruction_ssim": 0.9876,
     }
     assert (
         "of 70 images" in evaluate.line(row)
-        and evaluate.line(row).endswith("25.0 dB")
+        and evaluate.line(row).endswith("25.0 dB, SSIM 0.988")
         and "\n" not in evaluate.line(row)
     )
 

@@ -79,7 +79,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(home: Path, script: str) -> str:
     path = f"{home / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script], cwd=home, env=ENV | {"PATH": path}, capture_output=True, text=True
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=home,
+        env=ENV | {"PATH": path, "XDG_CACHE_HOME": str(home / "cache")},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -99,6 +103,11 @@ def photos(home: Path) -> Path:
 def test_train_your_own(photos: Path) -> None:
     assert (photos / "model" / "model_index.json").is_file()
     assert "<svg" in (photos / "report.html").read_text()
+
+
+def test_judge(home: Path, photos: Path) -> None:
+    said = run(home, re.search(r"^tinydiff evaluate .*$", README, re.MULTILINE)[0])
+    assert "6 captions: of 6 images" in said and "reconstruction_perceptual_efficientnet-lite0" in said
 
 
 def test_many_processes(home: Path, photos: Path) -> None:

@@ -25,6 +25,7 @@ from PIL import Image
 
 from tinydiff.config import Data
 from tinydiff.data import shard_index, shards
+from tinydiff.data.cache import user_folder
 from tinydiff.data.dataset import open_source
 from tinydiff.data.folder import FolderSource
 from tinydiff.data.shards import ShardSource
@@ -600,14 +601,14 @@ def test_where_the_index_is_kept(tmp_path, monkeypatch):
     temporary.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
     monkeypatch.setenv("HOME", str(home)), monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    assert shard_index.cache_folder() == cache / "tinydiff/shards"
+    assert user_folder("shards") == cache / "tinydiff/shards"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert shard_index.cache_folder() == home / ".cache/tinydiff/shards"
+    assert user_folder("shards") == home / ".cache/tinydiff/shards"
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
-    assert shard_index.cache_folder() == temporary / f"tinydiff-{os.getuid()}/shards"
+    assert user_folder("shards") == temporary / f"tinydiff-{os.getuid()}/shards"
     monkeypatch.delenv("HOME"), monkeypatch.delenv("XDG_CACHE_HOME")
-    assert shard_index.cache_folder() == temporary / f"tinydiff-{os.getuid()}/shards"
+    assert user_folder("shards") == temporary / f"tinydiff-{os.getuid()}/shards"
 
 
 def test_the_fingerprint_follows_content_and_not_place_or_time(tmp_path, make):

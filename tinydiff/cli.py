@@ -10,6 +10,8 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -321,8 +323,15 @@ def export(
 def evaluate(
     model: Annotated[str | None, typer.Argument(help="Model folder, run or shipped name.")] = None,
     data: Annotated[
-        list[str], flag("A folder of captioned images, or shapes; repeat to compare among all.", "--data")
+        list[str],
+        flag(
+            "A folder of captioned images, or shapes; repeat to compare among all. Copies are looked for in the first."
+        ),
     ] = ...,  # type: ignore[assignment]
+    features: Annotated[
+        list[str],
+        flag("Feature network: efficientnet-lite0, or a file; A,B for one of two files; none. May be repeated."),
+    ] = [],  # noqa: B006
     count: Annotated[int, flag("Images to draw for each.", min=1, max=100_000)] = 256,
     seed: Annotated[int, flag("Picks captions and noise.", "-s", "--seed", min=0, max=2**63 - 1)] = 0,
     batch_size: BatchSize = None,
@@ -334,21 +343,33 @@ def evaluate(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Score a model: the oracle on shapes, the nearest image on a folder."""
+    """Score a model: the oracle on shapes, the nearest image on a folder; and both as feature networks see them.
+
+    Figures that use a network are named after it; they have the names FID, KID, IS and LPIPS only if the network is read from
+    the files that these are defined by.
+    """
     flags.choose("--backend", backend, BACKENDS)
+    flags.choose("--device", device, DEVICES)
+    from tinydiff.measure.networks import wanted
+
+    names = wanted(features)
     opened = opening(model, backend, device)
     given = flags.Flags(batch_size=batch_size, steps=steps, cfg_scale=cfg_scale, sampler=sampler, spacing=spacing)
     request, size = flags.complete(opened, given)
     from tinydiff import evaluate as scoring
     from tinydiff.progress import Progress
 
-    bar: list[Progress] = []
+    def progress(label: str) -> Callable[[int, int], None]:
+        bar: list[Progress] = []
 
-    def progress(done: int, total: int) -> None:
-        bar[:] = bar or [Progress("drawing", total)]
-        bar[0].update(done)
+        def update(done: int, total: int) -> None:
+            bar[:] = bar or [Progress(label, total)]
+            bar[0].update(done)
 
-    for row in scoring.evaluate(opened, request, data, count, seed, size, opened.description.size, progress):
+        return update
+
+    told = progress("drawing"), partial(scoring.open_networks, names, device), progress("looking at the data")
+    for row in scoring.evaluate(opened, request, data, count, seed, size, opened.description.size, *told):
         print(json.dumps(row) if as_json else scoring.line(row))
 
 

@@ -1,38 +1,41 @@
-"""How good a model is, in numbers that need no second model: read by the oracle, found among the data, reconstructed.
+"""How good a model is: read by the oracle, found among the data, reconstructed, and seen by feature networks.
 
 For the built-in shapes, unseen captions are drawn and the oracle reads the pictures back. For a folder, captions of it
-are drawn and the nearest image of all the data must be the caption's own. Both come with the autoencoder's PSNR. It
-knows the `Backend` protocol and numpy, no runtime; pictures are scored batch by batch and dropped.
+are drawn and the nearest image of all the data must be the caption's own. Both come with the autoencoder's PSNR and SSIM,
+and with what each feature network makes of drawings and data. It knows the `Backend` protocol and numpy, no runtime;
+pictures are scored batch by batch and dropped.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from tinydiff import config, images, pipeline
-from tinydiff.data import shapes
+from tinydiff import config, pipeline
 from tinydiff.data.dataset import Source, open_source
-from tinydiff.diffusion.noise import keyed
 from tinydiff.errors import UsageError
+from tinydiff.measure.oracle import READINGS, Read
+from tinydiff.measure.quality import View, real_vectors
+from tinydiff.measure.reconstruction import reconstruction
+from tinydiff.measure.retrieval import Retrieved, choose, compare
 
-BLOCK = 4  # pixels a side of the means that retrieval compares
+if TYPE_CHECKING:
+    from tinydiff.measure.features import Features
+
 RECONSTRUCTED = 64
-NORMAL_95 = 1.959963984540054
-READINGS = ("all", "colours", "shapes", "relation", "sizes")
-WHOLE = ("colours", "shapes", "relation")
+
+Progress = Callable[[int, int], Any]
 
 
 class Subject(Protocol):
-    """A data path under evaluation: what to draw, and what to make of the drawings."""
+    """A data path under evaluation: what to draw, and what to make of the drawings. `source`: real pictures."""
 
     captions: list[str]
+    source: Source
 
     def originals(self, count: int) -> Iterator[np.ndarray]: ...
     def add(self, start: int, drawn: np.ndarray) -> None: ...
@@ -47,13 +50,16 @@ def evaluate(
     seed: int,
     batch_size: int,
     resolution: int,
-    progress: Callable[[int, int], Any] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
+    open_networks: Callable[[], Sequence[Features]] = tuple,
+    looking: Progress = lambda done, total: None,
 ) -> list[dict[str, Any]]:
     """Scores of `count` pictures for each data path ("shapes" or a folder), one dict a path, in order.
 
-    Picture i of a path has the seed `seed + i`. `resolution`: pixels a side at which data and pictures are compared.
-    `progress` hears (pictures done, pictures in all). Raises UsageError for a size the model cannot draw and DataError
-    for unusable data.
+    Picture i of a path has the seed `seed + i`. `resolution`: pixels a side at which data and pictures are compared, by
+    the feature networks too, which are opened once the data is; copies are looked for in the first folder. `progress` hears
+    (pictures done, pictures in all), `looking` the same of real pictures that networks see for the first time. Raises
+    UsageError for a size the model cannot draw and DataError for unusable data.
     """
     width, height = request.width, request.height
     pipeline.check_size(backend.description, width, height)
@@ -62,17 +68,50 @@ def evaluate(
         raise UsageError(f"shapes are read off squares of 16 pixels or more, not {width}x{height}; set -W and -H")
     settings = data_settings(backend.description.path)
     subjects = [open_subject(replace(settings, path=path, resolution=resolution), count, seed) for path in data]
-    psnrs = [reconstruction_psnr(backend, subject.originals(RECONSTRUCTED), batch_size) for subject in subjects]
+    networks = open_networks()
+    rows = [[reconstruction(backend, s.originals(RECONSTRUCTED), batch_size, seed, networks)] for s in subjects]
+    views = [[View(network, resolution) for network in networks] for _ in subjects]
     total, done = sum(len(subject.captions) for subject in subjects), 0
-    for subject in subjects:
+    for subject, seen in zip(subjects, views, strict=True):
         for start in range(0, len(subject.captions), batch_size):
             captions = subject.captions[start : start + batch_size]
             seeds = range(seed + start, seed + start + len(captions))
-            subject.add(start, pipeline.generate(backend, captions, seeds, request))
+            drawn = pipeline.generate(backend, captions, seeds, request)
+            for taker in (subject, *seen):
+                taker.add(start, drawn)
             done += len(captions)
             progress(done, total)
     compare([subject for subject in subjects if isinstance(subject, Retrieved)])
-    return [subject.row() | {"reconstruction_psnr": psnr} for subject, psnr in zip(subjects, psnrs, strict=True)]
+    for network, *seen in zip(networks, *views, strict=True):
+        real = [real_vectors(network, s.source, settings.background, resolution, seed, looking) for s in subjects]
+        training = next((r for s, r in zip(subjects, real, strict=True) if isinstance(s, Retrieved)), None)
+        for subject, row, view, vectors in zip(subjects, rows, seen, real, strict=True):
+            row.append(view.row(vectors, training if isinstance(subject, Retrieved) else None, seed))
+    return [merged(subject.row(), *row) for subject, row in zip(subjects, rows, strict=True)]
+
+
+def open_networks(names: Sequence[str], device: str) -> list[Features]:
+    """Feature networks, on a GPU where there is one and the device may be one. Raises what `open_features` raises."""
+    if not names:
+        return []
+    from tinydiff.training.memory import keep_pages
+
+    keep_pages()
+    import torch
+
+    from tinydiff.measure.features import open_features
+
+    place = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    return [open_features(name).to(place).to(memory_format=torch.channels_last) for name in names]  # type: ignore[call-overload]
+
+
+def merged(*rows: dict[str, Any]) -> dict[str, Any]:
+    """One row of many; dictionaries of the same name become one."""
+    out: dict[str, Any] = {}
+    for row in rows:
+        for name, value in row.items():
+            out[name] = out.get(name, {}) | value if isinstance(value, dict) else value
+    return out
 
 
 def data_settings(model: Path) -> config.Data:
@@ -84,146 +123,13 @@ def data_settings(model: Path) -> config.Data:
 def open_subject(settings: config.Data, count: int, seed: int) -> Subject:
     """The shapes, or a folder of captioned images, as `settings.path` says."""
     if settings.path == "shapes":
-        return Read(shapes.held_out_captions(count, seed), seed, settings.resolution)
+        return Read(count, seed, settings.resolution)
     source = open_source(settings)
     return Retrieved(settings.path, source, settings.resolution, choose(source, count, seed))
 
 
-def choose(source: Source, count: int, seed: int) -> dict[str, int]:
-    """Up to `count` distinct main captions of images in a seeded order: {caption: image}. Weights play no part."""
-    chosen: dict[str, int] = {}
-    for i in keyed(seed, "evaluate").permutation(len(source)):
-        if len(chosen) == count:
-            break
-        chosen.setdefault(source.captions(int(i))[0], int(i))
-    return chosen
-
-
-@dataclass
-class Read:
-    """Shapes: the oracle reads every drawing of an unseen caption."""
-
-    captions: list[str]
-    seed: int
-    resolution: int
-    right: dict[str, int] = field(default_factory=lambda: dict.fromkeys(READINGS, 0))
-
-    def originals(self, count: int) -> Iterator[np.ndarray]:
-        """The first scenes as the renderer draws them, uint8 (resolution, resolution, 3)."""
-        for i, caption in enumerate(self.captions[:count]):
-            yield shapes.render(shapes.parse(caption), keyed(self.seed, "evaluate", 0, i), self.resolution)
-
-    def add(self, start: int, drawn: np.ndarray) -> None:
-        """Reads drawings (B, H, W, 3) of the captions from `start` on."""
-        for caption, image in zip(self.captions[start:], drawn, strict=False):
-            seen = shapes.matches(caption, image)
-            for name, right in (seen | {"all": all(seen[part] for part in WHOLE)}).items():
-                self.right[name] += right
-
-    def row(self) -> dict[str, Any]:
-        """Shares of drawings; "all" is both colours, both shapes and the relation."""
-        return {"data": "shapes", "images": len(self.captions)} | shares(self.right, len(self.captions))
-
-
-class Retrieved:
-    """A folder: whether the nearest data image of a drawing is its caption's own.
-
-    Only block means of the drawings and, for each, the best few distances are kept. An image is the caption's own if
-    the caption is its main one, so a class folder with one caption for many images counts any of them.
-    """
-
-    NEAREST = 5
-
-    def __init__(self, path: str, source: Source, resolution: int, chosen: dict[str, int]):
-        self.path, self.source, self.resolution, self.chosen = path, source, resolution, chosen
-        self.captions, self.candidates = list(chosen), 0
-        self.rows = {caption: row for row, caption in enumerate(chosen)}
-        self.drawn = np.zeros((len(chosen), block_sums(np.zeros((1, resolution, resolution, 3), np.uint8)).size))
-        self.own = np.full(len(chosen), np.inf)
-        self.nearest = np.full((len(chosen), self.NEAREST), np.inf)
-
-    def image(self, i: int) -> np.ndarray:
-        """uint8 (resolution, resolution, 3)."""
-        return images.fit(self.source.image(i), self.resolution)
-
-    def originals(self, count: int) -> Iterator[np.ndarray]:
-        """The first chosen images."""
-        return (self.image(i) for i in list(self.chosen.values())[:count])
-
-    def add(self, start: int, drawn: np.ndarray) -> None:
-        """Takes in drawings (B, H, W, 3) of the captions from `start` on."""
-        pictures = np.stack([images.fit(image, self.resolution) for image in drawn])
-        self.drawn[start : start + len(drawn)] = block_sums(pictures)
-
-    def see(self, captions: Sequence[str], sums: np.ndarray) -> None:
-        """Measures candidates, block sums (B, D) with their main captions, against every drawing."""
-        norms = (self.drawn**2).sum(1)[:, None] + (sums**2).sum(1)[None, :]
-        distances = norms - 2 * (self.drawn @ sums.T)  # (drawings, B), squared; exact for integers below 2^53
-        self.candidates += len(captions)
-        for column, caption in enumerate(captions):
-            if (row := self.rows.get(caption)) is not None:
-                self.own[row] = min(self.own[row], distances[row, column])
-        both = np.concatenate([self.nearest, distances], axis=1)
-        self.nearest = np.partition(both, self.NEAREST - 1, axis=1)[:, : self.NEAREST]
-
-    def row(self) -> dict[str, Any]:
-        """Shares of drawings; an own image as near as another counts as found, so that duplicates do no harm."""
-        nearer = (self.nearest < self.own[:, None]).sum(1)  # (drawings,), at most NEAREST
-        right = {"nearest_top1": int((nearer < 1).sum()), "nearest_top5": int((nearer < 5).sum())}
-        count = len(self.captions)
-        return {"data": self.path, "images": count} | shares(right, count) | {"candidates": self.candidates}
-
-
-def compare(folders: Sequence[Retrieved], batch_size: int = 64) -> None:
-    """Shows all images of all folders to all drawings, once each; a folder given twice holds no more images."""
-    for folder in {Path(folder.path).resolve(): folder for folder in folders}.values():
-        for start in range(0, len(folder.source), batch_size):
-            part = range(start, min(start + batch_size, len(folder.source)))
-            sums = block_sums(np.stack([folder.image(i) for i in part]))
-            captions = [folder.source.captions(i)[0] for i in part]
-            for each in folders:
-                each.see(captions, sums)
-
-
-def block_sums(batch: np.ndarray) -> np.ndarray:
-    """uint8 (B, H, W, 3) to the sums over 4x4 blocks, float64 (B, D): integers, so distances are exact and ties real."""
-    count, height, width, _ = batch.shape
-    down, across = -height % BLOCK, -width % BLOCK  # filled up with the last pixels
-    padded = np.pad(batch, ((0, 0), (0, down), (0, across), (0, 0)), mode="edge")
-    h, w = padded.shape[1] // BLOCK, padded.shape[2] // BLOCK
-    blocks = padded.reshape(count, h, BLOCK, w, BLOCK, 3)  # (B, h, 4, w, 4, 3)
-    return blocks.sum(axis=(2, 4), dtype=np.float64).reshape(count, -1)  # (B, h w 3)
-
-
-def reconstruction_psnr(backend: pipeline.Backend, originals: Iterable[np.ndarray], batch_size: int) -> float:
-    """dB, from the mean squared error over all images (uint8 H, W, 3) through the latent's mean and back, clipped."""
-    error, count, rest = 0.0, 0, iter(originals)
-    while batch := list(islice(rest, batch_size)):
-        pixels = images.to_pixels(np.stack(batch))
-        with np.errstate(all="ignore"):  # `latents` and `decoded` report what numpy would warn of
-            scaling = np.float32(backend.description.scaling_factor)
-            output = pipeline.decoded(backend, pipeline.latents(backend, pixels) / scaling)
-        output = np.clip(output, -1, 1).astype(np.float64)
-        error, count = error + float(((output - pixels) ** 2).sum()), count + pixels.size
-    return 10 * math.log10(4 / max(error / count, 1e-12))
-
-
-def shares(right: dict[str, int], count: int) -> dict[str, Any]:
-    """Each number of successes as a share of `count`, then {"intervals": {name: {"low", "high"}}}."""
-    intervals = {name: dict(zip(("low", "high"), wilson(n, count), strict=True)) for name, n in right.items()}
-    return {name: n / count for name, n in right.items()} | {"intervals": intervals}
-
-
-def wilson(right: int, count: int, z: float = NORMAL_95) -> tuple[float, float]:
-    """The score interval of a share, 95 % by default (Wilson 1927): (low, high)."""
-    p, spread = right / count, z**2 / count
-    middle = (p + spread / 2) / (1 + spread)
-    half = z * math.sqrt(p * (1 - p) / count + spread / (4 * count)) / (1 + spread)
-    return max(0.0, middle - half) if right else 0.0, min(1.0, middle + half) if right < count else 1.0
-
-
 def line(row: dict[str, Any]) -> str:
-    """One result for a person."""
+    """One result for a person, the figures of feature networks a line each."""
     if "all" in row:
         parts = ", ".join(f"{name} {row[name]:.1%}" for name in READINGS[1:])
         text = f"{row['images']} unseen captions: wholly right {_share(row, 'all')}; {parts}"
@@ -231,7 +137,22 @@ def line(row: dict[str, Any]) -> str:
         first, five = _share(row, "nearest_top1"), _share(row, "nearest_top5")
         among = f"of {row['candidates']} images the nearest is the right one {first}, one of the nearest 5 {five}"
         text = f"{row['images']} captions: {among}"
-    return f"{row['data']}: {text}; reconstruction {row['reconstruction_psnr']:.1f} dB"
+    rebuilt = f"reconstruction {row['reconstruction_psnr']:.1f} dB, SSIM {row['reconstruction_ssim']:.3f}"
+    plain = {*READINGS, "nearest_top1", "nearest_top5", "reconstruction_psnr", "reconstruction_ssim"}
+    figures = [_figure(row, name) for name, value in row.items() if name not in plain and isinstance(value, float)]
+    return "\n  ".join([f"{row['data']}: {text}; {rebuilt}", *figures])
+
+
+def _figure(row: dict[str, Any], name: str) -> str:
+    """A figure with its interval, its deviation and what it is of real pictures, where there are such."""
+    text = f"{name:<40} {row[name]:.4g}"
+    if bounds := row["intervals"].get(name):
+        text += f" ({bounds['low']:.4g} to {bounds['high']:.4g})"
+    if deviation := row.get("deviations", {}).get(name):
+        text += f" ± {deviation:.2g}"
+    if of_real := row.get("of_real", {}).get(name):
+        text += f"; {of_real:.4g} of as many real pictures"
+    return text
 
 
 def _share(row: dict[str, Any], name: str) -> str:

@@ -9,13 +9,11 @@ descriptor for each shard, and crash if the file shrank.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import posixpath
 import struct
-import tempfile
 import warnings
 import zlib
 from collections import namedtuple
@@ -103,20 +101,6 @@ def reopened(shards: list[Shard], number: int, index: bool) -> File:
     if (file.read(0, PREFIX.size) != shard.prefix) if index else (file.state != shard.state):
         raise DataError(f"{shown(shard.path)}: has changed since the start; start again")
     return file
-
-
-def cache_folder() -> Path:
-    """Where indexes are kept: in the user's cache folder if it is writable, else in the temporary folder."""
-    home, cache = os.environ.get("HOME"), os.environ.get("XDG_CACHE_HOME", "")
-    bases = ([Path(cache)] if os.path.isabs(cache) else []) + ([Path(home, ".cache")] if home else [])
-    for folder in [base / "tinydiff" / "shards" for base in bases]:
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            if os.access(folder, os.W_OK):
-                return folder
-    folder = Path(tempfile.gettempdir(), f"tinydiff-{os.getuid()}")
-    taken = os.path.lexists(folder) and folder.lstat().st_uid != os.getuid()
-    return Path(tempfile.mkdtemp(prefix="tinydiff-")) if taken else folder / "shards"
 
 
 def _index(folder: Path, stop: Event, path: Path) -> tuple[Shard, Skips]:

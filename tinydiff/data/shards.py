@@ -18,9 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
+from tinydiff.data.cache import user_folder
 from tinydiff.data.layouts import METADATA
 from tinydiff.data.listing import IMAGES, judge, summary
-from tinydiff.data.shard_index import MAX_SKIPPED, ROW, Row, Skips, cache_folder, indexed, reopened
+from tinydiff.data.shard_index import MAX_SKIPPED, ROW, Row, Skips, indexed, reopened
 from tinydiff.errors import DataError
 from tinydiff.files import shown
 from tinydiff.images import open_image
@@ -77,7 +78,7 @@ class ShardSource:
         if not (paths := find_shards(self.path)):
             raise DataError(f"{shown(self.path)}: no .tar file there; set data.path to one, or to a folder of them")
         others = set(_visible(self.path)) - {path.name for path in paths} if os.path.isdir(self.path) else set()
-        self._shards, skipped = indexed(paths, index_dir or cache_folder(), progress)
+        self._shards, skipped = indexed(paths, index_dir or user_folder("shards"), progress)
         notes = [(shown(name), "not a .tar file") for name in sorted(others)]
         self.skipped: Skips = (skipped + notes)[:MAX_SKIPPED]
         left_out = len(notes) + sum(shard.left_out for shard in self._shards)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 BLOCK = 1024  # rows of distances that are held at once
-ROUNDING = 1e-12  # squared distances below this share of the vectors' squared lengths are 0
+ROUNDING = 1e-10  # squared distances below this share of the vectors' squared lengths are 0
 TIE = 1 + 1e-9  # equal distances, rounded differently
 COPY_RATE = 0.05  # share of the training images that would be called copies of another one
 
@@ -115,7 +115,7 @@ def copies(drawn: np.ndarray, training: np.ndarray) -> tuple[np.ndarray, float]:
     """
     near = np.concatenate([rows.min(1) for rows in _blocks(drawn, training)])
     usual = np.concatenate([rows.min(1) for rows in _others(training)])
-    return near < np.quantile(usual, COPY_RATE), mann_whitney(near, usual)
+    return near <= np.quantile(usual, COPY_RATE), mann_whitney(near, usual)
 
 
 def mann_whitney(a: np.ndarray, b: np.ndarray) -> float:

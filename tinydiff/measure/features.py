@@ -6,11 +6,12 @@ tensors is read from it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256 as hashed
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -19,9 +20,12 @@ from torch.nn import functional as F
 from tinydiff import system
 from tinydiff.errors import ModelError, UsageError
 from tinydiff.files import sha256
+from tinydiff.images import to_pixels
 from tinydiff.measure.networks import FEATURES, find, official
 from tinydiff.networks.network import imported
 from tinydiff.system import shown
+
+AT_ONCE = 16  # images of which activations are held
 
 
 class Features(nn.Module):
@@ -36,6 +40,11 @@ class Features(nn.Module):
     def called(self, measure: str) -> str:
         """What a measure is called that uses these features, such as frechet_efficientnet-lite0 or FID."""
         return self.official.get(measure, f"{measure}_{self.name}")
+
+    @property
+    def compares(self) -> bool:
+        """Whether it has a perceptual distance."""
+        return self.network.maps is not None
 
     def train(self, mode: bool = True) -> Features:
         """Always in evaluation mode."""
@@ -68,6 +77,27 @@ class Features(nn.Module):
         if (weights := getattr(self.network, "weights", None)) is not None:
             layers = [layer * w for layer, w in zip(layers, weights, strict=True)]
         return torch.stack([layer.sum(1).mean((1, 2)) for layer in layers]).sum(0)
+
+    @torch.inference_mode()
+    def seen(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """`forward` on its device, some at a time: uint8 (B, H, W, 3) to float32 (B, D), and (B, classes) or None."""
+        parts = [self(x) for x in self._parts(to_pixels(images))]
+        vectors, logits = zip(*parts, strict=True)
+        return array(vectors), None if logits[0] is None else array(logits)
+
+    @torch.inference_mode()
+    def distances(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """`distance` on its device, some at a time: of pixels (B, 3, H, W) in [-1, 1], float32 (B,)."""
+        return array([self.distance(x, y) for x, y in zip(self._parts(a), self._parts(b), strict=True)])
+
+    def _parts(self, pixels: np.ndarray) -> Iterator[Tensor]:
+        device = next(self.parameters()).device
+        for part in torch.from_numpy(pixels).split(AT_ONCE):
+            yield part.to(device, memory_format=torch.channels_last)
+
+
+def array(parts: Sequence[Tensor]) -> np.ndarray:
+    return torch.cat(list(parts)).cpu().numpy()
 
 
 def unit(x: Tensor) -> Tensor:

