@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -174,6 +175,16 @@ def test_official_names_are_those_of_official_files(
     assert open_features(vgg[0]).called("perceptual") == "perceptual_vgg16"
 
 
+class Canary:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.path),)
+
+
 @pytest.mark.parametrize("what", ["missing", "text", "other", "partial", "pickle", "list"])
 def test_refusals_are_one_line(what: str, features: Features, tmp_path: Path) -> None:
     path = tmp_path / "net.pth"
@@ -184,11 +195,12 @@ def test_refusals_are_one_line(what: str, features: Features, tmp_path: Path) ->
     elif what == "partial":
         torch.save({"_conv_head.weight": features.network._conv_head.weight}, path)
     elif what == "pickle":
-        torch.save({"weight": Path("x")}, path)
+        torch.save({"weight": Canary(tmp_path / "canary")}, path)
     elif what == "list":
         torch.save([1, 2], path)
     with pytest.raises(ModelError) as caught:
         open_features(str(path))
+    assert not (tmp_path / "canary").exists()
     assert "\n" not in str(caught.value)
     assert "net.pth" in str(caught.value)
 
