@@ -16,15 +16,16 @@ from runs import sha256, untimed
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from tinydiff import config
+from tinydiff import config, evaluate
 from tinydiff.backends import open_backend
 from tinydiff.checkpoints import folder
 from tinydiff.checkpoints.source import Source
 from tinydiff.data.dataset import Images, open_source
 from tinydiff.errors import ModelError, UsageError
 from tinydiff.images import to_pixels
-from tinydiff.measure.text_image import agreement, open_text_image
+from tinydiff.measure.text_image import Fit, agreement, open_towers
 from tinydiff.models.contrastive import ImageTower
+from tinydiff.pipeline import Request
 from tinydiff.training import loop, state
 from tinydiff.training.contrastive import ContrastiveTask, shifted
 from tinydiff.training.losses import contrastive_loss
@@ -253,7 +254,7 @@ def test_without_steps_there_is_no_such_folder(run_config, tmp_path):
     assert run_config.train.contrastive.steps == 0
     cfg = replace(run_config, train=replace(run_config.train, denoiser=replace(run_config.train.denoiser, steps=3)))
     loop.run(cfg, tmp_path)
-    assert not list(tmp_path.rglob("contrastive*")) and open_text_image(tmp_path / "model", {}) is None
+    assert not list(tmp_path.rglob("contrastive*"))
 
 
 @pytest.mark.parametrize(
@@ -298,12 +299,12 @@ def test_agreement_by_brute_force():
 @torch.no_grad()
 def test_pictures_are_scored_by_the_towers_of_the_model_folder(whole):
     model = Source(whole / "model")
-    backend, meter = open_backend(model, "torch", "cpu"), open_text_image(whole / "model", model.tokenizers)
-    assert meter is not None
+    backend, towers = open_backend(model, "torch", "cpu"), open_towers(whole / "model")
     captions = ["a red square", "a blue circle", "a yellow corner"]
     drawn = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
-    meter.add(backend, captions[:2], drawn[:2])
-    meter.add(backend, captions[2:], drawn[2:])
+    fit = Fit(backend, towers, captions)
+    fit.add(0, drawn[:2])
+    fit.add(2, drawn[2:])
     table = json.loads((whole / "contrastive" / "config.json").read_text())
     kept = load_file(whole / "contrastive" / "model.safetensors")
     opened = folder.load(model)
@@ -315,7 +316,30 @@ def test_pictures_are_scored_by_the_towers_of_the_model_folder(whole):
     tower.load_state_dict({k.removeprefix("image."): v for k, v in kept.items() if k.startswith("image.")})
     z = opened.vae.encode(torch.from_numpy(to_pixels(drawn)))[:, : table["in_channels"]] * table["scaling_factor"]
     seen = F.normalize(tower(z) @ kept["visual_projection.weight"].T, dim=1)
-    assert meter.row()["text_image_score"] == pytest.approx((read * seen).sum(1).mean().item(), abs=1e-5)
+    cosines, row = (read * seen).sum(1), fit.row(drawn[:2])
+    assert row["text_image_score"] == pytest.approx(cosines.mean().item(), abs=1e-5)
+    assert row["of_real"]["text_image_score"] == pytest.approx(cosines[:2].mean().item(), abs=1e-5)
+    half = 1.959964 * cosines.std().item() / 3**0.5
+    bounds = row["intervals"]["text_image_score"]
+    assert (bounds["high"] - bounds["low"]) / 2 == pytest.approx(half, abs=1e-5)
+    assert bounds["low"] < row["text_image_score"] < bounds["high"]
+    others = (seen @ read.T).fill_diagonal_(-2).max(1).values
+    assert row["text_image_retrieval"] == pytest.approx((cosines >= others).double().mean().item())
+
+
+def test_evaluate_says_how_well_pictures_fit_their_captions(whole, image_folder):
+    """In a row a data path, beside the others; of real pictures too; and in a line for a person. Nothing without towers."""
+    backend = open_backend(Source(whole / "model"), "torch", "cpu")
+    request, size = Request(2, 1.0, "ddim", "trailing", 16, 16), 16
+    [row] = evaluate.evaluate(backend, request, [str(image_folder)], 8, 0, 3, size)
+    assert -1 <= row["text_image_score"] <= 1 and row["intervals"]["text_image_score"]["low"] < row["text_image_score"]
+    assert row["images"] == 8 and 0 <= row["text_image_retrieval"] <= 1 and "nearest_top1" in row
+    assert "text_image_score" in row["of_real"] and "text_image_score" in evaluate.line(row)
+    shutil.copytree(whole / "model", whole / "bare", ignore=shutil.ignore_patterns("contrastive", "manifest.json"))
+    [bare] = evaluate.evaluate(
+        open_backend(Source(whole / "bare"), "torch", "cpu"), request, [str(image_folder)], 8, 0, 3, size
+    )
+    assert bare.keys() == {name for name in row if not name.startswith("text_image") and name != "of_real"}
 
 
 @pytest.mark.parametrize(
@@ -336,5 +360,5 @@ def test_a_folder_that_makes_no_sense_is_named(change, says, whole, tmp_path):
     table = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(table | change))
     with pytest.raises(ModelError) as caught:
-        open_text_image(tmp_path / "model", {"text_encoder": None})
+        open_towers(tmp_path / "model")
     assert says in str(caught.value) and str(path) in str(caught.value) and len(str(caught.value).splitlines()) == 1

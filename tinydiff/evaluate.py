@@ -22,9 +22,11 @@ from tinydiff.measure.oracle import READINGS, Read
 from tinydiff.measure.quality import View, real_vectors
 from tinydiff.measure.reconstruction import reconstruction
 from tinydiff.measure.retrieval import Retrieved, choose, compare
+from tinydiff.networks.contrastive import CONTRASTIVE
 
 if TYPE_CHECKING:
     from tinydiff.measure.features import Features
+    from tinydiff.measure.text_image import Fit
 
 RECONSTRUCTED = 64
 
@@ -71,13 +73,14 @@ def evaluate(
     networks = open_networks()
     rows = [[reconstruction(backend, s.originals(RECONSTRUCTED), batch_size, seed, networks)] for s in subjects]
     views = [[View(network, resolution) for network in networks] for _ in subjects]
+    fits = open_fits(backend, [subject.captions for subject in subjects])
     total, done = sum(len(subject.captions) for subject in subjects), 0
-    for subject, seen in zip(subjects, views, strict=True):
+    for i, (subject, seen) in enumerate(zip(subjects, views, strict=True)):
         for start in range(0, len(subject.captions), batch_size):
             captions = subject.captions[start : start + batch_size]
             seeds = range(seed + start, seed + start + len(captions))
             drawn = pipeline.generate(backend, captions, seeds, request)
-            for taker in (subject, *seen):
+            for taker in (subject, *seen, *fits[i : i + 1]):
                 taker.add(start, drawn)
             done += len(captions)
             progress(done, total)
@@ -87,6 +90,8 @@ def evaluate(
         training = next((r for s, r in zip(subjects, real, strict=True) if isinstance(s, Retrieved)), None)
         for subject, row, view, vectors in zip(subjects, rows, seen, real, strict=True):
             row.append(view.row(vectors, training if isinstance(subject, Retrieved) else None, seed))
+    for subject, row, fit in zip(subjects, rows, fits, strict=False):
+        row.append(fit.row(np.stack([*subject.originals(RECONSTRUCTED)])))
     return [merged(subject.row(), *row) for subject, row in zip(subjects, rows, strict=True)]
 
 
@@ -103,6 +108,17 @@ def open_networks(names: Sequence[str], device: str) -> list[Features]:
 
     place = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     return [open_features(name).to(place).to(memory_format=torch.channels_last) for name in names]  # type: ignore[call-overload]
+
+
+def open_fits(backend: pipeline.Backend, captions: Sequence[Sequence[str]]) -> list[Fit]:
+    """How pictures fit each path's captions, by the towers that the model has of a contrastive stage; none without."""
+    path = backend.description.path
+    if not (path / CONTRASTIVE).is_dir():
+        return []
+    from tinydiff.measure.text_image import Fit, open_towers
+
+    towers = open_towers(path)
+    return [Fit(backend, towers, each) for each in captions]
 
 
 def merged(*rows: dict[str, Any]) -> dict[str, Any]:

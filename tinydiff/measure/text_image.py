@@ -16,6 +16,7 @@ from tinydiff import images, pipeline
 from tinydiff.checkpoints import weights
 from tinydiff.checkpoints.folder import filled
 from tinydiff.files import read_json
+from tinydiff.measure.intervals import NORMAL_95, wilson
 from tinydiff.networks import TEXT
 from tinydiff.networks.contrastive import CONTRASTIVE, NETWORK
 
@@ -40,32 +41,49 @@ def nearest(products: np.ndarray, captions: Sequence[str]) -> np.ndarray:
     return np.where(names[:, None] == names, -np.inf, products).max(1)
 
 
-class TextImage:
-    """The towers of a model folder, and the pictures that they have been shown."""
+class Fit:
+    """How well the drawings of one data path fit their captions. Images enter by the latents of the model's autoencoder."""
 
-    def __init__(self, towers: Any, tokenizer: Any):
-        self.towers, self.tokenizer = towers, tokenizer
-        self.captions = list[str]()
-        self.vectors = list[tuple[np.ndarray, np.ndarray]]()  # of texts and pictures, a batch each
+    def __init__(self, backend: pipeline.Backend, towers: Any, captions: Sequence[str]):
+        self.backend, self.towers, self.captions = backend, towers, captions
+        self.texts, self.drawn = list[np.ndarray](), list[np.ndarray]()  # vectors, a batch each
+
+    def add(self, start: int, drawn: np.ndarray) -> None:
+        """Takes in drawings (B, H, W, 3) of the captions from `start` on."""
+        texts, seen = self.vectors(self.captions[start : start + len(drawn)], drawn)
+        self.texts.append(texts)
+        self.drawn.append(seen)
 
     @torch.no_grad()
-    def add(self, backend: pipeline.Backend, captions: Sequence[str], drawn: np.ndarray) -> None:
-        """Take in pictures (B, H, W, 3) uint8 and what they should show. Their latents are the model's autoencoder's."""
-        z = pipeline.latents(backend, images.to_pixels(drawn)) / np.float32(backend.description.scaling_factor)
-        seen = self.towers.images(torch.from_numpy(z * np.float32(self.towers.scaling_factor)))
-        read = self.towers.texts(torch.from_numpy(self.tokenizer.encode(captions)))
-        self.captions += captions
-        self.vectors.append((read.numpy(), seen.numpy()))
+    def vectors(self, captions: Sequence[str], pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of texts and pictures (B, D) each."""
+        z = pipeline.latents(self.backend, images.to_pixels(pictures))
+        z *= np.float32(self.towers.scaling_factor / self.backend.description.scaling_factor)
+        ids = self.backend.tokenizers[TEXT].encode(captions)
+        return self.towers.texts(torch.from_numpy(ids)).numpy(), self.towers.images(torch.from_numpy(z)).numpy()
 
-    def row(self) -> dict[str, float]:
-        """`agreement` of all pictures."""
-        texts, seen = (np.concatenate(part) for part in zip(*self.vectors, strict=True))
-        return agreement(texts, seen, self.captions)
+    def row(self, real: np.ndarray) -> dict[str, Any]:
+        """`agreement` of the drawings with their captions, with intervals; "of_real": the score of real pictures (n, H, W, 3)
+        of the first n captions."""
+        texts, drawn, count = np.concatenate(self.texts), np.concatenate(self.drawn), len(self.captions)
+        figures, cosines = agreement(texts, drawn, self.captions), (texts * drawn).sum(1)
+        half, found = (
+            NORMAL_95 * cosines.std(ddof=1) / count**0.5 if count > 1 else 1.0,
+            figures["text_image_retrieval"],
+        )
+        bounds = (
+            (figures["text_image_score"] - half, figures["text_image_score"] + half),
+            wilson(round(found * count), count),
+        )
+        intervals = {
+            name: {"low": float(low), "high": float(high)} for name, (low, high) in zip(figures, bounds, strict=True)
+        }
+        theirs = agreement(*self.vectors(self.captions[: len(real)], real), self.captions[: len(real)])
+        return figures | {"intervals": intervals, "of_real": {"text_image_score": theirs["text_image_score"]}}
 
 
-def open_text_image(model: Path, tokenizers: dict[str, Any]) -> TextImage | None:
-    """The towers in a model folder; None where it has none. Raises ModelError where they cannot be read."""
-    if not (place := model / CONTRASTIVE).is_dir():
-        return None
+def open_towers(model: Path) -> Any:
+    """The towers of a model folder that has them. Raises ModelError where they cannot be read."""
+    place = model / CONTRASTIVE
     table = read_json(place / "config.json")
-    return TextImage(filled(NETWORK, table, weights.tensors([place / NETWORK.file]), place), tokenizers[TEXT])
+    return filled(NETWORK, table, weights.tensors([place / NETWORK.file]), place)
