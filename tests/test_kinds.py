@@ -198,6 +198,25 @@ def test_the_model_folder_is_the_run_s_average(name, trained):
     assert len(moved) > 0.9 * len(average)
 
 
+@every_kind
+def test_every_kind_is_distilled(name, trained, config_of, tmp_path):
+    """Its denoiser alone learns, whatever tells it of captions, and draws in four calls without guidance."""
+    run_dir, cfg = Path(shutil.copytree(trained(name), tmp_path / "run")), config_of(name)
+    stage = replace(cfg.train.distill, steps=4, batch_size=4, sample_every=100, solver_steps=1)
+    loop.run(replace(cfg, train=replace(cfg.train, distill=stage)), run_dir)
+    before, after = (folder.load(Source(path / "model")) for path in (trained(name), run_dir))
+    changed = {
+        key
+        for key, part in after.networks.items()
+        for k, v in part.state_dict().items()
+        if not torch.equal(v, before.networks[key].state_dict()[k])
+    }
+    assert changed == {"unet" if KINDS[name][0] == "unet" else "transformer"}
+    assert after.description.prediction == before.description.prediction
+    g = Source(run_dir / "model").description.generate
+    assert (g.steps, g.cfg_scale, g.sampler) == (4, 1.0, "lcm") and draw(run_dir / "model", "a red square").std() > 0
+
+
 @pytest.mark.parametrize("name", T5S)
 def test_t5_stays_as_it_was_and_out_of_the_checkpoints(name, trained, t5_folder):
     wanted = load_file(t5_folder / "text_encoder" / "model.safetensors")
