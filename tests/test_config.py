@@ -32,6 +32,8 @@ FITTED = {
     "kind",
     "patch_size",
     "image_channels",
+    "levels",
+    "calls",
     "size",
 }  # keys that have to fit another key: left at their default
 

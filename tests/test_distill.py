@@ -75,13 +75,14 @@ def test_the_goal_of_a_perfect_student_is_its_own_answer(schedule, calls):
     assert errors[2] < errors[1] / 2 < errors[0] / 4 and errors[2] < 0.1
 
 
-@pytest.mark.parametrize("calls", [1, 2, 3, 4, 6, 10])
-def test_the_levels_learnt_are_those_that_are_visited(calls):
-    """By so many calls, and by each of the number's divisors."""
-    levels = SCHEDULES["cosine"](1000)
-    starts = trailing(1000, calls)
-    for few in (n for n in range(1, calls + 1) if calls % n == 0 and 1000 % n == 0):
-        visited = sampling_levels(levels, few, "trailing")
+@pytest.mark.parametrize("count", [10, 997, 1000])
+@pytest.mark.parametrize("learnt", [1, 2, 3, 4, 6, 10, 20, 50])
+def test_the_levels_visited_are_among_those_learnt(count, learnt):
+    """By each number of calls that divides theirs."""
+    levels = SCHEDULES["cosine"](count)
+    starts = trailing(count, learnt)
+    for calls in (n for n in range(1, learnt + 1) if learnt % n == 0 and learnt <= count):
+        visited = sampling_levels(levels, calls, "trailing")
         assert visited[0] == levels[-1] and {*visited[:-1]} <= {levels[i] for i in starts}
 
 
@@ -97,7 +98,7 @@ def test_a_way_goes_from_level_to_level_down_to_the_clean_one():
 @pytest.fixture(scope="module")
 def distil_config(run_config) -> config.Config:
     """The runs' configuration with twelve steps of distillation."""
-    own = {"steps": STEPS, "calls": 4, "solver_steps": 2, "cfg_scale": 2.5}
+    own = {"steps": STEPS, "calls": 4, "levels": 4, "solver_steps": 2, "cfg_scale": 2.5}
     usual = {
         key: getattr(run_config.train.denoiser, key) for key in ("batch_size", "warmup", "lr", "save_every", "ema")
     }
@@ -287,15 +288,17 @@ def test_diffusers_draws_the_same(random, monkeypatch, calls):
 
 
 @pytest.mark.parametrize(
-    ("keys", "wanted"),
+    ("keys", "stage", "wanted"),
     [
-        ({"diffusion": {"prediction": "epsilon"}}, "epsilon says nothing"),
-        ({"train": {"denoiser": {"steps": 0}}}, "no denoiser to distil"),
-        ({}, ""),
+        ({"diffusion": {"prediction": "epsilon"}}, {}, "steps: of pure noise"),
+        ({"train": {"denoiser": {"steps": 0}}}, {}, "steps: there is no denoiser to distil"),
+        ({}, {"calls": 3}, "levels: 20 is no multiple of the 3 calls"),
+        ({"diffusion": {"num_train_timesteps": 20}}, {"levels": 40}, "levels: 40 are more than the 20 of"),
+        ({}, {"calls": 5}, ""),
     ],
 )
-def test_what_cannot_be_distilled_is_refused(keys, wanted):
-    cfg = of_stage(config.make(**keys), steps=1)
+def test_what_cannot_be_distilled_is_refused(keys, stage, wanted):
+    cfg = of_stage(config.make(**keys), steps=1, **stage)
     problems = list(config.conflicts(cfg))
-    assert any("train.distill.steps" in problem and wanted in problem for problem in problems) is bool(wanted)
+    assert any(problem.startswith(f"train.distill.{wanted}") for problem in problems) is bool(wanted)
     assert not any("distill" in problem for problem in config.conflicts(of_stage(cfg, steps=0)))

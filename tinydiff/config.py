@@ -227,6 +227,11 @@ def _of_distillation(config: Config) -> Iterator[str]:
     """Of the stage that makes of a trained denoiser one that draws from its noisiest level in few calls."""
     if "distill" not in trained(config.train):
         return
+    stage, most = config.train.stage("distill"), config.diffusion.num_train_timesteps
+    if stage.levels % stage.calls:
+        yield f"train.distill.levels: {stage.levels} is no multiple of the {stage.calls} calls, whose levels must be learnt"
+    if stage.levels > most:
+        yield f"train.distill.levels: {stage.levels} are more than the {most} of diffusion.num_train_timesteps; set {most}"
     if "denoiser" not in trained(config.train):
         yield "train.distill.steps: there is no denoiser to distil with train.denoiser.steps 0"
     if config.diffusion.prediction == "epsilon":

@@ -58,8 +58,9 @@ class ContrastiveStage(Towers, Stage):
 @dataclass(frozen=True)
 class DistillStage(Stage):
     cfg_scale: float = key(3.0, "guidance of the teacher, which drawing then needs no more", 1, 100)
-    calls: int = key(4, "network calls of a picture; those of its divisors may be asked for, too", 1, 10)
-    solver_steps: int = key(4, "steps of the teacher from each of these calls' noise level to the next", 1, 100)
+    calls: int = key(4, "network calls of a picture; others may be asked for that divide `levels`", 1, 1000)
+    levels: int = key(20, "noise levels that are learnt, each from the next; a multiple of `calls`", 1, 1000)
+    solver_steps: int = key(1, "steps of the teacher from each of these levels to the next", 1, 100)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Stage 3: the denoiser learns to draw in few network calls, guidance built in.
 
-Consistency distillation of a guided model (Luo et al. 2023, "Latent consistency models", section 4) at the levels that sampling
-visits alone, as in multistep consistency models (Heek et al. 2024): the student's x0 at one of them is to be its x0 at the
-next, where the teacher's guided ODE leads; at the last one it is the teacher's image. The network and what it predicts stay.
+Consistency distillation of a guided model (Luo et al. 2023, "Latent consistency models", section 4): at a few noise levels, among
+them those that sampling visits, the student's x0 is to be its x0 at the next, where the teacher's guided ODE leads; from
+the last one that is the teacher's image. The network and what it predicts stay, and a teacher's step is DDIM's.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class DistillTask(DenoiserTask):
         super().__init__(run)
         self.dropout, self.cfg = 0.0, drawn_in(run.cfg, self.settings.calls)
         run.model = self.model = described(run.model, self.cfg)
-        self.starts = trailing(len(self.levels), self.settings.calls)
+        self.starts = trailing(len(self.levels), self.settings.levels)
         ends = zip(self.starts, [*self.starts[1:], -1], strict=True)
         self.ways = torch.tensor([way(self.levels, start, end, self.settings.solver_steps) for start, end in ends])
 
