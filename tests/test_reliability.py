@@ -85,7 +85,7 @@ def dangers(code: str) -> list[str]:
             name = ast.unparse(node.func)
             tensors_alone = name == "torch.load" and "weights_only=True" in map(ast.unparse, node.keywords)
             found += (
-                [name] if name in RUNS or name in ("torch.load", "os.system", "np.load") and not tensors_alone else []
+                [name] if name in RUNS or (name in ("torch.load", "os.system", "np.load") and not tensors_alone) else []
             )
             found += ["shell=True" for word in node.keywords if word.arg == "shell"]
         elif isinstance(node, ast.Attribute | ast.Name):
