@@ -185,6 +185,21 @@ def train(forker: Forker, path: Path, run_dir: Path, die_at: int) -> int:
     return forker.wait(forker.call("forker:train", *arguments, log=Path(f"{run_dir}.log")))
 
 
+def test_blocks_computed_twice_and_parts_of_a_batch(distilled, begun, distil_config):
+    """Of the teacher nothing is computed twice; in two parts the same rows give the same gradient within rounding."""
+    twice = replace(distil_config, train=replace(distil_config.train, gradient_checkpointing=True))
+    run_dir = begun()
+    loop.run(twice, run_dir)
+    assert digests(run_dir) == digests(distilled)
+    run_dir = begun()
+    loop.run(of_stage(distil_config, accumulate=2), run_dir)
+    one, other = (
+        [row["loss"] for row in untimed(run) if row["stage"] == "distill" and "loss" in row]
+        for run in (distilled, run_dir)
+    )
+    assert len(one) == 1 and other == pytest.approx(one, rel=1e-4)
+
+
 def test_only_the_denoiser_learns(distilled, undisturbed):
     before, after = (folder.load(Source(run / "model")) for run in (undisturbed, distilled))
     for name, part in after.networks.items():
