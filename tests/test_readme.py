@@ -107,7 +107,7 @@ def test_train_your_own(photos: Path) -> None:
 
 def test_judge(home: Path, photos: Path) -> None:
     said = run(home, re.search(r"^tinydiff evaluate .*$", README, re.MULTILINE)[0])
-    assert "6 captions: of 6 images" in said and "reconstruction_perceptual_efficientnet-lite0" in said
+    assert "6 drawings: of 6 images" in said and "reconstruction_perceptual_efficientnet-lite0" in said
 
 
 def test_many_processes(home: Path, photos: Path) -> None:

@@ -1,9 +1,9 @@
 """How good a model is: read by the oracle, found among the data, reconstructed, and seen by feature networks.
 
 For the built-in shapes, unseen captions are drawn and the oracle reads the pictures back. For a folder, captions of it
-are drawn and the nearest image of all the data must be the caption's own. Both come with the autoencoder's PSNR and SSIM,
-and with what each feature network makes of drawings and data. It knows the `Backend` protocol and numpy, no runtime;
-pictures are scored batch by batch and dropped.
+are drawn, each once before any comes again, and the nearest image of all the data must be the caption's own. Both come
+with the autoencoder's PSNR and SSIM, and with what each feature network makes of drawings and data. It knows the `Backend`
+protocol and numpy, no runtime; pictures are scored batch by batch and dropped.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def line(row: dict[str, Any]) -> str:
     else:
         first, five = _share(row, "nearest_top1"), _share(row, "nearest_top5")
         among = f"of {row['candidates']} images the nearest is the right one {first}, one of the nearest 5 {five}"
-        text = f"{row['images']} captions: {among}"
+        text = f"{row['images']} drawings: {among}"
     rebuilt = f"reconstruction {row['reconstruction_psnr']:.1f} dB, SSIM {row['reconstruction_ssim']:.3f}"
     plain = {*READINGS, "nearest_top1", "nearest_top5", "reconstruction_psnr", "reconstruction_ssim"}
     figures = [_figure(row, name) for name, value in row.items() if name not in plain and isinstance(value, float)]

@@ -16,14 +16,15 @@ from tinydiff.measure.intervals import shares
 BLOCK = 4  # pixels a side of the means that are compared
 
 
-def choose(source: Source, count: int, seed: int) -> dict[str, int]:
-    """Up to `count` distinct main captions of images in a seeded order: {caption: image}. Weights play no part."""
-    chosen: dict[str, int] = {}
-    for i in keyed(seed, "evaluate").permutation(len(source)):
-        if len(chosen) == count:
+def choose(source: Source, count: int, seed: int) -> list[int]:
+    """Up to `count` images in a seeded order, first one for each main caption, then others. Weights play no part."""
+    captions, first, more = set[str](), list[int](), list[int]()
+    for i in keyed(seed, "evaluate").permutation(len(source)).tolist():
+        if len(first) == count:
             break
-        chosen.setdefault(source.captions(int(i))[0], int(i))
-    return chosen
+        (more if (caption := source.captions(i)[0]) in captions else first).append(i)
+        captions.add(caption)
+    return (first + more)[:count]
 
 
 class Retrieved:
@@ -35,10 +36,11 @@ class Retrieved:
 
     NEAREST = 5
 
-    def __init__(self, path: str, source: Source, resolution: int, chosen: dict[str, int]):
+    def __init__(self, path: str, source: Source, resolution: int, chosen: list[int]):
         self.path, self.source, self.resolution, self.chosen = path, source, resolution, chosen
-        self.captions, self.candidates = list(chosen), 0
-        self.rows = {caption: row for row, caption in enumerate(chosen)}
+        self.captions, self.candidates, self.rows = [source.captions(i)[0] for i in chosen], 0, dict[str, list[int]]()
+        for row, caption in enumerate(self.captions):
+            self.rows.setdefault(caption, []).append(row)
         self.drawn = np.zeros((len(chosen), block_sums(np.zeros((1, resolution, resolution, 3), np.uint8)).size))
         self.own = np.full(len(chosen), np.inf)
         self.nearest = np.full((len(chosen), self.NEAREST), np.inf)
@@ -49,7 +51,7 @@ class Retrieved:
 
     def originals(self, count: int) -> Iterator[np.ndarray]:
         """The first chosen images."""
-        return (self.image(i) for i in list(self.chosen.values())[:count])
+        return (self.image(i) for i in self.chosen[:count])
 
     def add(self, start: int, drawn: np.ndarray) -> None:
         """Takes in drawings (B, H, W, 3) of the captions from `start` on."""
@@ -62,8 +64,8 @@ class Retrieved:
         distances = norms - 2 * (self.drawn @ sums.T)  # (drawings, B), squared; exact for integers below 2^53
         self.candidates += len(captions)
         for column, caption in enumerate(captions):
-            if (row := self.rows.get(caption)) is not None:
-                self.own[row] = min(self.own[row], distances[row, column])
+            rows = self.rows.get(caption, [])
+            self.own[rows] = np.minimum(self.own[rows], distances[rows, column])
         both = np.concatenate([self.nearest, distances], axis=1)
         self.nearest = np.partition(both, self.NEAREST - 1, axis=1)[:, : self.NEAREST]
 
