@@ -29,8 +29,8 @@ def configs(cfg: Config, tokenizer: Any) -> dict[str, dict[str, Any]]:
 def index(cfg: Config, tokenizer: Any, tables: Mapping[str, Table]) -> dict[str, Any]:
     """`model_index.json` of a pipeline of diffusers, or of none with the reason."""
     text, denoiser = cfg.text_network, cfg.denoiser_network
-    pipeline = denoiser.pipelines.get(cfg.text_encoder.kind, "TinydiffPipeline")
-    reason = text.no_form or ("" if cfg.text_encoder.kind in denoiser.pipelines else denoiser.no_form)
+    pipeline, reason = denoiser.pipeline(cfg)
+    reason = text.no_form or reason
     if text.labels and tokenizer.pad != LEAST:
         reason = f"its null label is number {tokenizer.pad}, and {LEAST} in diffusers"
     table = {"_class_name": pipeline, "_tinydiff_version": __version__}

@@ -9,15 +9,22 @@ from tinydiff.models.layers import zero
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x (B, T, D) to `context` (B, S, context_dim), or to x itself."""
+    """Multi-head attention of x (B, T, D) to `context` (B, S, context_dim), or to x itself.
 
-    def __init__(self, dim: int, heads: int, context_dim: int | None = None, qkv_bias: bool = False):
+    `qk_norm`: each head's queries and keys have a root mean square of one, times a weight (Henry et al. 2020; Esser et al.
+    2024, section 5.3.2), under the names of diffusers' Attention.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, context_dim: int | None = None, qkv_bias: bool = False, qk_norm: bool = False
+    ):
         super().__init__()
         self.heads = heads
         self.to_q = nn.Linear(dim, dim, bias=qkv_bias)
         self.to_k = nn.Linear(context_dim or dim, dim, bias=qkv_bias)
         self.to_v = nn.Linear(context_dim or dim, dim, bias=qkv_bias)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Identity()])
+        self.norm_q, self.norm_k = (nn.RMSNorm(dim // heads, 1e-6) if qk_norm else None for _ in range(2))
 
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, N, T, D/N)
@@ -25,6 +32,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
         q, k, v = self.split(self.to_q(x)), self.split(self.to_k(context)), self.split(self.to_v(context))
+        if self.norm_q is not None and self.norm_k is not None:
+            q, k = (norm(x.to(norm.weight.dtype)).to(v.dtype) for norm, x in ((self.norm_q, q), (self.norm_k, k)))
         y = F.scaled_dot_product_attention(q, k, v)
         return self.to_out[0](y.transpose(1, 2).flatten(2))  # (B, T, D)
 
@@ -69,12 +78,12 @@ class FeedForward(nn.Module):
 class BasicTransformerBlock(nn.Module):
     """Self-attention, cross-attention to the text, perceptron; each pre-normalised and residual."""
 
-    def __init__(self, dim: int, heads: int, context_dim: int):
+    def __init__(self, dim: int, heads: int, context_dim: int, qk_norm: bool):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn1 = Attention(dim, heads)
+        self.attn1 = Attention(dim, heads, qk_norm=qk_norm)
         self.norm2 = nn.LayerNorm(dim)
-        self.attn2 = Attention(dim, heads, context_dim)
+        self.attn2 = Attention(dim, heads, context_dim, qk_norm=qk_norm)
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
@@ -87,12 +96,14 @@ class BasicTransformerBlock(nn.Module):
 class Transformer2DModel(nn.Module):
     """Transformer blocks over the pixels of a feature map: (B, C, h, w) -> (B, C, h, w)."""
 
-    def __init__(self, channels: int, heads: int, depth: int, context_dim: int, groups: int, linear: bool):
+    def __init__(
+        self, channels: int, heads: int, depth: int, context_dim: int, groups: int, linear: bool, qk_norm: bool = False
+    ):
         super().__init__()
         self.linear = linear
         self.norm = nn.GroupNorm(groups, channels, 1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
-        blocks = [BasicTransformerBlock(channels, heads, context_dim) for _ in range(depth)]
+        blocks = [BasicTransformerBlock(channels, heads, context_dim, qk_norm) for _ in range(depth)]
         self.transformer_blocks = nn.ModuleList(blocks)
         self.proj_out = zero(nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1))
 

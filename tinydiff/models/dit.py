@@ -100,12 +100,12 @@ class AdaLayerNormZero(nn.Module):
 class DiTBlock(nn.Module):
     """Self-attention, cross-attention where there is text, perceptron: (B, T, D) -> (B, T, D)."""
 
-    def __init__(self, dim: int, heads: int, context_dim: int | None, eps: float, emb: Condition):
+    def __init__(self, dim: int, heads: int, context_dim: int | None, eps: float, emb: Condition, qk_norm: bool):
         super().__init__()
         self.norm1 = AdaLayerNormZero(dim, emb)
-        self.attn1 = Attention(dim, heads, qkv_bias=True)
+        self.attn1 = Attention(dim, heads, qkv_bias=True, qk_norm=qk_norm)
         self.norm2 = nn.LayerNorm(dim, eps, elementwise_affine=False)
-        self.attn2 = None if context_dim is None else Attention(dim, heads, context_dim, qkv_bias=True)
+        self.attn2 = None if context_dim is None else Attention(dim, heads, context_dim, True, qk_norm)
         self.norm3 = nn.LayerNorm(dim, eps, elementwise_affine=False)
         self.ff = FeedForward(dim, "gelu-approximate")
 
@@ -152,7 +152,8 @@ class DiT(nn.Module):
         self.channels, self.patch, self.shared, self.freq_shift = channels, patch, shared, freq_shift
         self.pos_embed = PatchEmbed(channels, dim, patch, side)
         embs = [Condition(dim, classes)] * depth if shared else [Condition(dim, classes) for _ in range(depth)]
-        self.transformer_blocks = nn.ModuleList([DiTBlock(dim, heads, context_dim, norm_eps, emb) for emb in embs])
+        blocks = [DiTBlock(dim, heads, context_dim, norm_eps, emb, config.qk_norm) for emb in embs]
+        self.transformer_blocks = nn.ModuleList(blocks)
         self.norm_out = nn.LayerNorm(dim, 1e-6, elementwise_affine=False)
         self.proj_out_1 = nn.Linear(dim, dim * 2)
         self.proj_out_2 = nn.Linear(dim, patch * patch * outputs)
@@ -200,5 +201,5 @@ def initialise(network: DiT) -> None:
             nn.init.zeros_(p)
         elif any(part in name for part in SMALL):
             nn.init.normal_(p, std=0.02)
-        else:
+        elif p.ndim > 1:  # a norm's weight stays one
             nn.init.xavier_uniform_(p.flatten(1))  # patches too are embedded by a matrix

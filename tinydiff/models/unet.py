@@ -89,7 +89,9 @@ class UNet(nn.Module):
             return block
 
         def transformer(heads: int, depth: int) -> Any:
-            return depth and (lambda c: Transformer2DModel(c, heads, depth, context_dim, groups, linear))
+            return depth and (
+                lambda c: Transformer2DModel(c, heads, depth, context_dim, groups, linear, config.qk_norm)
+            )
 
         self.conv_in = nn.Conv2d(channels + extra, first, 3, padding=1)  # `extra`: 5 in Stable Diffusion's inpainting
         self.time_embedding = TimestepEmbedding(first, first * 4)

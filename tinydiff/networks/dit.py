@@ -23,6 +23,7 @@ class DiT:
     num_layers: int = key(12, "transformer blocks", 1, 128)
     num_attention_heads: int = key(6, "attention heads", 1, 256)
     attention_head_dim: int = key(64, "width of each head", 1, 1024)
+    qk_norm: bool = key(False, "normalise queries and keys of attention; diffusers has no such DiT")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -78,6 +79,10 @@ class DiTNetwork(Denoiser):
     def reduction(self, table: Table) -> int:
         return int(table["patch_size"])
 
+    def middle(self, table: Table) -> tuple[str, int]:
+        width = table["num_attention_heads"] * table["attention_head_dim"]
+        return f"transformer_blocks.{table['num_layers'] // 3}", width  # the paper's eighth of 28 (Yu et al. 2025)
+
     def classes(self, table: Table) -> int:
         return 0 if table.get("cross_attention_dim") else table["num_embeds_ada_norm"]
 
@@ -92,7 +97,7 @@ class DiTNetwork(Denoiser):
         if cfg.text_encoder.kind != "class":  # which is diffusers' Transformer2DModel
             own = {"_class_name": "Transformer2DModel", "num_embeds_ada_norm": 1, "cross_attention_dim": width}
             table |= own | {"interpolation_scale": 1}
-        return table | cfg.latents
+        return table | cfg.latents | ({"qk_norm": True} if settings.qk_norm else {})
 
     def conflicts(self, cfg: Config) -> Iterator[str]:
         s: DiT = cfg.network
@@ -108,8 +113,8 @@ class DiTNetwork(Denoiser):
 def settings_of(table: Table) -> DiT:
     """The settings of a table's sizes, by the paper's name where it has one."""
     sizes = table["num_layers"], table["num_attention_heads"], table["attention_head_dim"]
-    name = next((name for name, known in SIZES.items() if known == sizes), None)
-    return DiT(name, table["patch_size"]) if name else DiT("custom", table["patch_size"], *sizes)
+    name, norm = next((name for name, known in SIZES.items() if known == sizes), None), table.get("qk_norm", False)
+    return DiT(name, table["patch_size"], qk_norm=norm) if name else DiT("custom", table["patch_size"], *sizes, norm)
 
 
 def is_shared(tensors: Mapping[str, Any]) -> bool:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Table = dict[str, Any]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+OURS = "TinydiffPipeline"  # in model_index.json where diffusers has no pipeline
 HIDDEN, POOLED = "last_hidden_state", "pooler_output"  # of every text encoder: a vector a token, one a text
 
 
@@ -230,6 +231,13 @@ class Denoiser(Network):
         """The table of the network that a configuration asks for; `widths`: the size of a vector of each text output."""
         raise NotImplementedError
 
+    def pipeline(self, cfg: Config) -> tuple[str, str]:
+        """The pipeline of diffusers that a configuration's model goes with, or ours and why it goes with none."""
+        if getattr(cfg.network, "qk_norm", False):
+            return OURS, "diffusers does not normalise queries and keys"
+        name = self.pipelines.get(cfg.text_encoder.kind)
+        return (name, "") if name else (OURS, self.no_form)
+
     def conditions(self, table: Table) -> dict[str, Array]:
         """What it is told besides latent and noise level."""
         return {"encoder_hidden_states": Array(("batch", "sequence", table.get("cross_attention_dim", 0)), of=HIDDEN)}
@@ -247,6 +255,10 @@ class Denoiser(Network):
     def classes(self, table: Table) -> int:
         """How many classes it is conditioned on instead of text; 0 for text."""
         return 0
+
+    def middle(self, table: Table) -> tuple[str, int]:
+        """The module whose output, (B, C, h, w) or (B, T, C), tells most of what the image shows, and its C; "" for none."""
+        return "", 0
 
     def heads(self, cfg: Config) -> int:
         """Attention heads that processes can divide among them; 0 where its matrices cannot be shared."""

@@ -28,6 +28,7 @@ class UNet:
     )
     norm_num_groups: int = key(32, "group normalisation groups; must divide every width", 1, 2**14)
     use_linear_projection: bool = key(True, "transformers enter and leave by matrices, not 1x1 convolutions")
+    qk_norm: bool = key(False, "normalise queries and keys of attention; diffusers has no such U-Net")
 
     def heads(self) -> tuple[int, ...]:
         """Attention heads at each width."""
@@ -136,10 +137,17 @@ class UNetNetwork(Denoiser):
     def reduction(self, table: Table) -> int:
         return 2 ** (len(table["block_out_channels"]) - 1)
 
+    def middle(self, table: Table) -> tuple[str, int]:
+        return "mid_block", table["block_out_channels"][
+            -1
+        ]  # what comes later has the skips (Tian et al. 2025, section 3.1)
+
     def describe(self, cfg: Config, widths: Mapping[str, int]) -> dict[str, Any]:
         settings: UNet = cfg.network
         ups = [kind.replace("Down", "Up") for kind in reversed(settings.down_block_types)]
         own = asdict(settings) | {"up_block_types": ups, "cross_attention_dim": widths[HIDDEN]}
+        if not settings.qk_norm:
+            del own["qk_norm"]  # a key that diffusers does not know
         return {"_class_name": self.library[1]} | cfg.latents | own
 
     def conflicts(self, cfg: Config) -> Iterator[str]:
