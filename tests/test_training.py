@@ -48,7 +48,7 @@ from tinydiff.text.tokenizer import Tokenizer
 from tinydiff.training import advice, claim, loop, state
 from tinydiff.training.autoencoder import AutoencoderTask
 from tinydiff.training.denoiser import DenoiserTask
-from tinydiff.training.losses import autoencoder_loss, denoising_losses, kl, pick_level, psnr, snr_weight
+from tinydiff.training.losses import autoencoder_loss, denoising_losses, kl, loss_weight, pick_level, psnr
 from tinydiff.training.optim import Average, adamw, learning_rate
 from tinydiff.training.parallel import World
 from tinydiff.training.run import Run
@@ -159,15 +159,29 @@ def test_min_snr_is_a_weight_of_the_error_of_x0(name, alpha, sigma, gamma, seed)
     prediction, x = PREDICTIONS[name], alpha * x0 + sigma * eps
     target = prediction.target(x0, eps, alpha, sigma)
     error = prediction.to_x0(target + wrong, x, alpha, sigma) - x0
-    (weight,) = snr_weight(np.array([alpha]), np.array([sigma]), name, gamma)
+    (weight,) = loss_weight(np.array([alpha]), np.array([sigma]), name, "own", gamma)
     assert weight * wrong**2 == pytest.approx(min((alpha / sigma) ** 2, gamma) * error**2, rel=1e-6)
 
 
 def test_min_snr_off_and_at_pure_noise():
     alpha, sigma = np.array([0.0, 0.6]), np.array([1.0, 0.8])
     for name in PREDICTIONS:
-        assert snr_weight(alpha, sigma, name, 0.0).tolist() == [1, 1]
-        assert np.isfinite(snr_weight(alpha, sigma, name, 5.0)).all()
+        assert loss_weight(alpha, sigma, name, "own").tolist() == [1, 1]
+        assert np.isfinite(loss_weight(alpha, sigma, name, "own", 5.0)).all()
+
+
+@given(*(st.sampled_from(sorted(PREDICTIONS)),) * 2, st.floats(0.05, 1), st.floats(0.05, 3), st.integers(0, 99))
+def test_a_loss_weighs_like_another_prediction_s_of_the_same_estimate(ours, theirs, alpha, sigma, seed):
+    """By brute force: the x0 that is read off a prediction makes an error of the other one, whose square is the loss."""
+    x0, eps, wrong = np.random.default_rng(seed).standard_normal(3)
+    x, target = alpha * x0 + sigma * eps, PREDICTIONS[ours].target(x0, eps, alpha, sigma)
+    estimate = PREDICTIONS[ours].to_x0(target + wrong, x, alpha, sigma)
+    noise = (x - alpha * estimate) / sigma
+    error = PREDICTIONS[theirs].target(estimate, noise, alpha, sigma) - PREDICTIONS[theirs].target(
+        x0, eps, alpha, sigma
+    )
+    (weight,) = loss_weight(np.array([alpha]), np.array([sigma]), ours, theirs)
+    assert weight * wrong**2 == pytest.approx(error**2, rel=1e-6)
 
 
 def test_levels_are_picked_as_their_density_says():

@@ -54,9 +54,16 @@ class Diffusion:
     num_train_timesteps: int = key(1000, "how many of them", 10, 100_000)
     zero_terminal_snr: bool = key(False, "the noisiest level has no signal left (not for flow, nor for epsilon)")
     shift: float = key(1.0, "multiplies the noise-to-signal ratio of every level of flow", 0.01, 100)
+    shift_side: int = key(
+        0, "latents a side at which `shift` holds: at others it grows in proportion; 0: at any", 0, 2**14
+    )
     prediction: str = key("v", "what the network predicts", choices=tuple(PREDICTIONS))
     timestep_density: str = key("high_noise", "how training picks levels", choices=DENSITIES)
+    logit_mean: float = key(0.0, "of timestep_density logit_normal: its mean; above 0 is noisier", -10, 10)
+    logit_std: float = key(1.0, "of timestep_density logit_normal: its standard deviation", 0.01, 10)
+    loss_weight: str = key("own", "the prediction whose squared error is minimised", choices=("own", *PREDICTIONS))
     min_snr_gamma: float = key(0.0, "clips the loss weight at this signal-to-noise ratio; 0 is off", 0)
+    contrastive_weight: float = key(0.0, "weight of the distance from another image's target, which is to grow", 0, 0.9)
     offset_noise: float = key(0.0, "share of noise that is constant over each channel", 0, 1)
     caption_dropout: float = key(0.1, "share of captions emptied, which guidance needs", 0, 1)
 
@@ -125,6 +132,12 @@ class Config:
     @property
     def text_network(self) -> TextNetwork:
         return TEXT_ENCODERS[self.text_encoder.kind]
+
+    @property
+    def shift(self) -> float:
+        """Of the levels of flow: sqrt(m / n) times that for n latents where there are m (Esser et al. 2024, equation 23)."""
+        d = self.diffusion
+        return d.shift * self.latents["sample_size"] / d.shift_side if d.shift_side else d.shift
 
     @property
     def latents(self) -> dict[str, int]:
@@ -202,13 +215,21 @@ def conflicts(config: Config) -> Iterator[str]:
         yield "diffusion.prediction: flow goes with diffusion.schedule flow, the others do not: diffusers has no other form"
     if config.diffusion.zero_terminal_snr and config.diffusion.prediction in ("epsilon", "flow"):
         yield "diffusion.zero_terminal_snr: of pure noise only v and sample say anything; change diffusion.prediction"
-    if config.diffusion.shift != 1 and config.diffusion.schedule != "flow":
-        yield "diffusion.shift: only the schedule flow is shifted"
+    for name in ("shift", "shift_side"):
+        if config.diffusion.schedule != "flow" and getattr(config.diffusion, name) != getattr(Diffusion, name):
+            yield f"diffusion.{name}: only the schedule flow is shifted"
+    if config.diffusion.min_snr_gamma and config.diffusion.loss_weight != "own":
+        yield "diffusion.loss_weight: min_snr_gamma gives x0 a weight of its own; set one of the two"
     if config.generate.steps > (most := config.diffusion.num_train_timesteps):
         yield f"generate.steps: {config.generate.steps} are more than the {most} levels of num_train_timesteps; set {most}"
+    aligned = config.train.stage("denoiser").alignment_weight
+    if aligned and not network.middle(network.complete(asdict(config.network)))[0]:
+        yield f"train.denoiser.alignment_weight: denoiser.kind {kind} has no features to align; set 0"
     heads, processes = network.heads(config), config.train.tensor_parallel
     if processes > 1 and (not heads or config.train.parallel != "fsdp"):
         yield "train.tensor_parallel: only a dit's matrices are shared, with train.parallel fsdp"
+    if processes > 1 and heads and config.network.qk_norm:
+        yield f"{kind}.qk_norm: heads that processes share out have one norm; set train.tensor_parallel 1"
     if heads % processes:
         yield f"train.tensor_parallel: {processes} does not divide {heads} attention heads"
     if not (config.train.stage("autoencoder").steps or config.autoencoder.path):
@@ -219,6 +240,8 @@ def conflicts(config: Config) -> Iterator[str]:
         stage: Stage = config.train.stage(name)
         if stage.beta2 == 1:
             yield f"train.{name}.beta2: the second moment never begins at 1; set 0.999"
+        if stage.optimizer == "muon" and config.train.parallel == "fsdp":
+            yield f"train.{name}.optimizer: muon needs matrices whole on each process; set train.parallel ddp, or adamw"
         if stage.batch_size % stage.accumulate:
             yield f"train.{name}.accumulate: {stage.accumulate} does not divide batch_size {stage.batch_size}"
 

@@ -8,12 +8,16 @@ from typing import Any
 from tinydiff.networks.contrastive import CONTRASTIVE, Towers
 from tinydiff.schema import key, section
 
+OPTIMIZERS = ("adamw", "muon")
+FEATURES = "the network of these features: a name, a file, or files joined by commas; empty is efficientnet-lite0"
+
 
 @dataclass(frozen=True)
 class Stage:
     steps: int = key(2000, "updates; 0 leaves the stage out", 0)
     batch_size: int = key(64, "images an update", 1)
     accumulate: int = key(1, "parts a batch is computed in, to save memory; must divide batch_size", 1)
+    optimizer: str = key("adamw", "adamw, or muon for matrices and kernels and adamw for the rest", choices=OPTIMIZERS)
     lr: float = key(1e-3, "peak learning rate", 0)
     warmup: int = key(100, "updates of linear warm-up before the cosine decay", 0)
     final_lr: float = key(0.01, "learning rate at the last update, as a share of the peak", 0, 1)
@@ -37,9 +41,7 @@ class AutoencoderStage(Stage):
     edge_weight: float = key(1.0, "weight of the absolute error of differences between neighbours", 0)
     chroma_weight: float = key(0.0, "weight of the absolute error of the two colour differences, Cb and Cr", 0)
     perceptual_weight: float = key(0.0, "weight of the distance between features of image and reconstruction", 0)
-    features: str = key(
-        "", "the network of these features: a name, a file, or files joined by commas; empty is efficientnet-lite0"
-    )
+    features: str = key("", FEATURES)
     adversarial_weight: float = key(
         0.0, "weight of a patch discriminator's loss, balanced with the others' gradients", 0
     )
@@ -53,6 +55,12 @@ class AutoencoderStage(Stage):
 @dataclass(frozen=True)
 class ContrastiveStage(Towers, Stage):
     pass
+
+
+@dataclass(frozen=True)
+class DenoiserStage(Stage):
+    alignment_weight: float = key(0.0, "weight of the distance of inner features from those of a feature network", 0)
+    features: str = key("", FEATURES)
 
 
 @dataclass(frozen=True)
@@ -97,8 +105,8 @@ STAGES: dict[str, Row] = {
         ("images of captions", "nearest to the captions"),
     ),
     "denoiser": Row(
-        Stage,
-        section(Stage, "stage 2: text encoder and denoiser on the latents", steps=2000, warmup=200, ema=0.998),
+        DenoiserStage,
+        section(DenoiserStage, "stage 2: text encoder and denoiser on the latents", steps=2000, warmup=200, ema=0.998),
         "tinydiff.training.denoiser:DenoiserTask",
         "generated from these captions, row by row",
     ),

@@ -290,14 +290,14 @@ def write(cfg: config.Config) -> dict[str, Any]:
     if g.spacing in RHOS and d.schedule != "flow":  # without sigma_max diffusers starts far beyond our level
         named = "exponential" if g.spacing == "log_snr" else g.spacing
         scheduler |= {key: True for key, name in RESPACED.items() if name == named}
-        levels = training_levels(d.schedule, d.num_train_timesteps, d.shift, d.zero_terminal_snr)
+        levels = training_levels(d.schedule, d.num_train_timesteps, cfg.shift, d.zero_terminal_snr)
         scheduler |= dict(zip(("sigma_max", "sigma_min"), schedules.ends(levels), strict=True))
     if kind == "LCMScheduler":  # whose steps are then those of "trailing"
         scheduler["original_inference_steps"] = d.num_train_timesteps
     if d.zero_terminal_snr:
         scheduler["rescale_betas_zero_snr"] = True
     if d.schedule == "flow":
-        scheduler |= {"use_flow_sigmas": True, "flow_shift": d.shift}
+        scheduler |= {"use_flow_sigmas": True, "flow_shift": cfg.shift}
     if d.schedule == "edm":
         bars = [1.0, *(level.alpha**2 for level in training_levels("edm", d.num_train_timesteps))]
         scheduler["trained_betas"] = [1 - after / before for before, after in pairwise(bars)]

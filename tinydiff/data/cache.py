@@ -34,7 +34,7 @@ BATCH = 64  # most rows computed at once
 AGAIN = "run the same command again, which computes it anew"
 LABEL = "tinydiff"  # the key of our entry in a file's metadata
 OURS = re.compile(
-    r"(latents|text)-[0-9a-f]{16,32}\.safetensors|\.tmp-(latents|text)-[0-9a-f]{32}.*|\.tmp[0-9A-Za-z]{6}"
+    r"(latents|text|features)-[0-9a-f]{16,32}\.safetensors|\.tmp-(latents|text|features)-[0-9a-f]{32}.*|\.tmp[0-9A-Za-z]{6}"
 )
 
 Progress = Callable[[int, int], None]

@@ -1,14 +1,12 @@
 """The latent cache: every image's latent distribution, keyed by image content, size and autoencoder.
 
-A chunk holds images of one bucket, either all mirrored or none. Several processes may fill a folder together; when all
-are done, each opens it. Reading images, and giving up on unreadable ones, is the job of `dataset.Images`.
+Several processes may fill a folder together; when all are done, each opens it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 
 from tinydiff.data import cache
 from tinydiff.data.dataset import Images
+from tinydiff.data.image_cache import ImageRows, chunks, filled
 from tinydiff.errors import DataError
 from tinydiff.images import to_pixels
 from tinydiff.models.autoencoder import Autoencoder, mean_and_std
@@ -45,35 +44,13 @@ def fill(
     Process `rank` of `world` takes every `world`-th chunk; `progress(images encoded, images to encode)` counts its own
     and may raise to stop. An unreadable image gets zeros, and the next call tries it again; DataError if too many are.
     """
-    missing = [c for c in list(_chunks(folder, images, digest(vae)))[rank::world] if not _filled(c, images)]
+    missing = [c for c in list(chunks(folder, "latents", images, digest(vae)))[rank::world] if not filled(c, images)]
     cache.fill(missing, lambda indices: encode(indices, images, vae), progress, _notes, most)
 
 
 def open_cache(folder: Path, images: Images, vae: Autoencoder) -> Latents:
     """The latents that `fill` computed. Raises DataError if a file is missing or too many images were unreadable."""
-    return Latents(list(_chunks(folder, images, digest(vae))), images)
-
-
-def _chunks(folder: Path, images: Images, vae_digest: str) -> Iterator[cache.Chunk]:
-    """The chunks of every bucket, its images apart from their mirror images."""
-    count = len(images.source)
-    digests = [images.source.digest(i) for i in range(count)]
-    for bucket, size in enumerate(images.sizes):
-        members = np.flatnonzero(images.bucket == bucket)
-        for mirrored, half in enumerate((members[members < count], members[members >= count])):
-            for start in range(0, len(half), cache.ROWS):
-                items = half[start : start + cache.ROWS]
-                contents = [digests[i] for i in (items % count).tolist()]
-                inputs = [vae_digest, images.data.background, size, mirrored, contents]
-                yield cache.chunk(folder, "latents", items, inputs)
-
-
-def _filled(chunk: cache.Chunk, images: Images) -> bool:
-    """Whether a chunk is computed and its absent images are still unreadable."""
-    if not cache.whole(chunk):
-        return False
-    absent = cache.notes_of(chunk)["absent"]
-    return not absent or not images.read(chunk.items[absent])[1].any()
+    return Latents(list(chunks(folder, "latents", images, digest(vae))), images)
 
 
 @torch.no_grad()
@@ -94,7 +71,7 @@ def _notes(rows: cache.Arrays) -> dict[str, list]:
     return {"absent": absent.tolist(), "sums": [mean[0].size * (len(mean) - len(absent)), *map(float, sums)]}
 
 
-class Latents:
+class Latents(ImageRows):
     """Every image's latent distribution, memory-mapped from the files `paths`.
 
     `valid` (N,): which images could be read. `scaling_factor`: 1 / the standard deviation of all sampled latents, over
@@ -102,13 +79,10 @@ class Latents:
     """
 
     def __init__(self, chunks: list[cache.Chunk], images: Images):
-        self.paths = [chunk.path for chunk in chunks]
-        self.stored = cache.Rows(chunks)
-        self.file, self.row = np.empty(len(images), np.int32), np.empty(len(images), np.int32)
+        super().__init__(chunks, images)
         self.valid, self.first = np.ones(len(images), bool), {}
         for number, (chunk, notes) in enumerate(zip(chunks, self.stored.notes, strict=True)):
             indices = np.asarray(chunk.items)
-            self.file[indices], self.row[indices] = number, np.arange(len(indices))
             self.valid[indices[notes["absent"]]] = False
             self.first.setdefault(int(images.bucket[indices[0]]), number)
         for i in np.flatnonzero(~self.valid[: len(images.source)]).tolist():
@@ -117,8 +91,7 @@ class Latents:
 
     def rows(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of images of one bucket: (B, C, h, w) float32 each, zero where not `valid`."""
-        mean, std = (self.stored.gather(name, self.file[indices], self.row[indices]) for name in ("mean", "std"))
-        return torch.from_numpy(mean), torch.from_numpy(std)
+        return self.column("mean", indices), self.column("std", indices)
 
     def shape(self, bucket: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents of a bucket."""

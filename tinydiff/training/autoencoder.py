@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tinydiff.checkpoints import folder
 from tinydiff.diffusion.noise import keyed
-from tinydiff.errors import ModelError
 from tinydiff.images import to_pixels, to_uint8
 from tinydiff.measure.features import open_features
 from tinydiff.models.autoencoder import mean_and_std
@@ -47,11 +46,9 @@ class AutoencoderTask(Task):
         return features | ({"balance": self.balance} if "critic" in self.players else {})
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Raises ModelError where the feature network is another one than the run was begun with."""
-        begun, self.balance = state.get("features"), state.get("balance", 0.0)
-        if self.features and begun not in (None, self.features.digest) and not self.run.claim.accept:
-            problem = "not the feature network that the run was begun with; put that back, or use --accept-changes"
-            raise ModelError(f"{self.features.name}: {problem}")
+        self.balance = state.get("balance", 0.0)
+        if self.features:
+            self.same_features(state, self.features.digest)
 
     def cast(self) -> dict[str, Player]:
         cfg, self.trained = self.settings, Reconstruct(self.model.vae)

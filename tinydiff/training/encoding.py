@@ -1,15 +1,18 @@
-"""What frozen networks make of the data, computed once for a run and cached in its directory: latents, and texts' vectors.
+"""What frozen networks make of the data, computed once for a run and cached in its directory: latents, texts' vectors, features.
 
 Every process computes a share; when all are done, each opens everything, and what nothing reads any more is removed.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from tinydiff.backends.pytorch import TorchBackend
 from tinydiff.condition import Condition
-from tinydiff.data import cache, embeddings, latents
+from tinydiff.data import cache, embeddings, features, latents
+from tinydiff.measure.features import open_features
 from tinydiff.training.run import Run
 
 
@@ -49,3 +52,23 @@ def captions(run: Run) -> embeddings.TextEmbeddings | None:
     if world.rank == 0:
         cache.sweep(place, texts.paths if texts else [])
     return texts
+
+
+def alignment(settings: Any) -> float:
+    """The weight of aligned features; other stages of a denoiser have none."""
+    return getattr(settings, "alignment_weight", 0.0)
+
+
+def maps(run: Run, settings: Any) -> features.Maps | None:
+    """What a feature network sees in all images, a place of each for every one of the denoiser's middle."""
+    if not alignment(settings):
+        return None
+    world, place = run.world, run.dir / "features"
+    network, cell = open_features(settings.features).to(run.runtime.device), run.model.description.multiple
+    progress = run.progress("looking at images")
+    features.fill(place, run.data, network, cell, progress, world.rank, world.size, settings.rows)
+    world.wait()
+    found = features.open_cache(place, run.data, network, cell)
+    if world.rank == 0:
+        cache.sweep(place, found.paths)
+    return found

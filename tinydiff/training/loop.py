@@ -51,9 +51,10 @@ def run(cfg: config.Config, run_dir: Path, last: str | None = None, accept: bool
         for line in advice.of_settings(cfg):
             runtime.say(f"note: {line}")
         for name, row in trained(cfg.train).items():
-            settings = cfg.train.stage(name)
+            settings, task = cfg.train.stage(name), imported(row.task)
+            task.check(settings)
             rows = runtime.world.rows(settings.batch_size, cfg.train.tensor_parallel > 1)
-            claim.split(rows, name, settings, imported(row.task).whole, runtime.world)
+            claim.split(rows, name, settings, task.whole, runtime.world)
         this.data = Images(open_source(cfg.data, cfg.train.seed, this.progress("indexing shards")), cfg.data)
         this.claim.data(this.data)
         if runtime.world.rank == 0:

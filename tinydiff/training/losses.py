@@ -66,28 +66,29 @@ def contrastive_loss(logits: Tensor, match: Tensor) -> Tensor:
     return (by_image + by_text) / 2
 
 
-def snr_weight(alpha: np.ndarray, sigma: np.ndarray, prediction: str, gamma: float) -> np.ndarray:
-    """Min-SNR-gamma weights (Hang et al. 2023, section 3.4) for a loss on `prediction`; ones if gamma is 0.
+def loss_weight(alpha: np.ndarray, sigma: np.ndarray, prediction: str, minimised: str, gamma: float = 0) -> np.ndarray:
+    """Weights of a loss on `prediction` that make it the loss of the prediction `minimised`, of the same estimate of x0.
 
-    They give the squared error of x0 the weight min(SNR, gamma), whatever the prediction.
+    With a `gamma` they give the squared error of x0 the weight min(SNR, gamma) (Hang et al. 2023, section 3.4).
     """
-    if not gamma:
+    if not gamma and minimised in ("own", prediction):
         return np.ones_like(alpha)
     snr = (alpha / sigma) ** 2
-    implied = {  # the weight of the squared error of x0 in a plain loss on the prediction
+    of_x0 = {  # the weight of the squared error of x0 in a plain loss on the prediction
         "epsilon": snr,
         "sample": np.ones_like(snr),
         "v": ((alpha**2 + sigma**2) / sigma) ** 2,
         "flow": ((alpha + sigma) / sigma) ** 2,
-    }[prediction]
-    return np.minimum(snr, gamma) / np.maximum(implied, 1e-12)
+    }
+    wanted = np.minimum(snr, gamma) if gamma else of_x0[minimised]
+    return wanted / np.maximum(of_x0[prediction], 1e-12)
 
 
 def pick_level(u: float, normal: float, density: str, count: int) -> int:
-    """An index into `count` training levels, from a uniform number `u` and a standard `normal` one.
+    """An index into `count` training levels, from a uniform number `u` and a `normal` one.
 
     "high_noise" has density 2t on t in [0, 1]: three quarters of the draws are in the noisier half, which decides an
-    image's layout. "logit_normal" is sigmoid(N(0, 1)) (Esser et al. 2024, section 3.1).
+    image's layout. "logit_normal" is the sigmoid of the normal one (Esser et al. 2024, section 3.1).
     """
     share = {"uniform": u, "high_noise": u**0.5, "logit_normal": 1 / (1 + math.exp(-normal))}[density]
     return min(int(share * count), count - 1)

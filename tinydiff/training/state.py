@@ -28,19 +28,18 @@ from tinydiff.errors import ModelError, ResourceError
 from tinydiff.files import MANIFEST, VersionError, committed, foreign, make_folder, named, read_json, shown, verify
 from tinydiff.stages import Stage
 from tinydiff.system import system_error
-from tinydiff.training.optim import Average, adamw
+from tinydiff.training.optim import MOMENTS, Average, moments, optimizer
 from tinydiff.training.parallel import Piece, World, pieces
 
 FORMAT = 3
 OLDER = 2  # a format that is still read: without buffers, of one player, whose name is the stage's
-MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("weights", "average", *MOMENTS, "buffers")
 OLD = re.compile(r"\.tmp-.+-[0-9a-f]{32}")  # what older versions left when they were killed
 
 
 @dataclass(frozen=True)
 class Learner:
-    """The state of one player: its blocks of parameters, their average, AdamW's moments, and its module's buffers."""
+    """The state of one player: its blocks of parameters, their average, the optimizer's moments, and its module's buffers."""
 
     name: str  # with which those of its tensors begin
     settings: Stage
@@ -54,7 +53,8 @@ class Learner:
         held = pieces(module, world, f"{name}.")
         tensors, kept = [piece.tensor for piece in held], module.state_dict(keep_vars=True)
         buffers = {f"{name}.{k}": b for k, b in module.named_buffers() if k in kept}
-        return cls(name, settings, held, Average(tensors, settings.ema), adamw(tensors, settings), buffers)
+        learns = optimizer(module, {p.name.removeprefix(f"{name}."): p.tensor for p in held}, settings)
+        return cls(name, settings, held, Average(tensors, settings.ema), learns, buffers)
 
     def tensors(self, kind: str) -> dict[str, Tensor]:
         """Blocks in their memory, by name; before the first update there are no moments."""
@@ -266,15 +266,15 @@ def load(path: Path, training: Training) -> dict[str, Any]:
 
 
 def load_moments(path: Path, training: Training, updates: dict[str, int]) -> None:
-    """AdamW's moments after each player's updates: both of the same parameters, which are ours; of some if it has made any.
+    """The moments after each player's updates, of the same parameters, which are ours; of some if it has made any.
 
     Parameters that no loss has reached have none.
     """
     stored = {kind: Blocks(path, kind) for kind in MOMENTS}
     reached = {name for blocks in stored.values() for name in blocks.shapes}
-    ours = {piece.name: piece.shape for piece in training.pieces}
-    for blocks in stored.values():
-        blocks.check({name: shape for name, shape in ours.items() if name in reached})
+    kept = {piece.name: moments(each.optimizer, piece.tensor) for each in training.learners for piece in each.pieces}
+    for kind, blocks in stored.items():
+        blocks.check({p.name: p.shape for p in training.pieces if p.name in reached and kind in kept[p.name]})
     for learner in training.learners:
         made, pieces = updates.get(learner.name, 0), [piece for piece in learner.pieces if piece.name in reached]
         if any(name.startswith(f"{learner.name}.") for name in reached) != bool(made):
@@ -282,9 +282,9 @@ def load_moments(path: Path, training: Training, updates: dict[str, int]) -> Non
         for piece in pieces:
             state = learner.optimizer.state[piece.tensor]
             state["step"] = torch.tensor(float(made), device=piece.tensor.device)
-            for kind, blocks in stored.items():
+            for kind in kept[piece.name]:
                 state[kind] = torch.empty_like(piece.tensor, requires_grad=False)
-                blocks.fill(piece.name, state[kind], piece.offset)
+                stored[kind].fill(piece.name, state[kind], piece.offset)
 
 
 class Blocks:

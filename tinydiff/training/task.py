@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tinydiff.checkpoints import folder
 from tinydiff.data.dataset import Order
+from tinydiff.errors import ModelError
 from tinydiff.networks.contrastive import CONTRASTIVE
 from tinydiff.stages import Stage, trained
 from tinydiff.training.run import Run
@@ -57,6 +58,10 @@ class Task:
         self.stored = stored(self.model, self.players)  # asked now: a network that processes divide has no whole state
         self.order = Order(self.weights(), run.cfg.train.seed, self.data.bucket, self.settings.batch_size)
 
+    @classmethod
+    def check(cls, settings: Any) -> None:
+        """Raises UserError for what a stage with these settings needs and is not there, before anything is written."""
+
     def cast(self) -> dict[str, Player]:
         """The players by name, in the order of their updates."""
         raise NotImplementedError
@@ -79,6 +84,12 @@ class Task:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on with the `state` of a checkpoint."""
+
+    def same_features(self, state: dict[str, Any], digest: str) -> None:
+        """Raises ModelError where the feature network is another one than that of the checkpoint with this `state`."""
+        if state.get("features", digest) != digest and not self.run.claim.accept:
+            problem = "not the feature network that the run was begun with; put that back, or use --accept-changes"
+            raise ModelError(f"train.{self.name}.features: {problem}")
 
     def pictures(self) -> tuple[np.ndarray, dict[str, float]]:
         """What has been learnt, uint8 (n, H, W, 3), and numbers about it."""
