@@ -12,6 +12,7 @@ import pytest
 import torch
 from runs import untimed
 from safetensors.torch import load_file
+from test_parallel import Server
 from test_training import opened
 from torch import nn
 from torch.nn import functional as F
@@ -264,6 +265,18 @@ def test_a_killed_run_of_all_recipes_ends_in_the_same_bits(forker, recipe_path, 
     assert one == other and untimed(runs[0]) == untimed(runs[1])
     kinds = {p.name for p in one}
     assert kinds == {f"{kind}.safetensors" for kind in state.KINDS}
+
+
+def test_two_processes_learn_what_one_does(forker, recipe_path, tmp_path):
+    """Losses and weights, where rounding of Muon's bfloat16 iterations leaves a little more than elsewhere."""
+    server, runs = Server(recipe_path, forker), [tmp_path / "one", tmp_path / "two"]
+    for size, run in enumerate(runs, 1):
+        assert server.run(size, run, "train.timeout=60") == [0] * size, server.said()
+    one, two = ([row["loss"] for row in untimed(run) if "loss" in row] for run in runs)
+    assert two == pytest.approx(one, rel=1e-4)
+    mine, theirs = (dict(state.Blocks(run / "checkpoints" / "denoiser-00000012", "weights").whole()) for run in runs)
+    for name, weight in mine.items():
+        assert (weight - theirs[name]).norm() <= 2e-2 * weight.norm(), name
 
 
 def test_another_optimizer_s_checkpoint_is_refused(recipe_path, tmp_path):

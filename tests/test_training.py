@@ -538,7 +538,9 @@ def test_tensorboard_that_is_not_there_is_told_before_anything_is_written(run_co
 
 
 def test_another_frozen_text_encoder_is_refused(run_config):
-    task = SimpleNamespace(texts=SimpleNamespace(digest="new"), cfg=run_config, model=SimpleNamespace(opened=True))
+    task = SimpleNamespace(
+        texts=SimpleNamespace(digest="new"), maps=None, cfg=run_config, model=SimpleNamespace(opened=True)
+    )
     DenoiserTask.restore(task, {"frozen_text": "new"})
     DenoiserTask.restore(task, {})  # a checkpoint of an older version
     with pytest.raises(ModelError, match="not the text encoder that the run was begun with"):
