@@ -268,15 +268,14 @@ def test_a_killed_run_of_all_recipes_ends_in_the_same_bits(forker, recipe_path, 
 
 
 def test_two_processes_learn_what_one_does(forker, recipe_path, tmp_path):
-    """Losses and weights, where rounding of Muon's bfloat16 iterations leaves a little more than elsewhere."""
+    """By all losses: Muon makes directions in which a gradient is only rounding as long as the others, so weights differ."""
     server, runs = Server(recipe_path, forker), [tmp_path / "one", tmp_path / "two"]
     for size, run in enumerate(runs, 1):
         assert server.run(size, run, "train.timeout=60") == [0] * size, server.said()
-    one, two = ([row["loss"] for row in untimed(run) if "loss" in row] for run in runs)
-    assert two == pytest.approx(one, rel=1e-4)
-    mine, theirs = (dict(state.Blocks(run / "checkpoints" / "denoiser-00000012", "weights").whole()) for run in runs)
-    for name, weight in mine.items():
-        assert (weight - theirs[name]).norm() <= 2e-2 * weight.norm(), name
+    rows = [[row for row in untimed(run) if "loss" in row] for run in runs]
+    for name in ("loss", "grad_norm", "alignment"):
+        one, two = ([row[name] for row in each if name in row] for each in rows)
+        assert two == pytest.approx(one, rel=1e-4 if name == "loss" else 2e-3), name
 
 
 def test_another_optimizer_s_checkpoint_is_refused(recipe_path, tmp_path):
