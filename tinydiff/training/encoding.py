@@ -11,8 +11,9 @@ from torch import nn
 
 from tinydiff.backends.pytorch import TorchBackend
 from tinydiff.condition import Condition
-from tinydiff.data import cache, embeddings, features, latents
+from tinydiff.data import cache, embeddings, latents
 from tinydiff.measure.features import open_features
+from tinydiff.training import maps as feature_maps
 from tinydiff.training.run import Run
 
 
@@ -59,16 +60,16 @@ def alignment(settings: Any) -> float:
     return getattr(settings, "alignment_weight", 0.0)
 
 
-def maps(run: Run, settings: Any) -> features.Maps | None:
+def maps(run: Run, settings: Any) -> feature_maps.Maps | None:
     """What a feature network sees in all images, a place of each for every one of the denoiser's middle."""
     if not alignment(settings):
         return None
     world, place = run.world, run.dir / "features"
     network, cell = open_features(settings.features).to(run.runtime.device), run.model.description.multiple
     progress = run.progress("looking at images")
-    features.fill(place, run.data, network, cell, progress, world.rank, world.size, settings.rows)
+    feature_maps.fill(place, run.data, network, cell, progress, world.rank, world.size, settings.rows)
     world.wait()
-    found = features.open_cache(place, run.data, network, cell)
+    found = feature_maps.open_cache(place, run.data, network, cell)
     if world.rank == 0:
         cache.sweep(place, found.paths)
     return found
