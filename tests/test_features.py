@@ -175,6 +175,17 @@ def test_official_names_are_those_of_official_files(
     assert open_features(vgg[0]).called("perceptual") == "perceptual_vgg16"
 
 
+def test_half_precision_is_read_and_what_is_not_finite_is_refused(features: Features, tmp_path: Path) -> None:
+    halves = {name: t.contiguous().half() for name, t in features.network.state_dict().items() if t.is_floating_point()}
+    save_file(halves, tmp_path / "half.safetensors")
+    half, image = open_features(str(tmp_path / "half.safetensors")), np.full((1, 32, 32, 3), 90, np.uint8)
+    assert half.seen(image)[0] == pytest.approx(features.seen(image)[0], abs=0.2)
+    halves["_bn0.weight"].fill_(torch.inf)
+    torch.save(halves, tmp_path / "infinite.pth")
+    with pytest.raises(ModelError, match="gives NaN or infinite values"):
+        open_features(str(tmp_path / "infinite.pth")).seen(image)
+
+
 class Canary:
     """Makes a folder when it is unpickled."""
 

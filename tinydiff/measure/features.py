@@ -80,10 +80,15 @@ class Features(nn.Module):
 
     @torch.inference_mode()
     def seen(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """`forward` on its device, some at a time: uint8 (B, H, W, 3) to float32 (B, D), and (B, classes) or None."""
-        parts = [self(x) for x in self._parts(to_pixels(images))]
-        vectors, logits = zip(*parts, strict=True)
-        return array(vectors), None if logits[0] is None else array(logits)
+        """`forward` on its device, some at a time: uint8 (B, H, W, 3) to float32 (B, D), and (B, classes) or None.
+
+        Raises ModelError where the network gives NaN or infinite values.
+        """
+        vectors, logits = zip(*map(self, self._parts(to_pixels(images))), strict=True)
+        out = array(vectors), None if logits[0] is None else array(logits)
+        if not all(part is None or np.isfinite(part).all() for part in out):
+            raise ModelError(f"the feature network {self.name} gives NaN or infinite values; name another file")
+        return out
 
     @torch.inference_mode()
     def distances(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -127,15 +132,14 @@ def open_features(given: str = "") -> Features:
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
-    """A file of tensors, safetensors or torch's own. Raises ModelError."""
+    """A file of tensors, safetensors or torch's own, in float32. Raises ModelError."""
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        safe = path.suffix == ".safetensors"
+        found = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise system.unreadable(error, path) from None
     except Exception as error:  # safetensors, zipfile and torch's own unpickler have an exception of their own each
         raise ModelError(f"{shown(path)}: no file of tensors: {system.one_line(str(error))}") from None
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ModelError(f"{shown(path)}: holds something else than tensors")
-    return dict(found)
+    return {name: t.float() if t.is_floating_point() else t for name, t in found.items()}
