@@ -22,6 +22,7 @@ from tinydiff.checkpoints.source import Source
 from tinydiff.data.dataset import Images, open_source
 from tinydiff.images import to_pixels
 from tinydiff.measure.features import Features, open_features
+from tinydiff.networks import VAE, network_of
 from tinydiff.training import loop
 from tinydiff.training.autoencoder import AutoencoderTask
 from tinydiff.training.losses import chroma, psnr
@@ -35,18 +36,34 @@ VARIANTS: dict[str, dict[str, float]] = {
     "+ perceptual": {"perceptual_weight": 0.2},
     "+ perceptual, critic": {"perceptual_weight": 0.2, "adversarial_weight": 0.1},
     "+ equivariance": {"equivariance": 0.5},
+    "codebook": {"commitment_weight": 0.25},
 }
 STAGE = {"batch_size": 16, "lr": 5e-4, "warmup": 10, "ema": 0.98, "critic_lr": 5e-4}
 TRIED = 4  # updates that say how long one takes
 
 
-def opened(model: Path, data: Path, keys: dict[str, float]) -> Run:
-    stage = {f"train.autoencoder.{k}": v for k, v in (STAGE | keys).items()}
+def opened(model: Path, data: Path, name: str) -> Run:
+    stage = {f"train.autoencoder.{k}": v for k, v in (STAGE | VARIANTS.get(name, {})).items()}
     rest = {"data.path": f'"{data}"', "train.threads": 1, "train.device": '"cpu"'}
     cfg = config.load(model / "tinydiff.toml", [f"{k}={v}" for k, v in (rest | stage).items()])
     run = Run(loop.Runtime(cfg), Path(tempfile.gettempdir()) / "none")
-    run.data, run.model = Images(open_source(cfg.data), cfg.data), loop.placed(folder.load(Source(model)), run.runtime)
+    begun = folder.load(Source(model))
+    run.model = loop.placed(quantised(begun) if name == "codebook" else begun, run.runtime)
+    run.data = Images(open_source(cfg.data), cfg.data)
     return run
+
+
+def quantised(model: folder.Model, codes: int = 1024) -> folder.Model:
+    """The same autoencoder with a codebook: its encoder gives the means that it gave before."""
+    table = model.configs[VAE] | {"_class_name": "VQModel", "num_vq_embeddings": codes}
+    tensors, vae = dict(model.vae.state_dict()), network_of(VAE, table).build(table)
+    means = tensors["quant_conv.weight"][: table["latent_channels"], :, 0, 0]  # (C, 2C)
+    bias = means @ tensors["encoder.conv_out.bias"] + tensors["quant_conv.bias"][: len(means)]
+    weight = torch.einsum("oc,cihw->oihw", means, tensors["encoder.conv_out.weight"])
+    tensors |= {"encoder.conv_out.weight": weight, "encoder.conv_out.bias": bias}
+    tensors |= {"quant_conv.weight": torch.eye(len(means))[..., None, None], "quant_conv.bias": torch.zeros(len(means))}
+    vae.load_state_dict(tensors | {"quantize.embedding.weight": vae.quantize.embedding.weight})  # type: ignore[union-attr]
+    return replace(model, configs=model.configs | {VAE: table}, networks=model.networks | {VAE: vae})
 
 
 def trained(run: Run, steps: int) -> float:
@@ -67,7 +84,7 @@ def trained(run: Run, steps: int) -> float:
 @torch.no_grad()
 def measured(vae: nn.Module, pixels: Tensor, features: Features, factor: int) -> list[float]:
     """PSNR, perceptual distance, mean error of colour in percent of the range, PSNR at half size."""
-    z = torch.cat([vae.encode(part).chunk(2, 1)[0] for part in pixels.split(16)])  # type: ignore[operator]
+    z = torch.cat([vae.distribution(part)[0] for part in pixels.split(16)])  # type: ignore[operator]
     drawn = torch.cat([vae.decode(part) for part in z.split(16)]).clamp(-1, 1)  # type: ignore[operator]
     turn = [z.shape[2] // 2, z.shape[3] // 2, 0]
     half = torch.cat([vae.decode(turned(part, turn)) for part in z.split(16)])  # type: ignore[operator]
@@ -91,12 +108,12 @@ def main() -> None:
     print("| losses | updates | seconds | PSNR | perceptual distance | error of colour | PSNR at half size |")
     print("|---|---|---|---|---|---|---|", flush=True)
     for name in asked.only:
-        run = opened(asked.model, asked.folder, VARIANTS.get(name, {}))
+        run = opened(asked.model, asked.folder, name)
         held = Images(open_source(replace(run.cfg.data, path=str(asked.heldout))), run.cfg.data)
         pixels = torch.from_numpy(to_pixels(held.read(range(len(held.source)))[0]))  # type: ignore[arg-type]
         steps, seconds = 0, 0.0
         if name in VARIANTS:
-            steps = round(asked.seconds / trained(opened(asked.model, asked.folder, VARIANTS[name]), TRIED))
+            steps = round(asked.seconds / trained(opened(asked.model, asked.folder, name), TRIED))
             seconds = steps * trained(run, steps)
         vae = run.model.vae.eval()
         db, distance, colour, half = measured(vae, pixels, features, run.model.description.factor)

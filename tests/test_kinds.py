@@ -1,4 +1,4 @@
-"""Models besides the U-Net with CLIP: diffusion transformers, by class or by text, and texts read by a frozen T5.
+"""Models besides the U-Net with CLIP: diffusion transformers, by class or by text, texts read by a frozen T5, a codebook.
 
 Each is trained, interrupted, drawn from, exported and, where diffusers has a pipeline for it, opened there.
 """
@@ -45,6 +45,7 @@ from tinydiff.text.sentencepiece import SPACE, T5Tokenizer
 from tinydiff.training import loop, state
 
 KINDS = {"unet+t5": ("unet", "t5"), "dit+clip": ("dit", "clip"), "dit+class": ("dit", "class"), "dit+t5": ("dit", "t5")}
+KINDS |= {"vq": ("unet", "clip")}
 
 
 DITS = [name for name, (denoiser, _) in KINDS.items() if denoiser == "dit"]
@@ -102,6 +103,7 @@ def config_of(tiny_config: config.Config, t5_folder: Path) -> Callable[[str], co
         encoder = replace(tiny_config.train.autoencoder, sample_every=100)
         cfg = replace(
             tiny_config,
+            autoencoder=replace(tiny_config.autoencoder, kind="vq" if name == "vq" else "kl", num_vq_embeddings=16),
             denoiser=config.Denoiser(denoiser),
             unet=replace(tiny_config.unet, block_out_channels=(16,), down_block_types=("CrossAttnDownBlock2D",)),
             dit=TINY,
@@ -439,7 +441,7 @@ def test_labels_are_those_of_diffusers(random):
 @every_kind
 def test_a_folder_without_a_pipeline_of_diffusers_says_so(name, trained):
     found = read_json(trained(name) / "model" / "model_index.json")
-    reason = {"unet+t5": "T5", "dit+clip": "DiT that reads text", "dit+t5": "T5"}.get(name)
+    reason = {"unet+t5": "T5", "dit+clip": "DiT that reads text", "dit+t5": "T5", "vq": "VQModel"}.get(name)
     assert (reason is None) is ("_no_diffusers_pipeline" not in found) is (found["_class_name"] == "DiTPipeline")
     assert reason is None or reason in found["_no_diffusers_pipeline"]
 

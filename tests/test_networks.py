@@ -18,10 +18,11 @@ from tinydiff import inspect
 from tinydiff.checkpoints.source import Source
 from tinydiff.errors import ModelError
 from tinydiff.files import MANIFEST
-from tinydiff.networks import AUTOENCODER, DENOISERS, TEXT_ENCODERS, network_of
+from tinydiff.networks import AUTOENCODERS, DENOISERS, TEXT_ENCODERS, network_of
 from tinydiff.networks.network import Network, OtherNetwork
 
-ROWS = {"unet": DENOISERS["unet"], "dit": DENOISERS["dit"], "vae": AUTOENCODER}
+ROWS = {"unet": DENOISERS["unet"], "dit": DENOISERS["dit"], "vae": AUTOENCODERS["kl"]}
+ROWS |= {"vq": AUTOENCODERS["vq"]}
 ROWS |= {kind: TEXT_ENCODERS[kind] for kind in ("clip", "t5", "bert")}
 
 

@@ -323,9 +323,11 @@ EVERY = ("perceptual_weight=0.1", "chroma_weight=1", "equivariance=0.5", "advers
 EVERY += ("adversarial_start=3", "critic_width=8", "steps=20", "save_every=20")
 
 
-def test_two_processes_learn_every_loss_of_the_autoencoder_and_its_critic(server, tmp_path):
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+def test_two_processes_learn_every_loss_of_the_autoencoder_and_its_critic(kind, server, tmp_path):
     """The critic begins at step 3, and some batches are turned; alone in two parts, which changes nothing either."""
-    settings = [f"train.autoencoder.{each}" for each in EVERY]
+    settings = [f"autoencoder.kind={kind}", "autoencoder.num_vq_embeddings=16"]
+    settings += [f"train.autoencoder.{each}" for each in EVERY]
     found = []
     for name, size, parts in (("alone", 1, 2), ("pair", 2, 1)):
         run_dir, more = tmp_path / name, f"train.autoencoder.accumulate={parts}"

@@ -19,15 +19,18 @@ from tinydiff.checkpoints.source import Source
 from tinydiff.data.dataset import Images, open_source
 from tinydiff.errors import ModelError, UserError
 from tinydiff.measure.features import open_features
+from tinydiff.models.autoencoder import Codebook
 from tinydiff.models.critic import Critic
 from tinydiff.schema import to_toml
 from tinydiff.stages import AutoencoderStage
 from tinydiff.training import claim, loop
 from tinydiff.training.autoencoder import AutoencoderTask
 from tinydiff.training.losses import autoencoder_loss, balance, chroma, hinge
-from tinydiff.training.reconstruct import draw, turned
+from tinydiff.training.reconstruct import Quantise, draw, turned
 from tinydiff.training.run import Run
 from tinydiff.training.state import Learner, Training
+
+CODES = 16
 
 
 def of_autoencoder(cfg: config.Config, **keys: object) -> config.Config:
@@ -35,14 +38,21 @@ def of_autoencoder(cfg: config.Config, **keys: object) -> config.Config:
     return replace(cfg, train=replace(cfg.train, autoencoder=replace(cfg.train.stage("autoencoder"), **keys)))
 
 
+@pytest.fixture(scope="module")
+def models(tiny_config: config.Config, tiny_model: Path, make_model: Callable[..., Path]) -> dict[str, Path]:
+    """Model folders of both kinds, every parameter random."""
+    quantised = replace(tiny_config.autoencoder, kind="vq", num_vq_embeddings=CODES)
+    return {"kl": tiny_model, "vq": make_model(replace(tiny_config, autoencoder=quantised))}
+
+
 @pytest.fixture
-def task(tiny_config: config.Config, tiny_model: Path, tmp_path: Path) -> Callable[..., AutoencoderTask]:
+def task(tiny_config: config.Config, models: dict[str, Path], tmp_path: Path) -> Callable[..., AutoencoderTask]:
     """A function (keys of the stage) -> the task over a fresh model, its random weights always the same."""
 
-    def make(**keys: object) -> AutoencoderTask:
+    def make(kind: str = "kl", **keys: object) -> AutoencoderTask:
         cfg = of_autoencoder(tiny_config, **keys)
         run = Run(loop.Runtime(cfg), tmp_path)
-        run.data, run.model = Images(open_source(cfg.data), cfg.data), folder.load(Source(tiny_model))
+        run.data, run.model = Images(open_source(cfg.data), cfg.data), folder.load(Source(models[kind]))
         made = AutoencoderTask(run)
         made.rows = claim.split(range(4), made.name, made.settings, made.whole, run.world)
         return made
@@ -186,8 +196,10 @@ def test_the_balance_is_the_ratio_of_gradients_at_the_last_layer(task: Callable[
     assert loss.item() == pytest.approx(sum(t[0].item() for t in terms.values()), rel=1e-5)
 
 
-def test_parts_of_a_batch_learn_what_the_whole_does(task: Callable[..., AutoencoderTask]) -> None:
-    whole, parts = task(**EVERY | {"adversarial_start": 0}), task(**EVERY | {"adversarial_start": 0}, accumulate=2)
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+def test_parts_of_a_batch_learn_what_the_whole_does(kind: str, task: Callable[..., AutoencoderTask]) -> None:
+    keys = EVERY | {"adversarial_start": 0}
+    whole, parts = task(kind, **keys), task(kind, **keys, accumulate=2)
     parts.rows = [range(2), range(2, 4)]
     for one, other in zip(updates(whole, 6), updates(parts, 6), strict=True):
         assert other == pytest.approx(one, rel=1e-4, abs=1e-4)
@@ -258,6 +270,116 @@ def test_the_target_of_a_turned_batch_is_the_turned_image(task: Callable[..., Au
     assert loss.item() == pytest.approx((output - wanted.rot90(turn[2], (2, 3))).abs().mean().item(), rel=1e-4)
 
 
+# -------------------------------------------------------------------------------------------------------- the codebook
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("attention", [False, True])
+def test_a_vq_is_the_vqmodel_of_diffusers(attention: bool, tiny_config, make_model, tmp_path: Path) -> None:
+    """A folder of ours there: latents, images and the loss of both terms, with its gradient to the pixels."""
+    from diffusers import VQModel
+
+    keys = {"kind": "vq", "num_vq_embeddings": CODES, "mid_block_add_attention": attention, "latent_channels": 3}
+    path = make_model(replace(tiny_config, autoencoder=replace(tiny_config.autoencoder, **keys)))
+    theirs, ours = VQModel.from_pretrained(path / "vae"), folder.load(Source(path)).vae
+    assert theirs.config.scaling_factor == 0.8 and theirs.config.num_vq_embeddings == CODES
+    theirs.quantize.legacy = False  # the published formula, not the one with the weight on the wrong term
+    x, y = (torch.rand(2, 3, 16, 16).mul(2).sub(1) for _ in range(2))
+    x.requires_grad_()
+    z = theirs.encode(x).latents
+    torch.testing.assert_close(ours.encode(x), z, rtol=1e-4, atol=1e-5)
+    drawn, loss = theirs.decode(z, return_dict=False)
+    torch.testing.assert_close(ours.decode(ours.encode(x)), drawn, rtol=1e-4, atol=1e-4)
+    ((drawn - y).abs().mean() + loss).backward()
+    wanted, x.grad = x.grad, None
+    cfg = AutoencoderStage(codebook="commitment", commitment_weight=0.25)
+    network = Quantise(ours, cfg)
+    output, *latent = network(x, torch.empty(0), [8, 8, 0])
+    terms = network.terms(latent, cfg)
+    torch.testing.assert_close(terms["commitment"] + terms["codebook"], loss, rtol=1e-4, atol=1e-6)
+    ((output - y).abs().mean() + terms["commitment"] + terms["codebook"]).backward()
+    torch.testing.assert_close(x.grad, wanted, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(
+        ours.quantize.embedding.weight.grad, theirs.quantize.embedding.weight.grad, rtol=1e-3, atol=1e-6
+    )
+
+
+def test_the_nearest_vector_by_brute_force() -> None:
+    torch.manual_seed(0)
+    book, z = Codebook(40, 3), torch.randn(2, 3, 5, 4)
+    torch.nn.init.normal_(book.embedding.weight)
+    codes, vectors = book.codes(z), book(z)
+    for b, i, j in np.ndindex(2, 5, 4):
+        distances = [(z[b, :, i, j] - each).norm().item() for each in book.embedding.weight]
+        assert codes[b, i, j] == int(np.argmin(distances))
+        assert torch.equal(vectors[b, :, i, j], book.embedding.weight[codes[b, i, j]])
+
+
+def test_moving_averages_of_the_codebook_by_hand(task: Callable[..., AutoencoderTask]) -> None:
+    """Three updates, latent by latent, and what is hardly used begins again as a latent of the batch."""
+    made = task("vq", lr=0.0, weight_decay=0.0)
+    made.rows = [range(4)]
+    network, weight = made.trained, made.model.vae.quantize.embedding.weight
+    assert "usage" in dict(network.named_buffers()) and not any("embedding" in n for n, _ in network.named_parameters())
+    training, use, usual, restarted = trained(made), np.zeros(CODES), 4 * 64 / CODES, 0
+    for n in range(3):
+        book, batch = weight.numpy().astype(np.float64).copy(), made.batch(n, range(4))
+        with torch.no_grad():
+            z = made.model.vae.encode(batch["pixels"]).permute(0, 2, 3, 1).reshape(-1, 4).numpy().astype(np.float64)
+        nearest = [int(((book - each) ** 2).sum(1).argmin()) for each in z]
+        values = loop.step(made.run, made, training, n, [batch]).values
+        share = np.bincount(nearest, minlength=CODES) / len(z)
+        assert values["used"] == pytest.approx((share > 0).mean())
+        assert values["perplexity"] == pytest.approx(np.exp(-sum(p * np.log(p) for p in share if p)), rel=1e-4)
+        for k in range(CODES):
+            mine = [each for each, code in zip(z, nearest, strict=True) if code == k]
+            total = 0.99 * use[k] + 0.01 * len(mine)
+            if total < 0.03 * usual:
+                assert np.abs(z - weight[k].numpy()).max(1).min() < 1e-4  # some latent
+                use[k], restarted = usual, restarted + 1
+            else:
+                wanted = (0.99 * use[k] * book[k] + 0.01 * sum(mine, np.zeros(4))) / total
+                np.testing.assert_allclose(weight[k].numpy(), wanted, rtol=1e-3, atol=1e-4)
+                use[k] = total
+        np.testing.assert_allclose(network.usage.numpy(), use, rtol=1e-4)
+    assert restarted >= 3
+    assert len(np.unique(weight.numpy().round(5), axis=0)) > CODES // 2
+
+
+def test_vectors_begin_again_as_the_same_latents_in_any_division(task: Callable[..., AutoencoderTask]) -> None:
+    made = task("vq")
+    batch = made.batch(0, range(4))
+    latent = made.trained(batch["pixels"], batch["noise"], [8, 8, 0])[1:]
+    whole = made.trained.seen(latent, 0, 4, np.random.default_rng(3))
+    parts = [made.trained.seen([t[i : i + 1] for t in latent], i, 4, np.random.default_rng(3)) for i in range(4)]
+    torch.testing.assert_close(torch.stack(parts).sum(0), whole)
+    z = latent[0].permute(0, 2, 3, 1).reshape(-1, 4)
+    assert all((z == row).all(1).any() for row in whole[:, 5:])
+
+
+@pytest.mark.parametrize("codebook", ["ema", "commitment"])
+def test_a_codebook_learns_to_stand_for_the_latents(codebook: str, task: Callable[..., AutoencoderTask]) -> None:
+    made = task("vq", codebook=codebook, lr=3e-3, warmup=0, commitment_weight=1.0)
+    rows = updates(made, 40)
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"] and rows[-1]["commitment"] < 0.8 * rows[0]["commitment"]
+    assert codebook == "commitment" or rows[-1]["used"] > 0.5
+
+
+def test_latents_of_a_vq_are_those_before_the_codebook(models: dict[str, Path], backend) -> None:
+    """What the denoiser learns, and what `generate` changes of an image: no deviation, and the decoder quantises."""
+    vae = folder.load(Source(models["vq"])).vae
+    x = torch.rand(2, 3, 16, 16).mul(2).sub(1)
+    mean, std = vae.distribution(x)
+    assert torch.equal(mean, vae.encode(x)) and mean.shape == (2, 4, 8, 8) and not std.any()
+    assert torch.equal(vae.decode(mean), vae.decode(vae.quantize(mean)))
+    assert len(vae.quantize(mean).permute(0, 2, 3, 1).reshape(-1, 4).unique(dim=0)) <= CODES
+
+
+def test_a_given_vq_says_its_kind(models: dict[str, Path]) -> None:
+    cfg = config.load(None, [f"autoencoder.path={models['vq']}", "data.resolution=32"])
+    assert (cfg.autoencoder.kind, cfg.autoencoder.num_vq_embeddings) == ("vq", CODES)
+
+
 # ------------------------------------------------------------------------------------------------------ killed, resumed
 
 
@@ -269,11 +391,13 @@ def left(run_dir: Path) -> dict[str, str]:
     return found | {"log": str(untimed(run_dir))}
 
 
-def test_killed_at_random_moments_it_ends_in_the_same_bits(run_config, forker: Forker, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+def test_killed_at_random_moments_it_ends_in_the_same_bits(kind: str, run_config, forker: Forker, tmp_path) -> None:
     """With all losses, two players and turned latents, the critic beginning between two checkpoints."""
     path = tmp_path / "every.toml"
     cfg = of_autoencoder(run_config, **EVERY, save_every=2)
     cfg = replace(cfg, train=replace(cfg.train, denoiser=replace(cfg.train.denoiser, steps=0)))
+    cfg = replace(cfg, autoencoder=replace(cfg.autoencoder, kind=kind, num_vq_embeddings=CODES))
     path.write_text(to_toml(cfg))
 
     def run(name: str, die_at: int = 0) -> int:

@@ -16,10 +16,10 @@ from tinydiff.diffusion.predictions import PREDICTIONS
 from tinydiff.diffusion.samplers import SAMPLERS
 from tinydiff.diffusion.schedules import SCHEDULES, SPACINGS
 from tinydiff.errors import UsageError
-from tinydiff.networks import AUTOENCODER, DENOISERS, TEXT_ENCODERS
+from tinydiff.networks import AUTOENCODERS, DENOISERS, TEXT_ENCODERS
 from tinydiff.networks import Denoiser as Network
 from tinydiff.networks import TextEncoder as TextNetwork
-from tinydiff.networks.autoencoder import Autoencoder
+from tinydiff.networks.autoencoder import Autoencoder, AutoencoderNetwork
 from tinydiff.networks.contrastive import NETWORK as CONTRASTIVE
 from tinydiff.networks.text import TextEncoder
 from tinydiff.networks.unet import UNet
@@ -130,6 +130,10 @@ class Config:
         return DENOISERS[self.denoiser.kind]
 
     @property
+    def autoencoder_network(self) -> AutoencoderNetwork:
+        return AUTOENCODERS[self.autoencoder.kind]
+
+    @property
     def text_network(self) -> TextNetwork:
         return TEXT_ENCODERS[self.text_encoder.kind]
 
@@ -183,7 +187,7 @@ def load(path: Path | None = None, overrides: Sequence[str] = (), say: Say = lam
     for text in overrides:
         set_key(table, text, problems)
     config = build(whole(), merge(to_dict(config), modern(table, "--set", say)), "", problems) if overrides else config
-    config = config if problems else replace(config, autoencoder=AUTOENCODER.completed(config))
+    config = config if problems else replace(config, autoencoder=config.autoencoder_network.completed(config))
     problems += list(conflicts(config)) if not problems else []
     if problems:
         raise UsageError(("--set: " if overrides else f"{shown(path)}: ") + "; ".join(problems))
@@ -207,7 +211,7 @@ def conflicts(config: Config) -> Iterator[str]:
     """Keys that are each in range but do not fit together."""
     network, kind = config.denoiser_network, config.denoiser.kind
     yield from _of_sizes(config)
-    yield from (f"autoencoder.{problem}" for problem in AUTOENCODER.conflicts(config))
+    yield from (f"autoencoder.{problem}" for problem in config.autoencoder_network.conflicts(config))
     yield from (f"{kind}.{problem}" for problem in network.conflicts(config))
     yield from _of_text(config)
     yield from CONTRASTIVE.conflicts(config)

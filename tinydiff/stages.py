@@ -49,6 +49,10 @@ class AutoencoderStage(Stage):
     critic_lr: float = key(5e-4, "the critic's peak learning rate", 0)
     critic_width: int = key(32, "the critic's channels after its first layer", 8, 512)
     critic_halvings: int = key(2, "how often the critic halves the image: a logit sees 26 pixels at 2, 54 at 3", 1, 3)
+    codebook: str = key(
+        "ema", "how a vq's codebook learns: by moving averages, or by a loss", choices=("ema", "commitment")
+    )
+    commitment_weight: float = key(0.25, "vq: weight of the squared distance from latents to their vectors", 0)
     equivariance: float = key(0.0, "share of updates whose latents are scaled and turned, and the images too", 0, 1)
 
 

@@ -14,7 +14,7 @@ from tinydiff import config
 from tinydiff.checkpoints.scheduler import Scheduler, read
 from tinydiff.diffusion.schedules import Levels
 from tinydiff.errors import ModelError
-from tinydiff.networks import AUTOENCODER, VAE, denoiser_in, network_of
+from tinydiff.networks import VAE, denoiser_in, network_of
 from tinydiff.networks.autoencoder import SCALING
 from tinydiff.networks.network import Array, imported
 from tinydiff.system import shown
@@ -64,9 +64,10 @@ def describe(
     own = generate or (config.load(toml).generate if toml.exists() else None)
     try:
         network: Any = network_of(denoiser, model[denoiser])
-        autoencoder, table = AUTOENCODER.complete(model[VAE]), network.complete(model[denoiser])
+        pixels: Any = network_of(VAE, model[VAE])
+        autoencoder, table = pixels.complete(model[VAE]), network.complete(model[denoiser])
         scheduler = _scheduler(model, path, own is not None)
-        factor, steps = AUTOENCODER.factor(autoencoder), min(50, scheduler.most)
+        factor, steps = pixels.factor(autoencoder), min(50, scheduler.most)
         return Description(
             path=path,
             scheduler=scheduler,

@@ -23,7 +23,6 @@ from tinydiff.checkpoints.source import Configs, Source
 from tinydiff.errors import ModelError
 from tinydiff.files import MANIFEST, committed, shown, verify
 from tinydiff.networks import (
-    AUTOENCODER,
     LABELS,
     TEXT,
     VAE,
@@ -88,7 +87,7 @@ def build(cfg: config.Config, tokenizer: Any, seed: int = 0) -> Model:
     where that cannot be.
     """
     configs, parts = new.configs(cfg, tokenizer), dict[str, nn.Module]()
-    given = {TEXT: cfg.text_network.given(cfg), VAE: AUTOENCODER.given(cfg)}
+    given = {TEXT: cfg.text_network.given(cfg), VAE: cfg.autoencoder_network.given(cfg)}
     for name, table in networks(configs).items():
         torch.manual_seed(seed)
         network = network_of(name, table)

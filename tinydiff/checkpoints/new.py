@@ -8,7 +8,7 @@ from typing import Any
 from tinydiff import __version__
 from tinydiff.checkpoints import scheduler
 from tinydiff.config import Config
-from tinydiff.networks import AUTOENCODER, TEXT, VAE, Table
+from tinydiff.networks import TEXT, VAE, Table
 from tinydiff.networks.network import HIDDEN, POOLED
 from tinydiff.text.labels import LEAST
 
@@ -22,19 +22,20 @@ def configs(cfg: Config, tokenizer: Any) -> dict[str, dict[str, Any]]:
     text, denoiser = cfg.text_network, cfg.denoiser_network
     table = text.describe(cfg, tokenizer)
     tables = {denoiser.folder: denoiser.describe(cfg, dict.fromkeys((HIDDEN, POOLED), text.width(table)))}
-    tables |= {VAE: AUTOENCODER.describe(cfg)} | ({TEXT: table} if not text.labels else {})
+    tables |= {VAE: cfg.autoencoder_network.describe(cfg)} | ({TEXT: table} if not text.labels else {})
     return {"model_index": index(cfg, tokenizer, tables), "scheduler": scheduler.write(cfg), **tables}
 
 
 def index(cfg: Config, tokenizer: Any, tables: Mapping[str, Table]) -> dict[str, Any]:
     """`model_index.json` of a pipeline of diffusers, or of none with the reason."""
-    text, denoiser = cfg.text_network, cfg.denoiser_network
+    text, denoiser, autoencoder = cfg.text_network, cfg.denoiser_network, cfg.autoencoder_network
     pipeline, reason = denoiser.pipeline(cfg)
+    pipeline, reason = ("TinydiffPipeline", autoencoder.no_form) if autoencoder.no_form else (pipeline, reason)
     reason = text.no_form or reason
     if text.labels and tokenizer.pad != LEAST:
         reason = f"its null label is number {tokenizer.pad}, and {LEAST} in diffusers"
     table = {"_class_name": pipeline, "_tinydiff_version": __version__}
-    table |= {"scheduler": ["diffusers", scheduler.write(cfg)["_class_name"]], VAE: list(AUTOENCODER.library)}
+    table |= {"scheduler": ["diffusers", scheduler.write(cfg)["_class_name"]], VAE: list(autoencoder.library)}
     table |= {denoiser.folder: [denoiser.library[0], tables[denoiser.folder]["_class_name"]]}
     if text.module:
         table |= {TEXT: list(text.library), "tokenizer": list(text.tokenizer_library)}

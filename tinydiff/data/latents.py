@@ -18,7 +18,7 @@ from tinydiff.data.dataset import Images
 from tinydiff.data.image_cache import ImageRows, chunks, filled
 from tinydiff.errors import DataError
 from tinydiff.images import to_pixels
-from tinydiff.models.autoencoder import Autoencoder, mean_and_std
+from tinydiff.models.autoencoder import Autoencoder
 
 
 def digest(module: nn.Module) -> str:
@@ -58,15 +58,15 @@ def encode(indices: np.ndarray, images: Images, vae: Autoencoder) -> cache.Array
     """The columns "mean" and "std" (B, C, h, w) of images of one bucket; zeros for an unreadable image."""
     pixels, readable = images.read(indices)
     x = torch.from_numpy(to_pixels(pixels)).to(next(vae.parameters()).device, memory_format=torch.channels_last)
-    mean, std = (t.float().cpu().contiguous().numpy() for t in mean_and_std(vae.encode(x)))
+    mean, std = (t.float().cpu().contiguous().numpy() for t in vae.distribution(x))
     mean[~readable] = std[~readable] = 0
     return {"mean": mean, "std": std}
 
 
 def _notes(rows: cache.Arrays) -> dict[str, list]:
-    """Which rows have no image (their std is zero); over the others, the number of values and sums of them."""
+    """Which rows have no image (they are zero); over the others, the number of values and sums of them."""
     mean, std = rows["mean"], rows["std"]
-    absent = np.flatnonzero(~std.any((1, 2, 3)))
+    absent = np.flatnonzero(~(mean.any((1, 2, 3)) | std.any((1, 2, 3))))
     sums = [mean.sum(dtype=np.float64), np.square(mean, dtype=np.float64).sum(), np.square(std, dtype=np.float64).sum()]
     return {"absent": absent.tolist(), "sums": [mean[0].size * (len(mean) - len(absent)), *map(float, sums)]}
 

@@ -1,7 +1,8 @@
-"""The KL autoencoder of Stable Diffusion, under diffusers' parameter names, at any depth.
+"""The autoencoders of Stable Diffusion and of VQGAN, under diffusers' parameter names, at any depth.
 
 `encode(pixels (B, 3, H, W) in [-1, 1]) -> moments (B, 2C, h, w)`: mean and log-variance of each latent value.
-`decode(z (B, C, h, w)) -> pixels (B, 3, H, W)`. Each width after the first halves the resolution.
+`decode(z (B, C, h, w)) -> pixels (B, 3, H, W)`. Each width after the first halves the resolution. With a codebook `encode` gives
+the latents themselves, (B, C, h, w), and `decode` takes the nearest vector for each.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -63,9 +65,9 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """(B, 3, H, W) -> (B, 2C, h, w)."""
+    """(B, 3, H, W) -> (B, out, h, w)."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, out: int):
         super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
@@ -77,7 +79,7 @@ class Encoder(nn.Module):
             self.down_blocks.append(level)
         self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], out, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -113,12 +115,14 @@ class Decoder(nn.Module):
 class Autoencoder(nn.Module):
     """Image <-> latent; `scaling_factor` (latents = factor * z) stays outside, with whoever holds the configuration."""
 
+    values = 2  # that are encoded for each of a latent
+
     def __init__(self, config: Config):
         super().__init__()
-        c = config.latent_channels
-        self.encoder = Encoder(config)
+        c, moments = config.latent_channels, self.values * config.latent_channels
+        self.encoder = Encoder(config, moments)
         self.decoder = Decoder(config)
-        self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1)
+        self.quant_conv = nn.Conv2d(moments, moments, 1)
         self.post_quant_conv = nn.Conv2d(c, c, 1)
 
     @classmethod
@@ -131,6 +135,45 @@ class Autoencoder(nn.Module):
 
     def decode(self, latent_sample: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(latent_sample))
+
+    def distribution(self, sample: Tensor) -> tuple[Tensor, Tensor]:
+        """Means and standard deviations of an image's latents (B, C, h, w), float32."""
+        return mean_and_std(self.encode(sample).float())
+
+
+class Codebook(nn.Module):
+    """Vectors, one of which stands for each latent (van den Oord et al. 2017, section 3.1)."""
+
+    def __init__(self, count: int, channels: int):
+        super().__init__()
+        self.embedding = nn.Embedding(count, channels)
+        nn.init.uniform_(self.embedding.weight, -1 / count, 1 / count)
+
+    def codes(self, z: Tensor) -> Tensor:
+        """The numbers of the vectors nearest to latents: (B, C, h, w) -> (B, h, w)."""
+        weight = self.embedding.weight
+        return (weight.square().sum(1) - 2 * z.permute(0, 2, 3, 1) @ weight.T).argmin(-1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.embedding(self.codes(z)).permute(0, 3, 1, 2)  # (B, h, w, C) -> (B, C, h, w)
+
+
+class VQAutoencoder(Autoencoder):
+    """Image <-> latent, of which the decoder sees the nearest vectors of a codebook."""
+
+    values = 1
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.quantize = Codebook(config.num_vq_embeddings, config.latent_channels)
+
+    def decode(self, latent_sample: Tensor) -> Tensor:
+        return super().decode(self.quantize(latent_sample))
+
+    def distribution(self, sample: Tensor) -> tuple[Tensor, Tensor]:
+        """The latents, which have no deviation."""
+        z = self.encode(sample).float()
+        return z, torch.zeros_like(z)
 
 
 def mean_and_std(moments: Tensor) -> tuple[Tensor, Tensor]:

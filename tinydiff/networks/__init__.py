@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tinydiff.networks.autoencoder import AutoencoderNetwork
+from tinydiff.networks.autoencoder import AUTOENCODERS as AUTOENCODERS
+from tinydiff.networks.autoencoder import autoencoder_of
 from tinydiff.networks.dit import DiTNetwork
 from tinydiff.networks.network import Denoiser, Graph, Network, Table, TextEncoder
 from tinydiff.networks.text import TEXT_ENCODERS
 from tinydiff.networks.unet import UNetNetwork
 
 DENOISERS: dict[str, Denoiser] = {"unet": UNetNetwork(), "dit": DiTNetwork()}  # by `denoiser.kind`
-AUTOENCODER = AutoencoderNetwork()
 VAE, TEXT, LABELS = "vae", "text_encoder", "labels"  # folders; a model of classes has labels for a text encoder
 
 
@@ -30,7 +30,7 @@ def network_of(folder: str, table: Table) -> Network:
     if denoisers := [row for row in DENOISERS.values() if row.folder == folder]:
         return next((row for row in denoisers if row.library[1] == table.get("_class_name")), denoisers[0])
     if folder == VAE:
-        return AUTOENCODER
+        return autoencoder_of(table)
     if folder == LABELS:
         return TEXT_ENCODERS["class"]
     if not folder.startswith(TEXT):

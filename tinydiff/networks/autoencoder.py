@@ -1,4 +1,4 @@
-"""The KL autoencoder of Stable Diffusion without torch: its settings, and what the package asks of it."""
+"""The kinds of autoencoders without torch: their settings, and what the package asks of them."""
 
 from __future__ import annotations
 
@@ -40,6 +40,9 @@ PLACES = (
 )  # of a model folder, a run, a run without a model, an autoencoder's own
 
 
+AUTOENCODERS: dict[str, AutoencoderNetwork] = {}  # by `autoencoder.kind`; filled below
+
+
 @dataclass(frozen=True)
 class Autoencoder:
     block_out_channels: tuple[int, ...] = key(
@@ -49,6 +52,8 @@ class Autoencoder:
     latent_channels: int = key(4, "channels of a latent", 1, 64)
     norm_num_groups: int = key(8, "group normalisation groups; must divide every width", 1, 2**14)
     mid_block_add_attention: bool = key(False, "self-attention at the lowest resolution")
+    kind: str = key("kl", "latents near a standard normal (kl), or one of a codebook's each (vq)", choices=AUTOENCODERS)
+    num_vq_embeddings: int = key(256, "vq: vectors of the codebook", 2, 2**16)
     path: str = key("", "begin with this one, which then says these keys: a folder, or the shipped 'general'")
 
     @property
@@ -58,6 +63,13 @@ class Autoencoder:
 
 
 class AutoencoderNetwork(Network):
+    """The KL autoencoder of Stable Diffusion."""
+
+    kind = "kl"
+    apart = ("path", "kind", "num_vq_embeddings")  # keys of a configuration that its config.json has not
+    values = 2  # of what encodes, for each of a latent: mean and log-variance
+    learner = "tinydiff.training.reconstruct:Reconstruct"  # its training's network
+    no_form = ""  # why diffusers has no pipeline with it
     single_file = True
     name = "vae"
     settings = Autoencoder
@@ -83,7 +95,7 @@ class AutoencoderNetwork(Network):
     def graphs(self, folder: str, table: Table) -> dict[str, Graph]:
         c, factor = table["latent_channels"], self.factor(table)
         pixels, latent = Array(("batch", 3, "height", "width"), "pixels"), Array(("batch", c, "height", "width"))
-        moments = Array(("batch", 2 * c, "latent_height", "latent_width"))
+        moments = Array(("batch", self.values * c, "latent_height", "latent_width"))
         drawn = Array(("batch", 3, "image_height", "image_width"))
         return {
             f"{folder}_encoder": Graph("encode", {"sample": pixels}, {"latent_parameters": moments}, 2 * factor),
@@ -93,7 +105,7 @@ class AutoencoderNetwork(Network):
     def describe(self, cfg: Config) -> dict[str, Any]:
         n = len(cfg.autoencoder.block_out_channels)
         kinds = {"down_block_types": ["DownEncoderBlock2D"] * n, "up_block_types": ["UpDecoderBlock2D"] * n}
-        shape = {name: value for name, value in asdict(cfg.autoencoder).items() if name != "path"}
+        shape = {name: value for name, value in asdict(cfg.autoencoder).items() if name not in self.apart}
         own = {"in_channels": 3, "out_channels": 3, "act_fn": "silu", "sample_size": cfg.data.resolution}
         return {"_class_name": self.library[1]} | kinds | own | shape | {"scaling_factor": 1.0}
 
@@ -116,7 +128,8 @@ class AutoencoderNetwork(Network):
         except ModelError:  # whoever only reads a configuration needs no autoencoder
             return cfg.autoencoder
         try:
-            return replace(pick(Autoencoder, self.read(read_json(folder / "config.json"))), path=path)  # type: ignore[operator]
+            row = autoencoder_of(table := read_json(folder / "config.json"))  # type: ignore[operator]
+            return replace(pick(Autoencoder, row.read(table)), path=path, kind=row.kind)
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{shown(path)}: unsupported or incomplete config.json: {shown(error)}") from None
 
@@ -136,6 +149,42 @@ class AutoencoderNetwork(Network):
 
     def renamed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {attention(name): matrix(name, tensor) for name, tensor in super().renamed(tensors).items()}
+
+
+class VQNetwork(AutoencoderNetwork):
+    """An autoencoder whose decoder takes for each latent the nearest vector of a codebook: diffusers' VQModel."""
+
+    kind = "vq"
+    apart = ("path", "kind")
+    values = 1
+    learner = "tinydiff.training.reconstruct:Quantise"
+    no_form = "its pipelines of text do not call a VQModel; diffusers opens the folder vae by itself"
+    single_file = False
+    module = "tinydiff.models.autoencoder:VQAutoencoder"
+    library = ("diffusers", "VQModel")
+    defaults = AutoencoderNetwork.defaults | {"latent_channels": 3, "num_vq_embeddings": 256}
+    only = {"act_fn": "silu", "in_channels": 3, "out_channels": 3, "norm_type": "group", "lookup_from_codebook": False}
+    checked = AutoencoderNetwork.checked | {"vq_embed_dim": Key(int, 1, 64)}
+    unused = frozenset(("sample_size", "force_upcast"))
+
+    def shapes(self, table: Table) -> dict[str, tuple[int, ...]]:
+        return super().shapes(table) | {
+            "quantize.embedding.weight": (table["num_vq_embeddings"], table["latent_channels"])
+        }
+
+    def misfits(self, table: Table) -> Iterator[str]:
+        yield from super().misfits(table)
+        if table.get("vq_embed_dim") not in (None, latents := table["latent_channels"]):
+            yield f"vq_embed_dim: {table['vq_embed_dim']} is not latent_channels {latents}"
+
+
+AUTOENCODERS |= {"kl": AutoencoderNetwork(), "vq": VQNetwork()}
+
+
+def autoencoder_of(table: Table) -> AutoencoderNetwork:
+    """The kind of a `config.json`; the first where it says none."""
+    kinds = (row for row in AUTOENCODERS.values() if row.library[1] == table.get("_class_name"))
+    return next(kinds, AUTOENCODERS["kl"])
 
 
 def attention(name: str) -> str:

@@ -86,6 +86,11 @@ def _unused(cfg: config.Config) -> Iterator[tuple[list[str], str]]:
     for weight, keys in WEIGHED.items():
         named = [f"train.autoencoder.{k}" for k in keys if getattr(stage, k) != getattr(plain, k)]
         rules.append((named if not getattr(stage, weight) else [], f"train.autoencoder.{weight} is 0"))
+    others = {"kl": ("codebook", "commitment_weight"), "vq": ("kl_weight",)}[cfg.autoencoder.kind]
+    unread = [f"train.autoencoder.{k}" for k in others if getattr(stage, k) != getattr(plain, k)]
+    if cfg.autoencoder.kind == "kl":
+        unread += [k for k in _changed("autoencoder", cfg, usual) if k.endswith(".num_vq_embeddings")]
+    rules.append((unread, f"autoencoder.kind is {cfg.autoencoder.kind}"))
     yield from ((keys, reason) for keys, reason in rules if keys)
 
 

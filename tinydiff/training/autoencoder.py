@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ from tinydiff.checkpoints import folder
 from tinydiff.diffusion.noise import keyed
 from tinydiff.images import to_pixels, to_uint8
 from tinydiff.measure.features import open_features
-from tinydiff.models.autoencoder import mean_and_std
 from tinydiff.models.critic import Critic
-from tinydiff.networks import VAE, network_of
+from tinydiff.networks import VAE, autoencoder_of, network_of
+from tinydiff.networks.network import imported
 from tinydiff.training.losses import autoencoder_loss, balance, hinge, psnr
-from tinydiff.training.reconstruct import Reconstruct, draw, turned
+from tinydiff.training.reconstruct import draw, turned
 from tinydiff.training.run import Run
 from tinydiff.training.task import PICTURES, Batch, Player, Task, Terms, counted
 
@@ -51,7 +52,8 @@ class AutoencoderTask(Task):
             self.same_features(state, self.features.digest)
 
     def cast(self) -> dict[str, Player]:
-        cfg, self.trained = self.settings, Reconstruct(self.model.vae)
+        cfg, row = self.settings, autoencoder_of(self.model.configs[VAE])
+        self.trained = imported(row.learner)(self.model.vae, cfg)
         players = {self.name: Player(self.trained, self.trained, cfg)}
         if cfg.adversarial_weight:
             torch.manual_seed(self.cfg.train.seed)
@@ -77,6 +79,7 @@ class AutoencoderTask(Task):
         output, *latent = self.players[player].network(x, batch["noise"], turn)
         x = turned(x, turn, self.model.description.factor)
         terms = autoencoder_loss(x, output, self.trained.terms(latent, self.settings), self.settings)
+        told = self.counts(latent, batch)
         if self.features:
             terms["perceptual"] = self.settings.perceptual_weight * self.features.distance(x, output).mean()
         loss = torch.stack(list(terms.values())).sum()
@@ -86,7 +89,15 @@ class AutoencoderTask(Task):
             terms["adversarial"] = self.settings.adversarial_weight * self.balance * adversarial
             self.weigh(loss, adversarial)
             loss = loss + terms["adversarial"]
-        return loss, {k: counted(v.detach()) for k, v in terms.items()}
+        return loss, {k: counted(v.detach()) for k, v in (terms | told).items()}
+
+    def counts(self, latent: Sequence[Tensor], batch: Batch) -> dict[str, Tensor]:
+        """What the codebook of a vq learns of the whole batch, once its last part is there, and says of it."""
+        rng = keyed(self.cfg.train.seed, "autoencoder codes", int(batch["place"][0, 0]))
+        seen = self.trained.seen(latent, int(batch["place"][0, 1]), self.settings.batch_size, rng)
+        if seen is None or not torch.is_grad_enabled() or (total := self.summed("codes", seen)) is None:
+            return {}
+        return self.trained.learn(total)
 
     def judgement(self, batch: Batch) -> tuple[Tensor, Terms]:
         """The critic's loss on images and the reconstructions of this update: all of both at once, since DDP expects one call."""
@@ -128,5 +139,5 @@ class AutoencoderTask(Task):
         parts = (
             part.to(self.run.runtime.device, memory_format=torch.channels_last) for part in x.split(self.settings.rows)
         )
-        output = torch.cat([vae.decode(mean_and_std(vae.encode(part).float())[0]).float().cpu() for part in parts])
+        output = torch.cat([vae.decode(vae.distribution(part)[0]).float().cpu() for part in parts])
         return to_uint8(np.concatenate([pixels, output.numpy()])), {"psnr": psnr(x, output)}
