@@ -48,7 +48,8 @@ def opened(model: Path, data: Path, name: str) -> Run:
     cfg = config.load(model / "tinydiff.toml", [f"{k}={v}" for k, v in (rest | stage).items()])
     run = Run(loop.Runtime(cfg), Path(tempfile.gettempdir()) / "none")
     begun = folder.load(Source(model))
-    run.model = loop.placed(quantised(begun) if name == "codebook" else begun, run.runtime)
+    run.model = quantised(begun) if name == "codebook" else begun
+    run.runtime.placed(run.model.vae)
     run.data = Images(open_source(cfg.data), cfg.data)
     return run
 

@@ -130,14 +130,13 @@ def raise_memory(items):
     raise MemoryError
 
 
-@pytest.mark.parametrize("place", ["encoded", "resume", "pictured", "commit"])
+@pytest.mark.parametrize("place", ["encoding.images", "loop.resume", "loop.pictured", "loop.commit"])
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")])
 def test_memory_that_runs_out_anywhere_names_the_key(run_config, tmp_path, monkeypatch, place, error):
     def fails(*_args, **_more):
         raise error
 
-    where = "tinydiff.training.denoiser" if place == "encoded" else "tinydiff.training.loop"
-    monkeypatch.setattr(f"{where}.{place}", fails)
+    monkeypatch.setattr(f"tinydiff.training.{place}", fails)
     with pytest.raises(ResourceError, match=r"out of memory at 4 rows at once; set train\.\w+\.accumulate=2"):
         loop.run(run_config, tmp_path)
 

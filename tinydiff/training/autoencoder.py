@@ -35,12 +35,8 @@ class AutoencoderTask(Task):
         self.drawn = dict[int, tuple[Tensor, Tensor]]()  # by first row, what the critic is to tell apart
         self.partial = dict[str, list[Tensor]]()
         if cfg.perceptual_weight:
-            self.features = open_features(cfg.features).to(**self.place)
-
-    @property
-    def place(self) -> dict[str, Any]:
-        """Where and how what the model has not is kept."""
-        return {"device": self.run.runtime.device, "memory_format": torch.channels_last}
+            self.features = open_features(cfg.features)
+            run.runtime.placed(self.features)
 
     def state(self) -> dict[str, Any]:
         features = {"features": self.features.digest} if self.features else {}
@@ -57,7 +53,8 @@ class AutoencoderTask(Task):
         players = {self.name: Player(self.trained, self.trained, cfg)}
         if cfg.adversarial_weight:
             torch.manual_seed(self.cfg.train.seed)
-            critic = Critic(cfg.critic_width, cfg.critic_halvings).to(**self.place)
+            critic = Critic(cfg.critic_width, cfg.critic_halvings)
+            self.run.runtime.placed(critic)
             players["critic"] = Player(critic, critic, replace(cfg, lr=cfg.critic_lr))
         return players
 
