@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from runs import sha256, untimed
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -240,6 +241,31 @@ def test_the_denoiser_begins_with_the_text_encoder_that_the_stage_has_trained(cf
     text = load_file(tmp_path / "model" / "text_encoder" / "model.safetensors")
     kept = load_file(tmp_path / "contrastive" / "model.safetensors")
     assert all(torch.equal(v, kept[f"text.{k}"]) for k, v in text.items())
+
+
+def test_images_of_several_shapes_are_compared_in_theirs_in_half_precision(cfg, tmp_path):
+    """Each batch of one size; products of vectors stay in float32, where a cosine has more than three digits."""
+    (tmp_path / "images").mkdir()
+    for i, (width, height) in enumerate([(40, 20), (20, 40), (30, 30)] * 6):
+        colour = np.random.default_rng(i).integers(0, 256, (height, width, 3), np.uint8)
+        Image.fromarray(colour).save(tmp_path / "images" / f"{i}.png")
+        (tmp_path / "images" / f"{i}.txt").write_text(f"image {i}")
+    data = config.Data(str(tmp_path / "images"), 16, max_aspect_ratio=2.0, bucket_step=4, flip=True)
+    made = replace(with_stage(cfg, steps=9, sample_every=9), data=data)
+    made = replace(made, train=replace(made.train, precision="bf16"))
+    sizes, loss = set(), ContrastiveTask.loss
+
+    def looked(self, player, batch):
+        sizes.add(batch["latents"].shape[2:])
+        texts, images, _ = self.players[player].network(batch["ids"], batch["latents"])
+        assert texts.dtype == images.dtype == torch.float32
+        return loss(self, player, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ContrastiveTask, "loss", looked)
+        assert loop.run(made, tmp_path / "run", "contrastive") == tmp_path / "run" / "contrastive"
+    assert len(sizes) == 3
+    assert all(math.isfinite(row["text_image_score"]) for row in untimed(tmp_path / "run") if "text_image_score" in row)
 
 
 def test_a_lost_folder_is_published_again(whole, cfg, tmp_path):
