@@ -19,9 +19,12 @@ from torch.nn import functional as F
 
 from tinydiff import config
 from tinydiff.checkpoints.scheduler import read, write
+from tinydiff.checkpoints.source import Source
 from tinydiff.errors import ModelError, UsageError, UserError
+from tinydiff.export import export
 from tinydiff.images import to_pixels
 from tinydiff.measure.features import open_features
+from tinydiff.models.attention import Attention
 from tinydiff.models.layers import timestep_embedding
 from tinydiff.networks.dit import DiT as DiTSettings
 from tinydiff.networks.network import WEIGHTS
@@ -179,6 +182,42 @@ def test_the_other_target_is_the_next_image_s_at_this_level(task_of):
         _, _, x0, noise = rows[(i + 1) % 4]
         alpha, sigma, _ = task.levels[level]
         torch.testing.assert_close(batch["other"][i : i + 1], noise * alpha - x0 * sigma)
+
+
+# -------------------------------------------------------------------------------------------------------------- QK-norm
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("context", [None, 12])
+def test_normalised_attention_is_that_of_diffusers(context):
+    from diffusers.models.attention_processor import Attention as Theirs
+
+    torch.manual_seed(0)
+    theirs = Theirs(16, context, heads=4, dim_head=4, qk_norm="rms_norm", eps=1e-6)
+    for p in theirs.parameters():
+        nn.init.normal_(p)
+    ours = Attention(16, 4, context, qk_norm=True)
+    ours.load_state_dict(theirs.state_dict())
+    x, text = torch.randn(2, 5, 16), torch.randn(2, 3, 12) if context else None
+    torch.testing.assert_close(ours(x, text), theirs(x, text))
+    with torch.autocast("cpu", torch.bfloat16):  # which warns of mixed types unless they are cast
+        assert ours(x, text).dtype == torch.bfloat16
+
+
+def test_a_model_with_it_is_read_and_exported_and_says_that_diffusers_has_none(make_model, tiny_config, tmp_path):
+    path = make_model(replace(tiny_config, unet=replace(tiny_config.unet, qk_norm=True)))
+    source = Source(path)
+    assert source.configs["unet"]["qk_norm"] is True
+    assert "queries and keys" in source.configs["model_index"]["_no_diffusers_pipeline"]
+    names = {name for name in load_file(path / "unet" / WEIGHTS) if ".norm_q." in name or ".norm_k." in name}
+    assert len(names) == 4 * len({name.partition(".attn")[0] for name in names}) > 0  # of two attentions a block
+    assert export(source, tmp_path / "bundle")  # which compares every graph with torch
+
+
+def test_shared_heads_cannot_have_one_norm():
+    shared = ["denoiser.kind=dit", "train.parallel=fsdp", "train.tensor_parallel=2", "dit.qk_norm=true"]
+    with pytest.raises(UsageError, match=r"dit\.qk_norm: heads that processes share out"):
+        config.load(None, shared)
 
 
 # ------------------------------------------------------------------------------------------------------------ alignment
