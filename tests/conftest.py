@@ -53,6 +53,17 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def other_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight images under captions of those of `image_folder`, in darker colours."""
+    folder = tmp_path_factory.mktemp("others")
+    for name in list(COLOURS)[:4]:
+        for shape in SHAPES[:2]:
+            Image.fromarray(draw(shape, COLOURS[name]) // 2 + 40).save(folder / f"{name}-{shape}.png")
+            (folder / f"{name}-{shape}.txt").write_text(f"a {name} {shape}")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_config(image_folder: Path) -> config.Config:
     """Two stages of twelve steps on sixteen-pixel images: about a second on one thread."""
     stage = {"steps": 12, "batch_size": 4, "warmup": 2, "lr": 1e-3, "save_every": 3, "sample_every": 6, "ema": 0.9}

@@ -17,7 +17,7 @@ import torch
 from drawings import COLOURS, SHAPES
 from interpreters import run_without
 from published_dit import published_weights, reference
-from runs import sha256
+from runs import sha256, untimed
 from safetensors.torch import load_file, save_file
 from tensors import randomise
 from tokenizers import Tokenizer as BackendTokenizer
@@ -92,7 +92,7 @@ def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def config_of(tiny_config: config.Config, t5_folder: Path) -> Callable[[str], config.Config]:
+def config_of(tiny_config: config.Config, t5_folder: Path, other_images: Path) -> Callable[[str], config.Config]:
     """A function of a kind's name -> its tiny configuration; one by class draws as diffusers' DiTPipeline does."""
 
     t5 = {"path": str(t5_folder), "hidden_size": 8}  # a width that nothing may take for T5's own
@@ -109,7 +109,8 @@ def config_of(tiny_config: config.Config, t5_folder: Path) -> Callable[[str], co
             dit=TINY,
             text_encoder=replace(tiny_config.text_encoder, kind=text, **t5 if text == "t5" else {}),
             generate=config.Generate(20, 4.0, "ddim", "trailing") if text == "class" else tiny_config.generate,
-            train=replace(tiny_config.train, autoencoder=encoder, denoiser=stage),
+            train=replace(tiny_config.train, autoencoder=encoder, denoiser=stage, validation_samples=0),
+            data=replace(tiny_config.data, validation=str(other_images)),
         )
         assert list(config.conflicts(cfg)) == []
         return cfg
@@ -184,6 +185,13 @@ def test_an_interrupted_run_ends_in_the_same_bits(name, trained, config_of, tmp_
     loop.run(config_of(name), run_dir)
     assert "denoiser: going on from step 6" in capsys.readouterr().err
     assert digests(run_dir) == digests(trained(name)) and len(digests(run_dir)) > 10
+
+
+@every_kind
+def test_every_kind_is_measured_on_images_that_it_does_not_learn(name, trained):
+    rows = [row for row in untimed(trained(name)) if "held_out_loss" in row]
+    assert [(row["stage"], row["step"]) for row in rows] == [("denoiser", 12)]
+    assert 0.05 < rows[0]["held_out_loss"] < 20 and 0 < rows[0]["held_out_error"] < rows[0]["held_out_loss"]
 
 
 @every_kind

@@ -163,16 +163,17 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def parallel_config(tiny_config) -> config.Config:
-    """Few steps of the autoencoder, then fifty of a denoiser of one level; pictures and a last checkpoint at the end."""
+def parallel_config(tiny_config, other_images) -> config.Config:
+    """Few steps of the autoencoder, then fifty of a denoiser of one level; measures, pictures and a checkpoint at the end."""
     unet = replace(tiny_config.unet, block_out_channels=(16,), down_block_types=("CrossAttnDownBlock2D",))
     train = replace(
         tiny_config.train,
         timeout=30,
+        validation_samples=8,
         autoencoder=replace(tiny_config.train.autoencoder, steps=4, save_every=4, sample_every=100),
         denoiser=replace(tiny_config.train.denoiser, steps=STEPS, save_every=25, sample_every=100),
     )
-    return replace(tiny_config, unet=unet, train=train)
+    return replace(tiny_config, unet=unet, train=train, data=replace(tiny_config.data, validation=str(other_images)))
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +208,12 @@ def losses(run_dir: Path, stage: str = "denoiser") -> list[float]:
     return [row["loss"] for row in untimed(run_dir) if row["stage"] == stage and "loss" in row]
 
 
+def measured(run_dir: Path) -> dict[str, float]:
+    """What the last look has measured on held-out images."""
+    (row,) = [row for row in untimed(run_dir) if row["stage"] == "denoiser" and "held_out_loss" in row]
+    return {name: value for name, value in row.items() if name.startswith("held_out") or name == "frechet"}
+
+
 def digests(run_dir: Path) -> dict[str, str]:
     """SHA-256 of everything that the last steps left behind, and what was measured."""
     paths = [*run_dir.glob("model/*/*.safetensors"), *run_dir.glob(f"checkpoints/denoiser-{STEPS:08d}/*.safetensors")]
@@ -220,6 +227,8 @@ def tensors(run_dir: Path, kind: str, step: int = STEPS) -> dict[str, torch.Tens
 def alike(one: Path, other: Path) -> None:
     """Losses within 1e-4 at every step that is logged, and weights and moments that went the same way."""
     assert len(losses(one)) == 5 and losses(other) == pytest.approx(losses(one), rel=1e-4)
+    mine, theirs = measured(one), measured(other)
+    assert len(mine) == 7 and theirs == pytest.approx(mine, rel=2e-4)
     for kind in state.KINDS:
         mine, theirs = tensors(one, kind), tensors(other, kind)
         assert {k: v.shape for k, v in mine.items()} == {k: v.shape for k, v in theirs.items()}

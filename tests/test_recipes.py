@@ -176,7 +176,7 @@ def test_contrastive_loss_aims_away_from_another_image(task_of):
 def test_the_other_target_is_the_next_image_s_at_this_level(task_of):
     """Of noise and latents drawn for the next row, in a batch whose levels differ."""
     task = task_of(contrastive_weight=0.1)
-    batch, rows = task.batch(0, range(4)), [task.noised(0, [i]) for i in range(4)]
+    batch, rows = task.batch(0, range(4)), [task.noised(*task.rows_of(0, [i])) for i in range(4)]
     for i in range(4):
         (level,), _, _, _ = rows[i]
         _, _, x0, noise = rows[(i + 1) % 4]

@@ -79,7 +79,7 @@ def run(tmp_path: Path) -> Path:
     (path / "tinydiff.toml").write_text(to_toml(config.load(None, ["data.path='<i>data'", *STEPS])))
     bands = {"loss_0": 0.1, "loss_1": 0.2, "loss_2": 0.4, "loss_3": 0.5}
     lines = [
-        metric("autoencoder", n, loss=1 / n, lr=1e-3, grad_norm=0.5, l1=0.1, steps_per_second=2.0, memory=1.5)
+        metric("autoencoder", n, loss=1 / n, lr=1e-3, grad_norm=0.5, l1=0.2, kl=0.1, steps_per_second=2.0, memory=1.5)
         for n in range(10, 2001, 10)
     ]
     lines += [metric("autoencoder", n, psnr=20 + n / 1000) for n in (500, 1000, 2000)]
@@ -100,11 +100,12 @@ def test_it_says_what_is_trained_and_how_far_it_is(run: Path) -> None:
     assert "2,000 of 2,000 steps (finished)" in page.text
     assert "1,000 of 4,000 steps, about 12 min left" in page.text  # 3000 steps at 4 a second
     assert page.text.index("Step 1,000") < page.text.index("Step 2,000")  # what is under way comes first
-    for name in (chart.title for chart in charts.CHARTS):
-        assert name in page.text
+    measured = {"loss", "loss_0", "l1", "psnr", "lr", "grad_norm", "memory", "steps_per_second", "images_per_second"}
+    for chart in charts.CHARTS:
+        assert (chart.title in page.text) == bool(measured & chart.curves.keys())
     plots = [value for tag, name, value in page.attributes if (tag, name) == ("svg", "role")]
-    assert len(plots) == 12  # four of either, the autoencoder's PSNR and memory, the denoiser's bands and images
-    assert page.text.count("Terms of the loss, newest: l1 0.1") == page.text.count("Terms of the loss") == 1
+    assert len(plots) == 13  # four of either, the autoencoder's error, PSNR and memory, the denoiser's bands and images
+    assert page.text.count("Terms of the loss, newest: kl 0.1") == page.text.count("Terms of the loss") == 1
 
 
 def test_it_is_self_contained(run: Path) -> None:
@@ -160,6 +161,47 @@ def test_updates_that_were_left_out_are_listed_first(run: Path) -> None:
     text = shown(run).text
     assert "8 updates left out: 3 earlier ones; step 1,004, gradient inf: a, b, c, d, e and 2 more; step 1,005" in text
     assert "step 1,008, None" in text and "1,001, loss nan" not in text
+
+
+def paths(text: str, title: str) -> dict[str, list[tuple[float, float]]]:
+    """The lines of a chart by their kind: points in percent of its frame."""
+    (svg,) = re.findall(rf'<svg viewBox="0 0 100 100"[^>]*aria-label="{title}">(.*?)</svg>', text)
+    found = re.findall(r'<path class="(line[^"]*)" d="M([^"]*)"/>', svg)
+    return {kind: [tuple(map(float, p.split())) for p in d.split("L")] for kind, d in found}
+
+
+def test_training_and_held_out_loss_are_two_lines_of_one_chart(run: Path) -> None:
+    """The held-out one is drawn through its own points, none of which falls outside, and both are named."""
+    held = {250: 0.5, 500: 0.35, 750: 0.8, 1000: 2.0}
+    with (run / "metrics.jsonl").open("a") as file:
+        for n, loss in held.items():
+            bands = {f"held_out_loss_{i}": loss * (i + 1) for i in range(4)}
+            file.write(metric("denoiser", n, held_out_loss=loss, held_out_error=0.01, frechet=100 - n / 100, **bands))
+    page = shown(run)
+    section = (run / "report.html").read_text().partition("<h2>autoencoder</h2>")[0]
+    lines = paths(section, "Loss")
+    assert {"line k0", "line k1"} <= lines.keys() and [x for x, _ in lines["line k1"]] == [25.0, 50.0, 75.0, 100.0]
+    heights = [y for _, y in lines["line k1"]]
+    assert all(0 <= y <= 100 for y in heights)
+    logs = np.log10(list(held.values()))  # straight in the logarithm
+    assert np.allclose(np.diff(heights) / np.diff(logs), np.diff(heights)[0] / np.diff(logs)[0], rtol=1e-2)
+    below = np.interp(np.log10(0.3), sorted(logs), sorted(heights, reverse=True)) - heights[1]
+    assert lines["line k0"][-1][1] > heights[1] and below >= 0  # the training loss, 0.3, is the lower
+    assert "training 0.3" in page.text and "held out 2" in page.text
+    bands = paths(section, "Held-out loss by noise")
+    assert [len(bands[f"line k{i}"]) for i in range(4)] == [4] * 4 and "Fréchet distance 90" in page.text
+    assert "held_out_error" not in page.text and "overfitting" not in page.text
+
+
+def test_overfitting_is_noted_with_its_figures(run: Path) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        for n, held in enumerate([0.5, 0.3, 0.35, 0.4, 0.5, 0.6], 1):
+            file.write(metric("denoiser", 100 * n, held_out_loss=held))
+        for n in range(210, 601, 10):
+            file.write(metric("denoiser", n, loss=0.3 - n / 3000))
+    page = shown(run)
+    assert page.text.count("overfitting: the held-out loss was lowest at step 200, 0.3, and is 0.6") == 1
+    assert page.text.index("overfitting") < page.text.index("Step 1,000") and "train.keep_best=true" in page.text
 
 
 def test_names_from_files_are_escaped(run: Path) -> None:
@@ -359,7 +401,7 @@ def test_thinning_keeps_order_and_the_extremes_of_every_stretch(length: int, see
 def test_axes_have_a_few_ticks_inside(start: float, width: float, chart: charts.Chart) -> None:
     values = np.array([start, start + width])
     values = np.abs(values) + 1e-3 if chart.log or chart.zero else values
-    low, high = charts.bounds(np.log10(values) if chart.log else values, chart)
+    low, high = charts.bounds(np.log10(values) if chart.log else values, chart, next(iter(chart.curves)))
     assert low < high and (low == 0 if chart.zero else True)
     ticks = charts.y_ticks(low, high, chart.log)
     assert 2 <= len(ticks) <= 8 and all(-1e-6 <= at <= 1 + 1e-6 for at, _ in ticks)

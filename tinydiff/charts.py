@@ -49,11 +49,16 @@ class Chart:
     smooth: bool = False
 
 
+HELD = "held_out_"  # how the names of what is measured on held-out images begin; a few points, which are not smoothed
 NOISE = {"loss_0": "least", "loss_1": "less", "loss_2": "more", "loss_3": "most"}
 CHARTS = (
-    Chart("Loss", {"loss": ""}, log=True, smooth=True),
+    Chart("Loss", {"loss": "training", f"{HELD}loss": "held out"}, log=True, smooth=True),
     Chart("Loss by noise", NOISE, log=True, smooth=True),
-    Chart("Reconstruction", {"psnr": ""}, "dB PSNR"),
+    Chart("Held-out loss by noise", {f"{HELD}{name}": label for name, label in NOISE.items()}, log=True),
+    Chart("Absolute error", {"l1": "training", f"{HELD}l1": "held out"}, log=True, smooth=True),
+    Chart("Reconstruction", {"psnr": "shown", f"{HELD}psnr": "held out"}, "dB PSNR"),
+    Chart("Perceptual distance", {f"{HELD}perceptual": ""}),
+    Chart("Fréchet distance", {"frechet": ""}),
     Chart("Learning rate", {"lr": ""}, zero=True),
     Chart("Gradient norm", {"grad_norm": ""}, log=True, smooth=True),
     Chart("Memory", {"memory": ""}, "GB", zero=True),
@@ -67,15 +72,18 @@ def draw(chart: Chart, metrics: Mapping[str, Series]) -> str:
     points = {name: xy for name in chart.curves if name in metrics and (xy := metrics[name].points(chart.log)).size}
     if not points:
         return ""
-    low, high = bounds(np.concatenate([y for _, y in points.values()]), chart)
+    ends = [bounds(y, chart, name) for name, (_, y) in points.items()]
+    low, high = min(low for low, _ in ends), max(high for _, high in ends)
     right = max(1.0, *(float(x.max()) for x, _ in points.values()))
     lines, key = "", ""
     for index, (name, label) in enumerate(chart.curves.items()):
         if name in points:
             x, y = points[name]
-            shown = smooth(y) if chart.smooth else y
+            shown = smooth(y) if smoothed(chart, name) else y
             lines += curve(x / right, (y - low) / (high - low), (shown - low) / (high - low), f"line k{index}")
-            key += entry(label, 10 ** shown[-1] if chart.log else shown[-1], f"line k{index}")
+            key += entry(
+                label if len(points) > 1 else "", 10 ** shown[-1] if chart.log else shown[-1], f"line k{index}"
+            )
     style, title = f"--faint:{0.35 / len(chart.curves):.2f}", f"{chart.title} {key}{chart.unit}"
     plot = axes(lines, chart, low, high, right)
     return f'<div class="chart" style="{style}"><h3>{title}</h3><div class="plot">{plot}</div></div>'
@@ -129,9 +137,13 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return (total[high] - total[low]) / (high - low)
 
 
-def bounds(y: np.ndarray, chart: Chart) -> tuple[float, float]:
-    """The ends of the y axis, never equal: they hold all values, or without outliers if curves are smoothed."""
-    low, high = np.quantile(y, [0.005, 0.995]) if chart.smooth else (y.min(), y.max())
+def smoothed(chart: Chart, name: str) -> bool:
+    return chart.smooth and not name.startswith(HELD)
+
+
+def bounds(y: np.ndarray, chart: Chart, name: str) -> tuple[float, float]:
+    """The ends of a curve's y axis, never equal: they hold all values, or without outliers if it is smoothed."""
+    low, high = np.quantile(y, [0.005, 0.995]) if smoothed(chart, name) else (y.min(), y.max())
     low = 0.0 if chart.zero else float(low)
     room = max(float(high) - low, 1e-9, abs(low) * 0.02)
     return (low if chart.zero else low - 0.06 * room), low + 1.08 * room

@@ -39,6 +39,8 @@ class Data:
     background: str = key("#ffffff", "what shows through transparent pixels")
     max_bad_fraction: float = key(0.01, "unreadable images above this share are an error", 0, 1)
     flip: bool = key(False, "also train on mirror images")
+    held_out: float = key(0.02, "share of the images kept to measure on, 512 at most; none if fewer than 8", 0, 0.9)
+    validation: str = key("", "a folder of other captioned images to measure on, instead of held-out ones")
     max_aspect_ratio: float = key(1.0, "longest over shortest side of a training image; 1 crops all to squares", 1, 8)
     bucket_step: int = key(16, "sides of images that are no squares are multiples of this, in pixels", 1, 512)
 
@@ -87,6 +89,12 @@ class Train:
     max_skipped: int = key(10, "updates in a row that may be left out as not finite before the run stops", 1)
     keep: int = key(2, "newest checkpoints kept", 1)
     keep_every: int = key(0, "besides these, checkpoints at multiples of so many steps are kept; 0 is none", 0)
+    keep_best: bool = key(
+        False, "keep the checkpoint with the lowest held-out loss too; it becomes the model, not the last"
+    )
+    validation_samples: int = key(
+        128, "samples at each look, for a Fréchet distance to real images; 0 is none", 0, 50_000
+    )
     tensorboard: bool = key(False, "write TensorBoard events too; needs tinydiff[tensorboard]")
 
     def stage(self, name: str) -> Any:

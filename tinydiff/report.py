@@ -25,6 +25,7 @@ from tinydiff.config import Config
 from tinydiff.errors import UserError
 from tinydiff.files import shown, write_file
 from tinydiff.metrics import parse
+from tinydiff.overfitting import ERROR, overfitting
 from tinydiff.stages import STAGES, trained
 
 STRIP = 8  # earlier pictures shown for each stage
@@ -32,6 +33,7 @@ MAX_PICTURE = 6 * 2**20  # bytes; a larger picture is named, not shown
 MAX_PICTURES = 12 * 2**20  # bytes of all pictures
 MAX_CAPTIONS = 64
 WIDE = 1060  # pixels that a picture may take on a desktop
+LARGE = 3  # charts, of losses
 LEFT_OUT = 5  # updates and, of each, samples that are named
 TEMPLATE = Path(__file__).with_name("report.html")
 SAMPLE = re.compile(r"(.+)-(\d+)\.png")
@@ -125,7 +127,7 @@ def page(run_dir: Path) -> str:
     begun = sorted({*stages, *samples}, key=lambda name: ([*STAGES, name].index(name), name))  # as they run
     newest = {name: newest_picture(name, samples.get(name, []), captions, pictures) for name in reversed(begun)}
     sections = [
-        f"<section><h2>{escape(name)}</h2>{left_out(stages[name].skipped)}{newest[name]}"
+        f"<section><h2>{escape(name)}</h2>{left_out(stages[name].skipped)}{warning(name, stages[name])}{newest[name]}"
         f"{strip(name, samples.get(name, []), pictures)}{curves(stages[name].metrics)}</section>"
         for name in reversed(begun)
     ]
@@ -195,6 +197,12 @@ def left_out(skipped: list[tuple[int, str, list[str]]]) -> str:
     return f'<p class="note skipped">{many} left out: {before}{escape("; ".join(listed))}</p>'
 
 
+def warning(name: str, stage: Stage) -> str:
+    """A note where the stage learns its images by heart."""
+    text = overfitting(stage.metrics, STAGES[name].loss) if name in STAGES else ""
+    return f'<p class="note skipped">{escape(text)}</p>' if text else ""
+
+
 def batch(samples: list[str]) -> str:
     """ ": a.png, b.png and 3 more": what a skipped batch held."""
     more = f" and {len(samples) - LEFT_OUT} more" if len(samples) > LEFT_OUT else ""
@@ -236,8 +244,8 @@ def spread(items: Sequence[Any], count: int) -> list[Any]:
 def curves(metrics: dict[str, Series]) -> str:
     """All charts, the loss's large, and the newest of what has no chart."""
     drawn = [charts.draw(chart, metrics) for chart in charts.CHARTS]
-    charted = {name for chart in charts.CHARTS for name in chart.curves}
+    charted = {ERROR, *(name for chart in charts.CHARTS for name in chart.curves)}
     terms = {name: series.values[-1] for name, series in metrics.items() if name not in charted and series.values}
     listed = ", ".join(f"{escape(name)} {charts.number(value)}" for name, value in terms.items())
     note = f'<p class="note">Terms of the loss, newest: {listed}</p>' if terms else ""
-    return f'{drawn[0]}{drawn[1]}<div class="charts">{"".join(drawn[2:])}</div>{note}'
+    return f'{"".join(drawn[:LARGE])}<div class="charts">{"".join(drawn[LARGE:])}</div>{note}'

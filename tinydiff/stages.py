@@ -84,6 +84,7 @@ class Row:
     task: str
     pictures: str
     halves: tuple[str, str] | None = None  # what stands above and below in a picture
+    loss: str = "loss"  # which measure of an update is compared with the same of held-out images
 
 
 STAGES: dict[str, Row] = {
@@ -95,6 +96,7 @@ STAGES: dict[str, Row] = {
         "tinydiff.training.autoencoder:AutoencoderTask",
         "images of the data above, their reconstructions below",
         ("images", "reconstructions"),
+        "l1",
     ),
     CONTRASTIVE: Row(
         ContrastiveStage,

@@ -20,6 +20,7 @@ import numpy as np
 
 from tinydiff import images
 from tinydiff.config import Data
+from tinydiff.data.held_out import held_out
 from tinydiff.diffusion.noise import keyed
 from tinydiff.errors import DataError
 from tinydiff.system import cut, escaped, shown
@@ -179,7 +180,8 @@ class Images:
     """A source's images, uint8 in the size of their bucket, cached if all fit in memory. Thread-safe.
 
     `sizes`: (width, height) of the buckets in use. `bucket` (N,): each image's index into them. With data.flip, the
-    second half of the indices are mirror images of the first. `broken`: {index in the source: why it cannot be read}.
+    second half of the indices are mirror images of the first. `held_out` (images of the source,): which training does not
+    see. `broken`: {index in the source: why it cannot be read}.
     """
 
     def __init__(self, source: Source, data: Data):
@@ -191,6 +193,7 @@ class Images:
             used, bucket = np.unique(nearest(self.sizes, width, height), return_inverse=True)
             self.sizes, base = [self.sizes[i] for i in used.tolist()], bucket.astype(np.int16)
         self.bucket = np.tile(base, 2) if data.flip else base
+        self.held_out = held_out(source, data)
         self.broken, self.cache = dict[int, str](), dict[int, np.ndarray]()
         area = np.array([w * h for w, h in self.sizes])
         self.cached = data.path != "shapes" and int(np.bincount(base) @ area) * 3 <= PIXEL_CACHE_BYTES
@@ -252,7 +255,7 @@ class Images:
         """The next readable image of i's bucket, mirrored if i is."""
         count = len(self.source)
         base, bucket = i % count, int(self.bucket[i])
-        others = np.flatnonzero(self.bucket[:count] == bucket)
+        others = np.flatnonzero((self.bucket[:count] == bucket) & (self.held_out == self.held_out[base]))
         for other in np.roll(others, -int(np.searchsorted(others, base)))[1:]:
             if (image := self._readable(int(other) + i - base)) is not None:
                 return image
@@ -260,8 +263,8 @@ class Images:
         raise DataError(f"{self.broken[base]}; nor can any other image of {width}x{height} be read; mend them")
 
     def weights(self) -> np.ndarray:
-        """How often each image is drawn, relative to the others: float64 (N,)."""
-        one = np.array([self.source.weight(i) for i in range(len(self.source))], np.float64)
+        """How often training draws each image, relative to the others: float64 (N,)."""
+        one = np.array([self.source.weight(i) for i in range(len(self.source))], np.float64) * ~self.held_out
         return np.tile(one, 2) if self.data.flip else one
 
     def names(self, indices: Sequence[int] | np.ndarray) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinydiff.charts import HELD
 from tinydiff.checkpoints import folder
 from tinydiff.diffusion.noise import keyed
 from tinydiff.images import to_pixels, to_uint8
@@ -22,6 +24,7 @@ from tinydiff.training.losses import autoencoder_loss, balance, hinge, psnr
 from tinydiff.training.reconstruct import draw, turned
 from tinydiff.training.run import Run
 from tinydiff.training.task import PICTURES, Batch, Player, Task, Terms, counted
+from tinydiff.training.validation import BATCHES, error_of_mean, over
 
 
 class AutoencoderTask(Task):
@@ -132,9 +135,36 @@ class AutoencoderTask(Task):
         """Images above their reconstructions, uint8 (2 n, H, W, 3), and the reconstruction's PSNR in dB."""
         alike = np.flatnonzero(self.data.bucket == self.data.bucket[self.order(0)[0]])  # a grid is of one size
         pixels = to_pixels(self.data.batch(alike[np.arange(PICTURES) * len(alike) // PICTURES]))
-        x, vae = torch.from_numpy(pixels), self.model.vae
-        parts = (
-            part.to(self.run.runtime.device, memory_format=torch.channels_last) for part in x.split(self.settings.rows)
-        )
-        output = torch.cat([vae.decode(vae.distribution(part)[0]).float().cpu() for part in parts])
+        x = torch.from_numpy(pixels)
+        output = torch.cat([self.reconstructed(part)[1].cpu() for part in x.split(self.settings.rows)])
         return to_uint8(np.concatenate([pixels, output.numpy()])), {"psnr": psnr(x, output)}
+
+    def reconstructed(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) on the device, and through the mean of their latents."""
+        x = pixels.to(self.run.runtime.device, memory_format=torch.channels_last)
+        return x, self.model.vae.decode(self.model.vae.distribution(x)[0]).float()
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Of held-out images: absolute error and its standard error, PSNR in dB, perceptual distance by a feature network."""
+        if not (held := self.run.held):
+            return {}
+        rows = min(len(held), BATCHES * self.settings.batch_size)
+        values = over(self.run.world, held.parts(rows, self.settings.rows), self.errors)
+        values = values[np.isfinite(values).all(1)]  # of those that could be read
+        if not len(values):
+            return {}
+        l1, mse, *distance = values.mean(0).tolist()
+        told = {"l1": l1, "error": error_of_mean(values[:, 0]), "psnr": 10 * math.log10(4 / max(mse, 1e-12))}
+        return {f"{HELD}{k}": v for k, v in (told | dict(zip(["perceptual"], distance, strict=False))).items()}
+
+    def errors(self, rows: np.ndarray) -> np.ndarray:
+        """Absolute error, squared error and perceptual distance (B, 3), or (B, 2), of held-out images; NaN where unreadable."""
+        held, features = self.run.held, self.features or self.run.features
+        assert held
+        pixels, readable = held.images.read(held.indices[rows])
+        x, output = self.reconstructed(torch.from_numpy(to_pixels(pixels)))
+        clipped = output.clamp(-1, 1)
+        found = [(output - x).abs().mean((1, 2, 3)), (clipped - x).square().mean((1, 2, 3))]
+        values = torch.stack([*found, *([features.distance(x, clipped)] if features else [])], dim=1)
+        return np.where(readable[:, None], values.double().cpu().numpy(), np.nan)

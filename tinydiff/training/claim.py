@@ -27,6 +27,9 @@ FREE = (  # keys that change nothing that is learnt; those of stages ahead are f
     *(f"train.{k}" for k in ("tensor_parallel", "gradient_checkpointing", "compile")),
     "data.path",  # what is there is compared by its content
     "data.max_bad_fraction",
+    "data.held_out",  # as are the images that it keeps
+    "data.validation",
+    "train.validation_samples",
     ".save_every",
     ".sample_every",
 )
@@ -83,13 +86,17 @@ class Claim:
     def data(self, images: Images) -> None:
         """Refuse other data for a run that has begun, or on another process."""
         world, path, origin = self.runtime.world, self.dir / DATA, self.runtime.config.data.path
-        now = {"fingerprint": images.source.fingerprint(), "images": len(images.source)}
+        held_out = int(images.held_out.sum())
+        now = {"fingerprint": images.source.fingerprint(), "images": len(images.source), "held_out": held_out}
         if world.share(now["fingerprint"]) != now["fingerprint"]:
             raise DataError(f"process {world.rank} reads other data than process 0; give all the same {shown(origin)}")
-        begun = files.read_json(path) if self.begun and path.exists() else None
+        begun = {"held_out": 0, **files.read_json(path)} if self.begun and path.exists() else None
         if begun not in (None, now) and not self.accept:
             counts = f"{begun.get('images')} images then, {now['images']} now"
             fix = "put it back, or use --accept-changes to go on with it, or --fresh to start over"
+            if now == begun | {"held_out": held_out}:
+                counts = f"{begun['held_out']} images held out then, {held_out} now"
+                fix = f"set data.held_out={0 if held_out else 0.02}, or {fix.partition(', or ')[2]}"
             raise DataError(f"{shown(origin)}: changed since the run was begun ({counts}); {fix}")
         if begun != now:
             self.notes[DATA] = json.dumps(now).encode()
@@ -98,8 +105,8 @@ class Claim:
             for line in examples(images.source):
                 self.runtime.say(f"  {line}")
 
-    def tokenizer(self, cfg: config.Config, images: Images) -> Any:
-        """The run's tokenizer; made anew until the run has begun."""
+    def tokenizer(self, cfg: config.Config, images: Images, *others: Images) -> Any:
+        """The run's tokenizer; made anew of the `images` until the run has begun. `others` are read with it, too."""
         path, network = self.dir / "tokenizer", cfg.text_network
         with self.runtime.world.first() as first:
             if self.begun and not (path / files.MANIFEST).is_file() and (path.exists() or DATA in self.notes):
@@ -111,8 +118,8 @@ class Claim:
                     made.save(temporary)
             files.verify(path)
             tokenizer = network.tokenizer_class.load(path)
-        if network.labels:
-            tokenizer.check(images.source.captions(i)[0] for i in range(len(images.source)))
+        for source in (each.source for each in (images, *others) if network.labels):
+            tokenizer.check(source.captions(i)[0] for i in range(len(source)))
         return tokenizer
 
     def write(self) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import replace
+from functools import cached_property, lru_cache
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinydiff.backends.pytorch import TorchBackend
+from tinydiff.charts import HELD
 from tinydiff.checkpoints.folder import Model
 from tinydiff.condition import Condition, joined, of_size
 from tinydiff.diffusion.noise import keyed
@@ -21,6 +24,7 @@ from tinydiff.measure.features import open_features
 from tinydiff.models.attention import tokens as as_tokens
 from tinydiff.networks import denoiser_in, network_of
 from tinydiff.networks.network import HIDDEN, named
+from tinydiff.overfitting import ERROR
 from tinydiff.pipeline import Request, generate
 from tinydiff.system import shown
 from tinydiff.text.labels import one_hot
@@ -28,9 +32,12 @@ from tinydiff.training import encoding
 from tinydiff.training.encoding import learns
 from tinydiff.training.losses import denoising_losses, loss_weight, pick_level
 from tinydiff.training.run import Run
-from tinydiff.training.task import PICTURES, Batch, Player, Task, Terms, counted
+from tinydiff.training.task import PICTURES, Batch, Player, Task, Terms, counted, moved
+from tinydiff.training.validation import BATCHES, ROWS, STEPS, Held, Samples, error_of_mean, over
 
 BANDS = 4  # of noise levels, whose losses are told apart
+Moments = tuple[Tensor, Tensor]  # means and deviations of latents, (B, C, h, w) each
+Drawn = tuple[int, str, np.ndarray]  # of a row: its level, its caption, normals (2, C, h, w)
 LEAST = 32  # pixels a side that are enough for any feature network
 HIDDEN_WIDTH = 512  # of the perceptron that reads features off the denoiser
 
@@ -74,7 +81,8 @@ class Denoise(nn.Module):
 
 
 class DenoiserTask(Task):
-    name = "denoiser"
+    name, best = "denoiser", True
+    steps = STEPS  # in which samples are generated
 
     @classmethod
     def check(cls, settings: Any) -> None:
@@ -84,6 +92,7 @@ class DenoiserTask(Task):
     def __init__(self, run: Run):
         run.model.vae.requires_grad_(False).eval()
         self.latents, self.texts = encoding.images(run), encoding.captions(run)
+        self.held_latents = encoding.held_out(run, self.latents)
         self.maps = encoding.maps(run, run.cfg.train.stage(self.name))
         run.model = run.model if run.model.opened else run.model.scaled(self.latents.scaling_factor)
         self.description = run.model.description
@@ -132,47 +141,70 @@ class DenoiserTask(Task):
         rng, cfg = keyed(self.cfg.train.seed, self.name, step, row), self.cfg.diffusion
         u, dropped, which = rng.random(3)
         level = self.pick(u, cfg.logit_mean + cfg.logit_std * float(rng.standard_normal()))
-        normals = rng.standard_normal((2, *shape), np.float32)
-        if cfg.offset_noise:
-            normals[1] += cfg.offset_noise * rng.standard_normal((shape[0], 1, 1), np.float32)
+        normals = self.normals(rng, shape)
         captions = self.data.source.captions(image % len(self.data.source))
         captions = captions if self.model.text_encoders else captions[:1]  # of a class the first one is the label
         return level, "" if dropped < self.dropout else captions[self.choose(which, len(captions))], normals
+
+    def normals(self, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        """Of the latents, and the noise upon them: (2, C, h, w)."""
+        normals, offset = rng.standard_normal((2, *shape), np.float32), self.cfg.diffusion.offset_noise
+        if offset:
+            normals[1] += offset * rng.standard_normal((shape[0], 1, 1), np.float32)
+        return normals
 
     @staticmethod
     def choose(u: float, count: int) -> int:
         """Half of the time the main caption, else one of the others."""
         return 0 if count == 1 or u < 0.5 else 1 + int((u - 0.5) * 2 * (count - 1))
 
-    def noised(self, step: int, rows: Sequence[int]) -> tuple[tuple[int, ...], tuple[str, ...], Tensor, Tensor]:
-        """The levels, captions, latents and noise (B, C, h, w) of rows of the batch of a step."""
+    def rows_of(self, step: int, rows: Sequence[int]) -> tuple[Moments, list[Drawn]]:
+        """The latents of rows of the batch of a step, and what is drawn for them."""
         chosen = self.order(step)[list(rows)]
-        mean, std = (part * self.model.scaling_factor for part in self.latents.rows(chosen))
-        drawn = [self.draw(step, row, int(i), mean.shape[1:]) for row, i in zip(rows, chosen, strict=True)]
+        latents = self.latents.rows(chosen)
+        shape = latents[0].shape[1:]
+        return latents, [self.draw(step, row, int(i), shape) for row, i in zip(rows, chosen, strict=True)]
+
+    def noised(
+        self, latents: Moments, drawn: Sequence[Drawn]
+    ) -> tuple[tuple[int, ...], tuple[str, ...], Tensor, Tensor]:
+        """The levels, captions, latents and noise (B, C, h, w) of some rows."""
+        mean, std = (part * self.model.scaling_factor for part in latents)
         picked, captions, normals = zip(*drawn, strict=True)
         noise = torch.from_numpy(np.stack(normals))
         return picked, captions, mean + std * noise[:, 0], noise[:, 1]
 
+    def amplitudes(self, picked: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """alpha and sigma of levels, (B, 1, 1, 1) each."""
+        alpha, sigma, _ = np.array([self.levels[i] for i in picked], np.float32).T
+        return torch.from_numpy(alpha)[:, None, None, None], torch.from_numpy(sigma)[:, None, None, None]
+
     def batch(self, step: int, rows: range) -> Batch:
-        """The noisy `sample` (B, C, h, w), its `target`, `timestep`, loss `weight` and `level` (B,), and the text.
+        """What `noisy` gives of a step's rows.
 
         `other`: the target that the next row of the whole batch has at this row's level, where the loss contrasts them.
         """
-        picked, captions, x0, noise = self.noised(step, rows)
+        batch = self.noisy(*self.rows_of(step, rows))
+        if self.cfg.diffusion.contrastive_weight:
+            following = [(row + 1) % self.settings.batch_size for row in rows]
+            *_, x0, noise = self.noised(*self.rows_of(step, following))
+            batch["other"] = self.prediction.target(x0, noise, *self.amplitudes(batch["level"].tolist()))
+        if self.maps:
+            batch["map"] = self.maps.column("map", self.order(step)[list(rows)])
+        return batch
+
+    def noisy(self, latents: Moments, drawn: Sequence[Drawn]) -> Batch:
+        """The noisy `sample` (B, C, h, w), its `target`, `timestep`, loss `weight` and `level` (B,), and the text."""
+        picked, captions, x0, noise = self.noised(latents, drawn)
         alpha, sigma, t = np.array([self.levels[i] for i in picked]).T  # (B,) each
         d, prediction = self.cfg.diffusion, self.description.prediction
         weight = loss_weight(alpha, sigma, prediction, d.loss_weight, d.min_snr_gamma)
-        a, s, times, w = (torch.from_numpy(v.astype(np.float32)) for v in (alpha, sigma, t, weight))
-        a, s = a[:, None, None, None], s[:, None, None, None]
+        times, w = (torch.from_numpy(v.astype(np.float32)) for v in (t, weight))
+        a, s = self.amplitudes(picked)
         target, level = self.prediction.target(x0, noise, a, s), torch.tensor(picked)
         batch = {"sample": x0 * a + noise * s, "target": target, "timestep": times, "weight": w, "level": level}
-        if d.contrastive_weight:
-            *_, x0, noise = self.noised(step, [(row + 1) % self.settings.batch_size for row in rows])
-            batch["other"] = self.prediction.target(x0, noise, a, s)
-        if self.maps:
-            batch["map"] = self.maps.column("map", self.order(step)[list(rows)])
         factor = self.description.factor
-        sizes = of_size(self.description.conditions, x0.shape[2] * factor, x0.shape[3] * factor, len(rows))
+        sizes = of_size(self.description.conditions, x0.shape[2] * factor, x0.shape[3] * factor, len(drawn))
         tokens, condition = self.told(captions)
         return batch | {"tokens": tokens, "condition": condition | {k: torch.from_numpy(v) for k, v in sizes.items()}}
 
@@ -187,10 +219,18 @@ class DenoiserTask(Task):
         hidden = [{HIDDEN: torch.from_numpy(rows)} for rows in vectors]
         return {}, joined(hidden, self.description.conditions, torch.cat)
 
-    def loss(self, player: str, batch: Batch) -> tuple[Tensor, Terms]:
+    def answer(self, player: str, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """What the network says of a batch, and the features that are read off it where they are aligned."""
         sample = batch["sample"].to(memory_format=torch.channels_last)
         output = self.players[player].network(sample, batch["timestep"], batch["tokens"], batch["condition"])
-        output, read = output if self.maps else (output, None)
+        return output if self.maps else (output, None)
+
+    def losses(self, player: str, batch: Batch) -> Tensor:
+        """The denoising loss of each row, (B,)."""
+        return denoising_losses(self.answer(player, batch)[0], batch["target"], batch["weight"])
+
+    def loss(self, player: str, batch: Batch) -> tuple[Tensor, Terms]:
+        output, read = self.answer(player, batch)
         each = denoising_losses(output, batch["target"], batch["weight"])  # (B,)
         if weight := self.cfg.diffusion.contrastive_weight:  # Stoica et al. 2025
             each = each - weight * denoising_losses(output, batch["other"], batch["weight"])
@@ -200,18 +240,84 @@ class DenoiserTask(Task):
         alike = F.cosine_similarity(read.float(), as_tokens(batch["map"]), dim=-1).mean()  # Yu et al. 2025, section 3.2
         return loss + self.settings.alignment_weight * (1 - alike), terms | {"alignment": counted(alike.detach())}
 
+    def band(self, level: Tensor) -> Tensor:
+        """Which band of noise each level is in."""
+        return level * BANDS // len(self.levels)
+
     def bands(self, losses: Tensor, level: Tensor) -> Terms:
         """The rows' losses (B,), apart by their bands of noise."""
-        inside = F.one_hot(level * BANDS // len(self.levels), BANDS).double()  # (B, BANDS)
+        inside = F.one_hot(self.band(level), BANDS).double()  # (B, BANDS)
         sums = torch.stack([losses.double() @ inside, inside.sum(0)], dim=1)  # (BANDS, 2)
         return {f"loss_{i}": sums[i] for i in range(BANDS)}
 
+    def validate(self) -> dict[str, float]:
+        """Of held-out images, the loss at all noise levels with its standard error, and by band; Fréchet distance of samples."""
+        if not (held := self.held):
+            return {}
+        values = over(self.run.world, held.parts(len(self.places), self.settings.rows), self.held_losses)
+        loss, band = values[:, 0], values[:, 1].astype(int)
+        usual = np.array([loss[band == i].mean() if (band == i).any() else np.nan for i in range(BANDS)])
+        images = np.arange(len(loss)) % len(held)
+        rest = np.bincount(images, loss - usual[band]) / np.bincount(images)  # of an image, whatever its bands
+        told = {f"{HELD}loss": loss.mean(), ERROR: error_of_mean(rest)}
+        told |= {f"{HELD}loss_{i}": mean for i, mean in enumerate(usual) if np.isfinite(mean)}
+        if self.samples:
+            told["frechet"] = self.samples.frechet(TorchBackend(self.model), self.request(self.steps))
+        return {name: float(value) for name, value in told.items()}
+
+    @torch.no_grad()
+    def held_losses(self, rows: np.ndarray) -> np.ndarray:
+        """Loss and band (B, 2) of rows of the held-out images."""
+        batch = moved(self.held_batch(rows), self.run.runtime.device)
+        with self.run.runtime.attention(), self.run.runtime.autocast():
+            losses = self.losses(self.name, batch)
+        return torch.stack([losses.double(), self.band(batch["level"]).double()], dim=1).cpu().numpy()
+
+    def held_batch(self, rows: np.ndarray) -> Batch:
+        """The same at every look: each image in turn under its main caption, at levels as dense as training's."""
+        assert self.held and self.held_latents
+        chosen = self.held.indices[rows % len(self.held)]
+        latents, drawn, d = self.held_latents.rows(chosen), [], self.cfg.diffusion
+        for row, image in zip(rows.tolist(), chosen.tolist(), strict=True):
+            u, rng = float(self.places[row]), keyed(self.cfg.train.seed, "held-out rows", 0, row)
+            level = self.pick(u, NormalDist(d.logit_mean, d.logit_std).inv_cdf(u))
+            caption = self.held.images.source.captions(image)[0]
+            drawn.append((level, caption, self.normals(rng, latents[0].shape[1:])))
+        return self.noisy(latents, drawn)
+
+    @cached_property
+    def held(self) -> Held | None:
+        """The held-out images that could be encoded."""
+        held = self.run.held and replace(
+            self.run.held, indices=self.run.held.indices[self.held_latents.valid[self.run.held.indices]]
+        )
+        return held or None
+
+    @cached_property
+    def places(self) -> np.ndarray:
+        """Of each row that the held-out loss is measured on, a number in (0, 1), evenly spread, that says its noise level."""
+        rows = min(ROWS, BATCHES * self.settings.batch_size)
+        return (keyed(self.cfg.train.seed, "held-out levels").permutation(rows) + 0.5) / rows
+
+    @cached_property
+    def samples(self) -> Samples | None:
+        """What the Fréchet distance is measured with, if it is asked for and there is a feature network."""
+        count = self.cfg.train.validation_samples
+        return Samples(self.run, count, self.most) if count and self.run.features else None
+
+    @property
+    def most(self) -> int:
+        """Images generated at once: guidance asks the network twice."""
+        return max(1, self.settings.rows // 2)
+
+    def request(self, steps: int) -> Request:
+        """How images are generated at a look."""
+        d, g = self.model.description, self.model.description.generate
+        return Request(min(steps, len(d.schedule)), g.cfg_scale, g.sampler, g.spacing, d.size, d.size)
+
     def pictures(self, steps: int = 12) -> tuple[np.ndarray, dict[str, float]]:
         """Generated images, uint8 (16, H, W, 3), of captions spread over the data."""
-        backend = TorchBackend(self.model)
-        d, g = backend.description, backend.description.generate
-        request = Request(min(steps, len(d.schedule)), g.cfg_scale, g.sampler, g.spacing, d.size, d.size)
-        most = max(1, self.settings.rows // 2)  # guidance asks the network twice
+        backend, request, most = TorchBackend(self.model), self.request(steps), self.most
         each = [slice(start, start + most) for start in range(0, PICTURES, most)]
         seeds = range(self.cfg.train.seed, self.cfg.train.seed + PICTURES)
         return np.concatenate([generate(backend, self.captions[s], seeds[s], request) for s in each]), {}

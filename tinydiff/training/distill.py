@@ -36,12 +36,13 @@ from tinydiff.training.task import Batch, Player, Terms
 
 
 class DistillTask(DenoiserTask):
-    name = "distill"
+    name, best = "distill", False  # its target moves
 
     def __init__(self, run: Run):
         teacher, run.model = run.model.denoiser, renewed(run)
         self.teacher, self.teachers = teacher.requires_grad_(False), digest(run.model.denoiser)
         super().__init__(run)
+        self.steps = self.settings.calls
         self.dropout, self.cfg = 0.0, drawn_in(run.cfg, self.settings.calls)
         run.model = self.model = described(run.model, self.cfg)
         self.starts = trailing(len(self.levels), self.settings.levels)
@@ -66,13 +67,13 @@ class DistillTask(DenoiserTask):
     def pick(self, u: float, normal: float) -> int:
         return self.starts[int(u * len(self.starts))]
 
-    def batch(self, step: int, rows: range) -> Batch:
+    def noisy(self, latents: tuple[Tensor, Tensor], drawn: Sequence[tuple[int, str, np.ndarray]]) -> Batch:
         """What the denoiser's has, each row's `way` of levels (B, solver steps + 1, 3), and what the `empty` caption says."""
-        batch, (tokens, condition) = super().batch(step, rows), self.told([""])
+        batch, (tokens, condition) = super().noisy(latents, drawn), self.told([""])
         ways = self.ways[[self.starts.index(level) for level in batch["level"].tolist()]]
         return batch | {"way": ways, "empty": {"tokens": tokens, "condition": condition}}
 
-    def loss(self, player: str, batch: Batch) -> tuple[Tensor, Terms]:
+    def losses(self, player: str, batch: Batch) -> Tensor:
         x, learner, levels = batch["sample"], self.players[player], [of_rows(rows) for rows in batch["way"].unbind(1)]
         with torch.no_grad():
             said, empty = (self.said(each["tokens"], each["condition"]) for each in (batch, batch["empty"]))
@@ -81,7 +82,10 @@ class DistillTask(DenoiserTask):
             here = levels[0]
             target = self.prediction.target(x0, (x - x0 * here.alpha) / here.sigma, here.alpha, here.sigma)
         output = learner.network(channels_last(x), here.t, {}, said)
-        each = denoising_losses(output, target, batch["weight"])  # (B,)
+        return denoising_losses(output, target, batch["weight"])
+
+    def loss(self, player: str, batch: Batch) -> tuple[Tensor, Terms]:
+        each = self.losses(player, batch)
         return each.mean(), self.bands(each.detach(), batch["level"])
 
     def said(self, tokens: dict[str, Tensor], condition: Condition) -> Condition:

@@ -12,6 +12,7 @@ from torch import nn
 from tinydiff.backends.pytorch import TorchBackend
 from tinydiff.condition import Condition
 from tinydiff.data import cache, embeddings, latents
+from tinydiff.data.dataset import Images
 from tinydiff.measure.features import open_features
 from tinydiff.training import maps as feature_maps
 from tinydiff.training.run import Run
@@ -23,23 +24,35 @@ def learns(module: nn.Module) -> bool:
 
 
 def images(run: Run) -> latents.Latents:
-    """The latents of all images, by the run's autoencoder."""
-    world, place, data = run.world, run.dir / "latents", run.data
+    """The latents of all images, by the run's autoencoder; those of other held-out images are cached too."""
+    world, place, vae = run.world, run.dir / "latents", run.model.vae
     most = run.cfg.train.stage("autoencoder").rows
-    latents.fill(place, data, run.model.vae, run.progress("encoding images"), world.rank, world.size, most)
+    for data in (datas := sources(run)):
+        latents.fill(place, data, vae, run.progress("encoding images"), world.rank, world.size, most)
     world.wait()
-    found = latents.open_cache(place, data, run.model.vae)
+    found = [latents.open_cache(place, data, vae) for data in datas]
     if world.rank == 0:
-        cache.sweep(place, found.paths)
-    return found
+        cache.sweep(place, [path for each in found for path in each.paths])
+    return found[0]
+
+
+def held_out(run: Run, images: latents.Latents) -> latents.Latents:
+    """The latents that have the held-out images: those of all `images`, or of others."""
+    other = sources(run)[-1]
+    return images if other is run.data else latents.open_cache(run.dir / "latents", other, run.model.vae)
+
+
+def sources(run: Run) -> list[Images]:
+    """The images that are trained on, and those measured on, where these are others."""
+    return list(dict.fromkeys([run.data, run.held.images if run.held else run.data]))
 
 
 def captions(run: Run) -> embeddings.TextEmbeddings | None:
     """What all captions say, where every text encoder is frozen."""
     world, place, encoders, texts = run.world, run.dir / "texts", run.model.text_encoders, None
     if encoders and not any(map(learns, encoders.values())):
-        source = run.data.source
-        said = sorted({"", *(c for i in range(len(source)) for c in source.captions(i))})
+        read = [data.source for data in sources(run)]
+        said = sorted({"", *(c for source in read for i in range(len(source)) for c in source.captions(i))})
         key = " ".join([*map(latents.digest, encoders.values()), *run.model.description.conditions])
         backend, progress = TorchBackend(run.model), run.progress("encoding captions")
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,6 +36,7 @@ from tinydiff.training.runtime import SIGNALS, Interrupted, Runtime
 from tinydiff.training.saver import Ahead, Saver
 from tinydiff.training.state import Learner, Snapshot, Training
 from tinydiff.training.task import Batch, Task, counted, moved
+from tinydiff.training.validation import Looks, held_out
 
 
 def run(cfg: config.Config, run_dir: Path, last: str | None = None, accept: bool = False, strict: bool = False) -> Path:
@@ -44,7 +45,7 @@ def run(cfg: config.Config, run_dir: Path, last: str | None = None, accept: bool
     `accept` goes on with another configuration or other data; `strict` refuses to pass over a damaged checkpoint.
     """
     with enough_memory(cfg), Runtime(cfg) as runtime, runtime.world.together(), claim.held(runtime, run_dir):
-        this, result, publishers = Run(runtime, run_dir, accept, strict), run_dir, dict[str, Task]()
+        this, made, publishers = Run(runtime, run_dir, accept, strict), run_dir, dict[str, Task]()
         this.claim.configuration(cfg)
         if cfg.train.tensorboard:
             writer()  # refused now, if it is not installed
@@ -57,9 +58,17 @@ def run(cfg: config.Config, run_dir: Path, last: str | None = None, accept: bool
             claim.split(rows, name, settings, task.whole, runtime.world)
         this.data = Images(open_source(cfg.data, cfg.train.seed, this.progress("indexing shards")), cfg.data)
         this.claim.data(this.data)
+        this.held = held_out(this)
+        if this.held:
+            runtime.say(f"{len(this.held)} images to measure on, which are not trained on")
+        elif cfg.train.keep_best:
+            runtime.say(
+                "note: train.keep_best: of no effect, no images are held out; set data.validation or data.held_out"
+            )
         if runtime.world.rank == 0:
             state.sweep(run_dir)
-        this.model = folder.build(cfg, this.claim.tokenizer(cfg, this.data), cfg.train.seed)
+        tokenizer = this.claim.tokenizer(cfg, this.data, *([this.held.images] if this.held else []))
+        this.model = folder.build(cfg, tokenizer, cfg.train.seed)
         for part in this.model.networks.values():
             runtime.placed(part)
         drawable(cfg, this.model)
@@ -72,13 +81,13 @@ def run(cfg: config.Config, run_dir: Path, last: str | None = None, accept: bool
                 task = imported(row.task)(this)
                 stage(this, task)
             if task.publishes:
-                result, publishers[task.publishes] = run_dir / task.publishes, task
+                made, publishers[task.publishes] = run_dir / task.publishes, task
             if name == last:
                 break
         for task in publishers.values():
             put_right(this, task)
         this.claim.write()
-    return result
+    return made
 
 
 def drawable(cfg: config.Config, model: folder.Model) -> None:
@@ -106,6 +115,10 @@ def stage(run: Run, task: Task) -> None:
                 run.claim.write()
         with contextlib.closing(Saver()) as saver:
             train(run, task, training, saver, start, skipped)
+    if task.looks.keeps:
+        best = Path(world.share(str(result(run, task) if world.rank == 0 else "")))
+        if best.name != f"{task.name}-{max(start, cfg.steps):08d}":
+            state.load(best, training)
     training.exchange()
     for player in task.players.values():
         player.module.eval()
@@ -119,7 +132,12 @@ def divided(run: Run, task: Task) -> bool:
 def put_right(run: Run, task: Task) -> None:
     """Publish a finished stage's folder again where it is not what its last checkpoint says."""
     if run.world.rank == 0 and not published(run, task):
-        task.publish(state.checkpoints(run.checkpoints, task.name)[-1], run.dir / task.publishes)
+        task.publish(result(run, task), run.dir / task.publishes)
+
+
+def result(run: Run, task: Task) -> Path:
+    """The checkpoint that a finished stage gives: the last, or the best that is kept."""
+    return task.looks.result(state.checkpoints(run.checkpoints, task.name)[-1], task.looks.best)
 
 
 def published(run: Run, task: Task) -> bool:
@@ -141,12 +159,14 @@ def resume(run: Run, task: Task, training: Training) -> tuple[int, int]:
     """Load the newest valid checkpoint: the number of steps it has done, and how many of the last were left out."""
     world, say = run.world, run.runtime.say
     newest = state.newest(run.checkpoints, task.name, say, run.strict) if world.rank == 0 else None
+    task.looks = Looks(run, task.name, task.best, None)
     if not (path := world.share(str(newest or ""))):
         if task.name in logged(run.dir):
             say(f"{task.name}: no checkpoint yet, beginning at step 0 again")
         return 0, 0
     saved = state.load(Path(path), training)
     task.restore(saved.get("task", {}))
+    task.looks = Looks(run, task.name, task.best, saved.get("best"))
     if saved["scaler"]:
         run.runtime.scaler.load_state_dict(saved["scaler"])
     if saved["step"] < task.settings.steps:
@@ -160,7 +180,7 @@ def train(run: Run, task: Task, training: Training, saver: Saver, start: int, sk
     log = Metrics(run.dir, task.name, start, cfg.batch_size, run.runtime.cfg.tensorboard) if world.rank == 0 else None
     bar, save = Progress(task.name, cfg.steps, start), partial(commit, run, task, training, saver)
     for n, batch in Ahead(partial(parts_of, task), range(start, cfg.steps), timeout):
-        done, last = step(run, task, training, n, batch, saver.settle), n + 1 == cfg.steps
+        done, last, better = step(run, task, training, n, batch, saver.settle), n + 1 == cfg.steps, False
         skipped = skipped + 1 if done.reason else 0
         if done.reason:
             left_out(run, task, training, n, done, log)
@@ -173,8 +193,8 @@ def train(run: Run, task: Task, training: Training, saver: Saver, start: int, sk
             bar.update(n + 1, f"loss {log.recent:.4f}")
         if last or (n + 1) % cfg.sample_every == 0:
             saver.settle()
-            look(run, task, training, n + 1, log)
-        if last or (n + 1) % cfg.save_every == 0 or done.caught:
+            better = look(run, task, training, n + 1, log)
+        if last or (n + 1) % cfg.save_every == 0 or done.caught or better:
             save(n + 1, skipped)
         saver.check()
         if done.caught and not last:
@@ -309,27 +329,33 @@ def diverged(task: Task, what: str) -> DivergedError:
     return DivergedError(f"{task.name}: {what}; the checkpoints are finite: {fix}")
 
 
-def look(run: Run, task: Task, training: Training, n: int, log: Metrics | None) -> None:
-    """Pictures of what the averaged weights have learnt, and the report that shows them."""
-    if log is None and not divided(run, task):
-        return
-    pictures, values = pictured(task, training)  # where weights are divided, every process has to help
-    if log is None:
-        return
-    path = run.dir / "samples" / f"{task.name}-{n:08d}.png"
-    files.write_file(path, images.encode_png(images.grid(pictures, 8), None), force=True)
-    if task.captions:
-        files.write_file(path.with_name("captions.json"), json.dumps(task.captions).encode(), force=True)
-    log.look(n, values, path)
-    report.write(run.dir)
+def look(run: Run, task: Task, training: Training, n: int, log: Metrics | None) -> bool:
+    """Measure and show what the averaged weights have learnt; whether to keep their checkpoint as the best."""
+    began = time.monotonic()
+    with averaged(task, training):
+        measured = task.validate()
+        drawn = (
+            task.pictures() if log or divided(run, task) else None
+        )  # where they are divided, every process has to help
+    if log and drawn:
+        path, (pictures, values) = run.dir / "samples" / f"{task.name}-{n:08d}.png", drawn
+        files.write_file(path, images.encode_png(images.grid(pictures, 8), None), force=True)
+        if task.captions:
+            files.write_file(path.with_name("captions.json"), json.dumps(task.captions).encode(), force=True)
+        log.look(n, values | measured, path)
+        report.write(run.dir)
+        if measured:
+            task.looks.told(n, began, measured)
+    return task.looks.seen(n, measured)
 
 
-def pictured(task: Task, training: Training) -> tuple[np.ndarray, dict[str, float]]:
-    """The task's pictures, by averaged weights in evaluation mode."""
+@contextlib.contextmanager
+def averaged(task: Task, training: Training) -> Iterator[None]:
+    """The players with their averaged weights, in evaluation mode."""
     training.exchange()
     try:
         with evaluating(task):
-            return task.pictures()
+            yield
     finally:
         training.exchange()
 
@@ -354,15 +380,18 @@ def commit(run: Run, task: Task, training: Training, saver: Saver, n: int, skipp
     cfg, world, updates = run.runtime.cfg, run.world, {each.name: each.updates for each in training.learners}
     about = {"stage": task.name, "step": n, "skipped": skipped, "updates": updates}
     about |= {"scaler": run.runtime.scaler.state_dict(), "processes": world.size, "task": task.state()}
+    looks, best = task.looks, task.looks.best  # as they are now
+    about |= {"best": best} if best else {}
 
     def publish(checkpoint: Path) -> None:
         if task.publishes:
-            task.publish(checkpoint, run.dir / task.publishes)
+            task.publish(looks.result(checkpoint, best), run.dir / task.publishes)
 
     def write(memory: Snapshot) -> None:
         state.save(run.checkpoints / f"{task.name}-{n:08d}", memory, training.places, about, world, publish)
         if world.rank == 0:
-            state.prune(run.checkpoints, task.name, cfg.keep, cfg.keep_every)
+            kept = best["step"] if best and looks.keeps else None
+            state.prune(run.checkpoints, task.name, cfg.keep, cfg.keep_every, kept)
 
     saver.begin(training, write)
 

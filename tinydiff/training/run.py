@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinydiff.errors import UsageError
 from tinydiff.progress import Progress
 from tinydiff.training.claim import Claim
 from tinydiff.training.runtime import Interrupted, Runtime
@@ -13,6 +15,8 @@ from tinydiff.training.runtime import Interrupted, Runtime
 if TYPE_CHECKING:
     from tinydiff.checkpoints.folder import Model
     from tinydiff.data.dataset import Images
+    from tinydiff.measure.features import Features
+    from tinydiff.training.validation import Held
 
 
 class Run:
@@ -22,12 +26,26 @@ class Run:
     """
 
     data: Images
+    held: Held | None = None
     model: Model
 
     def __init__(self, runtime: Runtime, directory: Path, accept: bool = False, strict: bool = False):
         self.runtime, self.dir, self.strict = runtime, directory, strict
         self.claim = Claim(runtime, directory, accept)
         self.cfg, self.world, self.checkpoints = runtime.config, runtime.world, directory / "checkpoints"
+
+    @cached_property
+    def features(self) -> Features | None:
+        """The feature network, on the device, where one is installed."""
+        from tinydiff.measure.features import open_features
+
+        try:
+            features = open_features()
+        except UsageError as error:
+            self.runtime.say(f"note: {error}; until then no perceptual and no Fréchet distance is measured")
+            return None
+        self.runtime.placed(features)
+        return features
 
     def progress(self, label: str) -> Callable[[int, int], None]:
         """A bar (done, of) for what is prepared, and the place where a signal stops it."""

@@ -345,14 +345,15 @@ def make_room(folder: Path, training: Training) -> None:
         make_folder(folder)
 
 
-def prune(folder: Path, stage: str, keep: int, every: int = 0) -> None:
-    """Remove a stage's checkpoints but the newest `keep`, and those of every `every`-th step.
+def prune(folder: Path, stage: str, keep: int, every: int = 0, best: int | None = None) -> None:
+    """Remove a stage's checkpoints but the newest `keep`, those of every `every`-th step, and that of step `best`.
 
     Links are somebody else's, and so is a folder that they put something into.
     """
     with named(folder):
         for path in checkpoints(folder, stage)[:-keep]:
-            due = not every or int(path.name.rpartition("-")[2]) % every
+            step = int(path.name.rpartition("-")[2])
+            due = step != best and (not every or step % every)
             if due and not path.is_symlink() and not foreign(path):
                 temporary.discard(path)
 

@@ -22,6 +22,7 @@ from tinydiff.networks.contrastive import CONTRASTIVE
 from tinydiff.stages import Stage, trained
 from tinydiff.training.run import Run
 from tinydiff.training.state import Blocks
+from tinydiff.training.validation import Looks
 
 PICTURES = 16
 Batch = dict[str, Any]  # tensors of rows by name, or dicts of them
@@ -50,6 +51,8 @@ class Task:
     publishes = "model"  # the folder of the run that each checkpoint makes anew, if any
     rows: list[range]  # of the batch, what this process computes at once
     whole = False  # whether a loss needs all rows of the batch at once, and so cannot be computed in parts
+    best = False  # whether the checkpoint with the lowest held-out loss is the best one
+    looks: Looks  # what has been measured so far
 
     def __init__(self, run: Run):
         self.run, self.cfg, self.model, self.data = run, run.cfg, run.model, run.data
@@ -94,6 +97,10 @@ class Task:
     def pictures(self) -> tuple[np.ndarray, dict[str, float]]:
         """What has been learnt, uint8 (n, H, W, 3), and numbers about it."""
         raise NotImplementedError
+
+    def validate(self) -> dict[str, float]:
+        """What the averaged weights do on held-out images, the same on every process; names begin with `held_out_`."""
+        return {}
 
     def publish(self, checkpoint: Path, path: Path) -> None:
         """The model folder at `path` with the averaged weights of a checkpoint."""
