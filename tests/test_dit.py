@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -340,7 +342,7 @@ def test_named_sizes_are_found_by_name():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("options", [{"classes": CLASSES}, {"context_dim": TEXT}])
+@pytest.mark.parametrize("options", [{"classes": CLASSES}, {"context_dim": TEXT, "cfg": replace(TINY, qk_norm=True)}])
 @torch.no_grad()
 def test_it_exports_with_free_height_and_width(options, tmp_path):
     import onnxruntime
