@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import signal
@@ -95,6 +96,27 @@ def test_images_of_the_folder_are_kept_out(tiny_config, tmp_path):
     held = held_out(run)
     assert held and held.images is run.data and (held.indices < 40).all() and 3 < len(held) < 20
     assert run.data.weights().sum() == 2 * (40 - len(held))
+
+
+def test_a_run_that_trained_on_them_is_refused(tiny_config, tmp_path):
+    """As one begun by a version that held none out, whose data.json does not say so; its own settings go on."""
+    (tmp_path / "images").mkdir()
+    for i in range(20):
+        Image.fromarray(np.full((16, 16, 3), 12 * i, np.uint8)).save(tmp_path / "images" / f"{i:02d}.png")
+        (tmp_path / "images" / f"{i:02d}.txt").write_text(f"number {i}")
+    images = {
+        share: Images(open_source(data), data)
+        for share in (0.0, 0.5)
+        for data in [config.Data(str(tmp_path / "images"), 16, held_out=share)]
+    }
+    begun = {"fingerprint": images[0.0].source.fingerprint(), "images": 20}
+    (tmp_path / "tinydiff.toml").write_text(to_toml(tiny_config))
+    (tmp_path / "data.json").write_text(json.dumps(begun))
+    run = Run(loop.Runtime(tiny_config), tmp_path)
+    run.claim.data(images[0.0])
+    with pytest.raises(DataError, match=r"0 images held out then, \d+ now.*set data.held_out=0, or .*--accept-changes"):
+        run.claim.data(images[0.5])
+    Run(loop.Runtime(tiny_config), tmp_path, accept=True).claim.data(images[0.5])
 
 
 def test_copies_of_training_images_are_no_measure(run, image_folder, tmp_path):
