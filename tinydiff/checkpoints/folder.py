@@ -122,10 +122,17 @@ def save(
             (folder / "tinydiff.toml").write_text(to_toml(cfg), encoding="utf-8")
 
 
-def save_network(path: Path, table: Table, tensors: Mapping[str, Tensor], file: str, cfg: config.Config) -> None:
+def save_network(
+    path: Path,
+    table: Table,
+    tensors: Mapping[str, Tensor],
+    file: str,
+    cfg: config.Config,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Commit the folder of one network, as diffusers opens it, and the configuration that it was trained with."""
     with committed(path, replace=True) as folder:
-        save_tensors(tensors, folder / file, torch.float32)
+        save_tensors(tensors, folder / file, dtype)
         write_json(folder / "config.json", table)
         (folder / "tinydiff.toml").write_text(to_toml(cfg), encoding="utf-8")
 
