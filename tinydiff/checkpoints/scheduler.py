@@ -159,9 +159,8 @@ def _spacing(table: Mapping[str, Any]) -> tuple[str, bool]:
     lu = _true(table, "use_lu_lambdas") and "use_karras_sigmas" not in respaced
     if lu or (respaced and respaced[0] in RESPACED):
         return "exponential" if lu else RESPACED[respaced[0]], lu
-    if "original_inference_steps" in table:
-        return "leading", False  # LCM has but one
-    return Key(str, choices=INDICES).of({"timestep_spacing": "linspace"} | dict(table), "timestep_spacing"), False
+    default = "leading" if "original_inference_steps" in table else "linspace"  # LCM's says nothing, but names ours
+    return Key(str, choices=INDICES).of({"timestep_spacing": default} | dict(table), "timestep_spacing"), False
 
 
 def _true(table: Mapping[str, Any], key: str) -> bool:
@@ -292,7 +291,7 @@ def write(cfg: config.Config) -> dict[str, Any]:
         scheduler |= {key: True for key, name in RESPACED.items() if name == named}
         levels = training_levels(d.schedule, d.num_train_timesteps, cfg.shift, d.zero_terminal_snr)
         scheduler |= dict(zip(("sigma_max", "sigma_min"), schedules.ends(levels), strict=True))
-    if kind == "LCMScheduler":  # whose steps are then those of "trailing"
+    if kind == "LCMScheduler" and g.spacing == "trailing":  # the same steps
         scheduler["original_inference_steps"] = d.num_train_timesteps
     if d.zero_terminal_snr:
         scheduler["rescale_betas_zero_snr"] = True
