@@ -278,7 +278,7 @@ def bundle(random, tmp_path_factory) -> Callable[..., Path]:
 
     def translate(name: str, model: folder.Model, opset: int) -> ir.Model:
         encoder = type(model.networks.get("text_encoder"))
-        key = name, {"text_encoder": encoder, "transformer": "labels" in model.tokenizers}.get(name)
+        key = name, {"text_encoder": encoder, "transformer": "labels" in model.tokenizers}.get(name, type(model.vae))
         if key not in translated:
             translated[key] = ir.to_proto(own(name, model, opset))
         return ir.from_proto(translated[key])

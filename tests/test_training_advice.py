@@ -130,7 +130,7 @@ def raise_memory(items):
     raise MemoryError
 
 
-@pytest.mark.parametrize("place", ["encoding.images", "loop.resume", "loop.pictured", "loop.commit"])
+@pytest.mark.parametrize("place", ["encoding.images", "loop.resume", "loop.look", "loop.commit"])
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")])
 def test_memory_that_runs_out_anywhere_names_the_key(run_config, tmp_path, monkeypatch, place, error):
     def fails(*_args, **_more):

@@ -23,6 +23,7 @@ from tinydiff.errors import ModelError
 from tinydiff.models.autoencoder import Autoencoder
 from tinydiff.models.text_encoder import TextEncoder
 from tinydiff.models.unet import UNet
+from tinydiff.networks.autoencoder import AutoencoderNetwork
 
 Parts = dict[str, dict[str, Tensor]]
 
@@ -62,12 +63,18 @@ def tiny(kind: str, channels: int = 4, dtype: torch.dtype = torch.float32) -> Mo
     return Model(
         {name: {k: v.to(dtype) for k, v in network.state_dict().items()} for name, network in networks.items()},
         {
-            "unet": settings_of(denoiser) | unet | {"attention_head_dim": heads},
-            "vae": vars(autoencoder) | {"scaling_factor": 0.18215, "in_channels": 3, "out_channels": 3},
+            "unet": without(settings_of(denoiser), ("qk_norm",)) | unet | {"attention_head_dim": heads},
+            "vae": without(vars(autoencoder), AutoencoderNetwork.apart)
+            | {"scaling_factor": 0.18215, "in_channels": 3, "out_channels": 3},
             "text_encoder": settings_of(text),
             "scheduler": SCHEDULER | {"prediction_type": prediction},
         },
     )
+
+
+def without(table: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    """A configuration's table less the keys that no `config.json` of Stable Diffusion has."""
+    return {key: value for key, value in table.items() if key not in keys}
 
 
 def read(path: Path) -> Parts:

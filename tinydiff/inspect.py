@@ -79,7 +79,7 @@ def configuration(path: Path | None, width: int | None = None, height: int | Non
         return told
     text, given = cfg.text_encoder, cfg.text_network.given(cfg)
     pieces = LEAST + 1 if cfg.text_network.labels else 0 if given else text.vocab_size
-    stand_in = SimpleNamespace(vocab_size=pieces, bos=0, eos=0, pad=LEAST, table=dict)
+    stand_in = SimpleNamespace(vocab_size=pieces, bos=0, eos=0, pad=None if given else LEAST, max_length=0, table=dict)
     if given and not (given / "config.json").exists() and not (width or height):
         return told  # written for another machine
     configs = new.configs(cfg, stand_in)

@@ -153,7 +153,7 @@ class GivenNetwork(Network):
         """What its tokenizer and the length of prompts ask for, and it has not."""
         if (vectors := table["vocab_size"]) < tokenizer.vocab_size:
             yield f"has vectors of {vectors} pieces, its tokenizer {tokenizer.vocab_size}; mend path"
-        if table["pad_token_id"] != tokenizer.pad:
+        if tokenizer.pad not in (None, table["pad_token_id"]):  # none of one that only stands in
             yield f"has padding of id {table['pad_token_id']}, its tokenizer {tokenizer.pad}; mend path"
         if (places := table.get("max_position_embeddings", tokenizer.max_length)) < tokenizer.max_length:
             yield f"reads {places} tokens; set text_encoder.max_position_embeddings to that or less"

@@ -122,6 +122,9 @@ def stage(run: Run, task: Task) -> None:
     training.exchange()
     for player in task.players.values():
         player.module.eval()
+        player.network = (
+            player.module
+        )  # what spreads it must not outlive its group of processes: torch would wait for ever
 
 
 def divided(run: Run, task: Task) -> bool:
