@@ -5,6 +5,7 @@ It knows neither the network that the vectors come from nor the model that drew 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -160,6 +161,11 @@ def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]
         marginal = np.logaddexp.reduce(part, axis=0) - np.log(len(part))
         scores.append(np.exp((np.exp(part) * (part - marginal)).sum(1).mean()))
     return float(np.mean(scores)), float(np.std(scores))
+
+
+def decibels(error: float) -> float:
+    """The peak signal-to-noise ratio in dB of a mean squared error of values that span 2."""
+    return 10 * math.log10(4 / max(error, 1e-12))
 
 
 def ssim(a: np.ndarray, b: np.ndarray, span: float = 1.0) -> np.ndarray:

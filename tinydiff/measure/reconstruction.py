@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tinydiff import images, pipeline
-from tinydiff.measure.distances import ssim
+from tinydiff.measure.distances import decibels, ssim
 from tinydiff.measure.intervals import resampled
 
 if TYPE_CHECKING:
@@ -51,4 +50,4 @@ def reconstruction(
 
 def psnr(errors: np.ndarray) -> float:
     """dB, from mean squared errors of images whose values span 2."""
-    return 10 * math.log10(4 / max(float(errors.mean()), 1e-12))
+    return decibels(float(errors.mean()))

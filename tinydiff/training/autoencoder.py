@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from tinydiff.charts import HELD
 from tinydiff.checkpoints import folder
 from tinydiff.diffusion.noise import keyed
 from tinydiff.images import to_pixels, to_uint8
+from tinydiff.measure.distances import decibels
 from tinydiff.measure.features import open_features
 from tinydiff.models.critic import Critic
 from tinydiff.networks import VAE, autoencoder_of, network_of
@@ -155,7 +155,7 @@ class AutoencoderTask(Task):
         if not len(values):
             return {}
         l1, mse, *distance = values.mean(0).tolist()
-        told = {"l1": l1, "error": error_of_mean(values[:, 0]), "psnr": 10 * math.log10(4 / max(mse, 1e-12))}
+        told = {"l1": l1, "error": error_of_mean(values[:, 0]), "psnr": decibels(mse)}
         return {f"{HELD}{k}": v for k, v in (told | dict(zip(["perceptual"], distance, strict=False))).items()}
 
     def errors(self, rows: np.ndarray) -> np.ndarray:

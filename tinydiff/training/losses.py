@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tinydiff.measure.distances import decibels
 from tinydiff.stages import AutoencoderStage as Settings
 
 
@@ -97,4 +98,4 @@ def pick_level(u: float, normal: float, density: str, count: int) -> int:
 def psnr(a: Tensor, b: Tensor) -> float:
     """Peak signal-to-noise ratio in dB of images in [-1, 1], clipped as when saved."""
     mse = torch.mean((a.clamp(-1, 1) - b.clamp(-1, 1)) ** 2).item()
-    return 10 * math.log10(4 / max(mse, 1e-12))
+    return decibels(mse)
