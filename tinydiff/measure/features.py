@@ -52,11 +52,16 @@ class Features(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """One vector an image (B, D) and logits (B, classes), or None, of pixels resized to the network's own size."""
-        side = self.network.side
-        if pixels.shape[2:] != (side, side):
-            pixels = F.interpolate(pixels, (side, side), **self.network.resize).clamp(-1, 1)
+        pixels = self.resized(pixels)
         with torch.autocast(pixels.device.type, enabled=False):
             return self.network(pixels.float())
+
+    def resized(self, pixels: Tensor) -> Tensor:
+        """Pixels in the size that the network was trained at."""
+        side = self.network.side
+        if pixels.shape[2:] == (side, side):
+            return pixels
+        return F.interpolate(pixels, (side, side), **self.network.resize).clamp(-1, 1)
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
         """Activations (B, C, h, w) from fine to coarse, of pixels at their own size. Raises UsageError where it has none."""

@@ -56,9 +56,8 @@ def seen(indices: np.ndarray, images: Images, network: Features, cell: int) -> c
     """The column "map" (B, C, h, w) of images of one bucket; zeros for an unreadable image."""
     pixels, readable = images.read(indices)
     x = torch.from_numpy(to_pixels(pixels)).to(next(network.parameters()).device)
-    grid, side = (x.shape[2] // cell, x.shape[3] // cell), network.network.side
-    large = F.interpolate(x, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
-    found = F.adaptive_avg_pool2d(network.maps(large)[-1], grid).cpu().numpy()
+    grid = x.shape[2] // cell, x.shape[3] // cell
+    found = F.adaptive_avg_pool2d(network.maps(network.resized(x))[-1], grid).cpu().numpy()
     found[~readable] = 0
     return {"map": found}
 
