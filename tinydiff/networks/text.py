@@ -81,6 +81,13 @@ class BertConfig:
     pad_token_id: int = key(0, "", 0, MOST_TOKENS)
 
 
+def undivided(table: Table) -> Iterator[str]:
+    """What is wrong with a table whose attention heads do not divide its width."""
+    heads, width = table["num_attention_heads"], table.get("hidden_size", 0)
+    if width % heads:
+        yield f"num_attention_heads: {heads} heads do not divide hidden_size {width}"
+
+
 class ClipNetwork(Network):
     single_file = True
     name, kind, title = "text_encoder", "clip", "CLIP"
@@ -96,8 +103,7 @@ class ClipNetwork(Network):
     checked |= {"hidden_size": WIDTH, "intermediate_size": Key(int, 1, 2**20)}
 
     def misfits(self, table: Table) -> Iterator[str]:
-        if table.get("hidden_size", 0) % table["num_attention_heads"]:
-            yield f"num_attention_heads: {table['num_attention_heads']} heads do not divide hidden_size {table['hidden_size']}"
+        return undivided(table)
 
     def shapes(self, table: Table) -> dict[str, tuple[int, ...]]:
         width, place = table["hidden_size"], "text_model.embeddings.{}_embedding.weight"
@@ -205,8 +211,7 @@ class BertNetwork(GivenNetwork):
     only |= {"is_decoder": (False, None), "add_cross_attention": (False, None)}
 
     def misfits(self, table: Table) -> Iterator[str]:
-        if table["hidden_size"] % table["num_attention_heads"]:
-            yield f"num_attention_heads: {table['num_attention_heads']} heads do not divide hidden_size {table['hidden_size']}"
+        return undivided(table)
 
     def shapes(self, table: Table) -> dict[str, tuple[int, ...]]:
         rows = {"word": "vocab_size", "position": "max_position_embeddings", "token_type": "type_vocab_size"}
