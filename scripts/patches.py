@@ -27,7 +27,6 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 LARGEST = 12  # patches along the short side of the largest scale
 SCALES = 6  # of each picture
 FLAT = 4.0  # a patch with a smaller deviation, of 255, is kept one time in eight
-Image.MAX_IMAGE_PIXELS = None
 
 
 def pictures(folder: Path) -> list[Path]:
@@ -118,6 +117,7 @@ def main() -> None:
     parser.add_argument("sources", nargs="+", metavar="SOURCE=COUNT")
     parser.add_argument("--size", type=int, default=64, help="pixels a side")
     args = parser.parse_args()
+    Image.MAX_IMAGE_PIXELS = None  # wallpapers are large
     warnings.simplefilter("ignore", UserWarning)  # Pillow's, of palettes with transparency
     for source, _, count in (part.rpartition("=") for part in args.sources):
         name, bar = Path(source).name, Progress(source, int(count), 0)

@@ -18,11 +18,9 @@ from tinydiff import config, images
 from tinydiff.checkpoints import folder
 from tinydiff.measure import distances
 from tinydiff.measure.features import Features, open_features
-from tinydiff.models.autoencoder import mean_and_std
-from tinydiff.networks import VAE, network_of
+from tinydiff.training.losses import chroma, psnr
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-CHROMA = np.array([[-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])  # Cb and Cr of RGB (BT.601)
 
 
 def pictures(place: Path, size: int, count: int) -> np.ndarray:
@@ -41,19 +39,17 @@ def pictures(place: Path, size: int, count: int) -> np.ndarray:
 @torch.no_grad()
 def reconstructed(vae, pixels: torch.Tensor) -> torch.Tensor:
     """(B, 3, H, W) in [-1, 1] through the latents' means."""
-    return vae.decode(mean_and_std(vae.encode(pixels))[0]).clamp(-1, 1)
+    return vae.decode(vae.distribution(pixels)[0]).clamp(-1, 1)
 
 
 def row(vae, features: Features, batch: np.ndarray) -> tuple[list[float], np.ndarray]:
     """(PSNR in dB, SSIM, perceptual distance, chroma error in %), and the reconstructions, uint8."""
     x = torch.from_numpy(images.to_pixels(batch))
     output = torch.cat([reconstructed(vae, part) for part in x.split(4)])
-    distance = torch.cat([features.distance(a, b) for a, b in zip(x.split(4), output.split(4), strict=True)])
-    a, b = ((each.permute(0, 2, 3, 1).numpy() + 1) / 2 for each in (x, output))
-    psnr = -10 * np.log10(((a - b) ** 2).mean())
-    chroma = np.abs((a - b) @ CHROMA.T).mean()
-    drawn = images.to_uint8(output.numpy())
-    return [psnr, distances.ssim(a, b).mean(), distance.mean().item(), 100 * chroma], drawn
+    a, b = x.numpy(), output.numpy()
+    ssim, distance = distances.ssim((a + 1) / 2, (b + 1) / 2).mean(), features.distances(a, b).mean()
+    colour = 50 * chroma(x - output).abs().mean().item()  # of a range of 2, in percent
+    return [psnr(x, output), ssim, distance, colour], images.to_uint8(b)
 
 
 def main() -> None:
@@ -65,7 +61,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
     cfg = config.load(None, [f"autoencoder.path={args.autoencoder}", "data.resolution=512"])
-    network = network_of(VAE, {"_class_name": "AutoencoderKL"})
+    network = cfg.autoencoder_network
     table = network.describe(cfg)
     vae, features = folder.opened(network, table, network.given(cfg)), open_features()
     print("| images | size | of | PSNR, dB | SSIM | distance | chroma error, % |\n|---|---|---|---|---|---|---|")
