@@ -122,9 +122,8 @@ def stage(run: Run, task: Task) -> None:
     training.exchange()
     for player in task.players.values():
         player.module.eval()
-        player.network = (
-            player.module
-        )  # what spreads it must not outlive its group of processes: torch would wait for ever
+        # What spreads a network must not outlive its group of processes: torch would wait for ever.
+        player.network = player.module
 
 
 def divided(run: Run, task: Task) -> bool:
@@ -162,14 +161,14 @@ def resume(run: Run, task: Task, training: Training) -> tuple[int, int]:
     """Load the newest valid checkpoint: the number of steps it has done, and how many of the last were left out."""
     world, say = run.world, run.runtime.say
     newest = state.newest(run.checkpoints, task.name, say, run.strict) if world.rank == 0 else None
-    task.looks = Looks(run, task.name, task.best, None)
-    if not (path := world.share(str(newest or ""))):
+    path = world.share(str(newest or ""))
+    saved = state.load(Path(path), training) if path else {}
+    task.looks = Looks(run, task.name, task.best, saved.get("best"))
+    if not path:
         if task.name in logged(run.dir):
             say(f"{task.name}: no checkpoint yet, beginning at step 0 again")
         return 0, 0
-    saved = state.load(Path(path), training)
     task.restore(saved.get("task", {}))
-    task.looks = Looks(run, task.name, task.best, saved.get("best"))
     if saved["scaler"]:
         run.runtime.scaler.load_state_dict(saved["scaler"])
     if saved["step"] < task.settings.steps:
@@ -337,9 +336,8 @@ def look(run: Run, task: Task, training: Training, n: int, log: Metrics | None) 
     began = time.monotonic()
     with averaged(task, training):
         measured = task.validate()
-        drawn = (
-            task.pictures() if log or divided(run, task) else None
-        )  # where they are divided, every process has to help
+        helps = log or divided(run, task)  # where weights are divided, every process has to
+        drawn = task.pictures() if helps else None
     if log and drawn:
         path, (pictures, values) = run.dir / "samples" / f"{task.name}-{n:08d}.png", drawn
         files.write_file(path, images.encode_png(images.grid(pictures, 8), None), force=True)
