@@ -1,6 +1,9 @@
-"""Texts that tokenizers disagree on."""
+"""Texts that tokenizers disagree on, and what padding may do to a text encoder."""
 
 from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
 
 EXAMPLES = [
     "",
@@ -16,3 +19,14 @@ EXAMPLES = [
     "x" * 5000,
     "a red circle " * 500,
 ]
+
+
+def unpadded(model: nn.Module, ids: Tensor, pad: int) -> Tensor:
+    """Padding changes nothing of ids (2, 9), and of nothing else it is finite and zero: what is pooled of the ids."""
+    padded = torch.cat([ids, torch.full((2, 40), pad)], 1)
+    (states, pooled), (more, again) = model(ids), model(padded)
+    torch.testing.assert_close(more[:, :9], states, rtol=0, atol=1e-5)
+    torch.testing.assert_close(again, pooled, rtol=0, atol=1e-5)
+    nothing, zero = model(padded[:, 9:])
+    assert nothing.isfinite().all() and not zero.any()
+    return pooled
