@@ -444,6 +444,7 @@ def told(self):
     groups = [torch.distributed.group.WORLD, self.savers, *(self.mesh[n].get_group() for n in ("data", "tensor"))]
     found = [g._get_backend(torch.device("cpu")).options._timeout.total_seconds() for g in groups]
     print("timeouts", found, [torch.distributed.get_process_group_ranks(g) for g in groups], flush=True)
+    torch.distributed.barrier()  # the one that leaves first takes the store along by which the others still make groups
     raise SystemExit(0)
 parallel.World.meet = told
 """
