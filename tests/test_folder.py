@@ -119,8 +119,8 @@ def test_class_subfolders(tmp_path: Path) -> None:
 
 
 def test_a_missing_folder_or_a_file_is_named_with_the_fix(tmp_path: Path) -> None:
-    assert "does not exist; set data.path" in refusal(tmp_path / "nowhere")
-    assert "is not a folder; set data.path" in refusal(image(tmp_path / "a.png"))
+    assert "does not exist; give" in refusal(tmp_path / "nowhere")
+    assert "is not a folder; give" in refusal(image(tmp_path / "a.png"))
     assert "does not exist" in refusal(tmp_path / ("x" * 5000))
 
 
@@ -152,7 +152,7 @@ def test_metadata_of_nothing_there(tmp_path: Path) -> None:
 def test_metadata_one_folder_down(tmp_path: Path) -> None:
     image(tmp_path / "train" / "a.png")
     metadata(tmp_path / "train", {"file_name": "a.png", "text": "a"})
-    assert "metadata in subfolders (train); set data.path" in refusal(tmp_path)
+    assert "metadata in subfolders (train); give" in refusal(tmp_path)
 
 
 def test_csv_without_its_columns(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tinydiff.config import Data
 from tinydiff.data.dataset import Images, Order
 from tinydiff.data.held_out import FEWEST, MOST, held_out
+from tinydiff.errors import DataError
 
 SETTINGS = {"path": "somewhere", "resolution": 8}
 
@@ -38,8 +39,6 @@ class Source:
         return self.words[i]
 
     def image(self, i: int) -> np.ndarray:
-        from tinydiff.errors import DataError
-
         if self.words[i].startswith("bad"):
             raise DataError("broken")
         return np.full((8, 8, 3), i % 256, np.uint8)
@@ -85,6 +84,16 @@ def test_none_are_held_out(changes):
     """By the default share of 300 images, or where there are others to measure on."""
     words = [f"image {i}" for i in range(300)]
     assert not held_out(Source(words), Data(**({**SETTINGS, "held_out": 0.5} | changes))).any()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 12), st.integers(1, 40), st.sampled_from([0.02, 0.2, 0.6, 0.9]))
+def test_whatever_is_held_out_training_has_an_image_or_the_key_is_named(distinct, copies, share):
+    words = [f"image {i}" for i in range(distinct)] * copies
+    try:
+        assert not held_out(Source(words), Data(held_out=share, **SETTINGS)).all()
+    except DataError as error:
+        assert str(error).startswith("data.held_out: ") and round(share * len(words)) >= FEWEST
 
 
 @pytest.mark.parametrize("flip", [False, True])

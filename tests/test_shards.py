@@ -412,7 +412,7 @@ def test_which_source_a_path_is_for(tmp_path, monkeypatch, image_folder):
     for name in ("a.png", "a.txt", "origin.tar.gz", "origin.tar"):
         (folder / name).write_bytes(picture() if name == "a.png" else b"x")
     assert isinstance(open_source(replace(Data(), path=str(folder))), FolderSource)
-    with pytest.raises(DataError, match="does not exist; set data.path to a folder"):
+    with pytest.raises(DataError, match="does not exist; give a folder"):
         open_source(replace(Data(), path=str(tmp_path / "nowhere")))
 
 

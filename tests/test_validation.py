@@ -83,6 +83,12 @@ def test_shapes_are_measured_on_others_than_are_trained_on(tmp_path):
     assert len({image.tobytes() for image in pixels}) == 60
 
 
+def test_no_more_shapes_are_drawn_than_a_folder_is_measured_on(run):
+    run.cfg = replace(run.cfg, data=replace(run.cfg.data, validation="shapes", samples=60_000))
+    held = held_out(run)
+    assert held and len(held) == len(held.images.source) == validation.MOST
+
+
 def test_images_of_the_folder_are_kept_out(tiny_config, tmp_path):
     """Of forty images a quarter, none in any batch; they are measured on, and not as mirror images."""
     (tmp_path / "images").mkdir()
@@ -136,7 +142,7 @@ def test_copies_of_training_images_are_no_measure(run, image_folder, tmp_path):
 
 def test_a_folder_that_is_not_there_is_named_before_anything_is_written(looked, tmp_path):
     cfg = replace(looked, data=replace(looked.data, validation=str(tmp_path / "nowhere")))
-    with pytest.raises(DataError, match="nowhere"):
+    with pytest.raises(DataError, match=r"data\.validation: .*nowhere does not exist; give a folder"):
         loop.run(cfg, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -113,7 +113,7 @@ def _metadata(root: Path, names: list[str], skips: Skips) -> str:
     top = [name for name in named if "/" not in name]
     if named and not top:
         places = ", ".join(dict.fromkeys(shown(posixpath.dirname(name)) for name in named[:3]))
-        raise DataError(f"{shown(root)} has its metadata in subfolders ({places}); set data.path to one of them")
+        raise DataError(f"{shown(root)} has its metadata in subfolders ({places}); give one of them")
     for name in top[1:]:
         skips.note(name, f"{top[0]} is used")
     return top[0] if top else ""
@@ -289,7 +289,7 @@ def _refuse_unread(root: Path, names: list[str], known: Names, stems: set[str]) 
         if _document(name):
             continue
         if kind(name) == ".tar" and posixpath.dirname(name) not in pictured:
-            fix = f"set data.path to {shown(path.parent)}, or move it away"
+            fix = f"give {shown(path.parent)}, or move it away"
             raise DataError(f"{shown(path)}: tar shards are not read together with images; {fix}")
         if packed or kind(name) in UNREAD or (beside and kind(name) in BESIDE_IMAGES):
             problem = "is of a kind that is not read; write it as metadata.jsonl with file_name and text"

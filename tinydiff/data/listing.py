@@ -71,7 +71,7 @@ def walk(root: Path, skips: Skips) -> list[str]:
     """Sorted paths, relative to `root`, of its regular files that are not hidden."""
     if not os.path.isdir(root):
         problem = "is not a folder" if os.path.exists(root) else "does not exist"
-        raise DataError(f"data folder {shown(root)} {problem}; set data.path to a folder of captioned images")
+        raise DataError(f"data folder {shown(root)} {problem}; give a folder of captioned images")
 
     def note(error: OSError) -> None:
         if error.filename == os.fspath(root):

@@ -39,7 +39,7 @@ def find_shards(path: str) -> list[Path]:
     """
     if not os.path.exists(path) and (path.lower().endswith(".tar") or NOT_EXPANDED.search(path)):
         hint = "braces, wildcards, pipe: and URLs are not expanded; " if NOT_EXPANDED.search(path) else ""
-        raise DataError(f"{shown(path)}: no such file or folder; {hint}set data.path to a .tar file or a folder")
+        raise DataError(f"{shown(path)}: no such file or folder; {hint}give a .tar file or a folder")
     if not os.path.isdir(path):
         return [Path(path)] if path.lower().endswith((".tar", *PACKED)) else []
     names = _visible(path)
@@ -76,7 +76,7 @@ class ShardSource:
     ) -> None:
         self.path, self.background = str(path), background
         if not (paths := find_shards(self.path)):
-            raise DataError(f"{shown(self.path)}: no .tar file there; set data.path to one, or to a folder of them")
+            raise DataError(f"{shown(self.path)}: no .tar file there; give one, or a folder of them")
         others = set(_visible(self.path)) - {path.name for path in paths} if os.path.isdir(self.path) else set()
         self._shards, skipped = indexed(paths, index_dir or user_folder("shards"), progress)
         notes = [(shown(name), "not a .tar file") for name in sorted(others)]

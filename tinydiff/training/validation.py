@@ -73,8 +73,12 @@ def held_out(run: Run) -> Held | None:
         return Held(Images(drawn, other), np.arange(count)) if drawn else None
     if not data.validation:
         return Held(own, np.flatnonzero(own.held_out)) if own.held_out.any() else None
-    other = replace(data, path=data.validation, validation="", held_out=0.0, flip=False)
-    source = open_source(other)
+    few = min(MOST, data.samples)  # of shapes, which are all encoded
+    other = replace(data, path=data.validation, validation="", held_out=0.0, flip=False, samples=few)
+    try:
+        source = open_source(other)
+    except DataError as error:
+        raise DataError(f"data.validation: {error}") from error
     trained = {own.source.digest(i) for i in range(len(own.source))}
     apart = np.array([i for i in range(len(source)) if source.digest(i) not in trained], np.int64)
     if not len(apart):
