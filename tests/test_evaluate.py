@@ -330,6 +330,14 @@ def test_a_resampled_interval_is_that_of_the_normal_mean_and_seeded() -> None:
     assert again[0] == interval != again[1]
 
 
+def test_one_image_has_figures_and_no_interval_of_them(tmp_path: Path) -> None:
+    """An interval of no width would say that the figure is certain."""
+    folder = write(tmp_path / "a", noise(1))
+    [row] = run(Painter(by_caption(folder), error=0.1), folder)
+    assert row["reconstruction_psnr"] > 0 and row["intervals"].keys() == {"nearest_top1", "nearest_top5"}
+    assert "reconstruction" in evaluate.line(row)
+
+
 def test_reconstruction_figures_are_means_over_images_with_intervals(tmp_path: Path) -> None:
     folder = write(tmp_path / "a", noise(20))
     [row] = run(Painter(by_caption(folder), error=0.1), folder)

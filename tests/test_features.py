@@ -196,11 +196,15 @@ class Canary:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize("what", ["missing", "text", "other", "partial", "pickle", "list"])
+@pytest.mark.parametrize("what", ["missing", "empty", "text", "archive", "other", "partial", "pickle", "list"])
 def test_refusals_are_one_line(what: str, features: Features, tmp_path: Path) -> None:
     path = tmp_path / "net.pth"
     if what == "text":
         path.write_text("no tensors")
+    elif what == "empty":
+        path.write_bytes(b"")
+    elif what == "archive":
+        path.write_bytes(b"PK\x03\x04" + bytes(500))
     elif what == "other":
         torch.save({"weight": torch.zeros(3)}, path)
     elif what == "partial":
@@ -212,8 +216,9 @@ def test_refusals_are_one_line(what: str, features: Features, tmp_path: Path) ->
     with pytest.raises(ModelError) as caught:
         open_features(str(path))
     assert not (tmp_path / "canary").exists()
-    assert "\n" not in str(caught.value)
-    assert "net.pth" in str(caught.value)
+    problem, _, fix = str(caught.value).rpartition("; ")
+    assert "\n" not in problem and 20 < len(problem) < 400 and "net.pth" in problem
+    assert any(word in fix for word in ("name another", "give a file", "copy or download it again"))
 
 
 def test_a_missing_package_is_named_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:

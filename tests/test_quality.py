@@ -224,6 +224,30 @@ def test_what_is_no_network_is_refused_before_anything_is_drawn(
         assert (code, out, told.count("\n")) == (4, "", 1) and error in told
 
 
+@pytest.mark.parametrize("words", [("--data", ""), ("--data", "shapes", "--features", "")])
+def test_a_name_that_is_empty_is_refused(command: Callable[..., tuple], words: tuple[str, ...]) -> None:
+    """As that of a variable that is not set would be: neither the current folder nor the default."""
+    code, out, error = command(*words)
+    assert (code, out, error.count("\n")) == (2, "", 1) and "the name is empty" in error and words[-2] in error
+
+
+def test_networks_whose_figures_would_have_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "copy.pth").write_bytes(networks.packaged(networks.DEFAULT).read_bytes())
+    with pytest.raises(UsageError, match="--features: two networks are efficientnet-lite0"):
+        evaluate.open_networks([networks.DEFAULT, str(tmp_path / "copy.pth")], "cpu")
+
+
+@pytest.mark.parametrize(("there", "asked", "said"), [(4, 12, "has 4 images"), (4, 4, "fewer than 10"), (12, 12, "")])
+def test_what_few_images_leave_out_is_said(
+    there: int, asked: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write(tmp_path / "few", noise(there))
+    [row] = run(Painter(by_caption(folder)), folder, count=asked)
+    told = capsys.readouterr().err
+    assert row["images"] == min(there, asked) and said in told
+    assert told.count("note: ") == told.count("few: ") == (there < asked) + (there < 10)
+
+
 def test_wanted_networks(tmp_path: Path) -> None:
     assert networks.wanted([]) == [networks.DEFAULT] and networks.wanted(["none"]) == []
     path = tmp_path / "a,b.pth"

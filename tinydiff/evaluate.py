@@ -19,10 +19,12 @@ from tinydiff import config, pipeline
 from tinydiff.data.dataset import Source, open_source
 from tinydiff.errors import UsageError
 from tinydiff.measure.oracle import READINGS, Read
-from tinydiff.measure.quality import View, real_vectors
+from tinydiff.measure.quality import LEAST, View, real_vectors
 from tinydiff.measure.reconstruction import reconstruction
 from tinydiff.measure.retrieval import Retrieved, choose, compare
 from tinydiff.networks.contrastive import CONTRASTIVE
+from tinydiff.progress import note
+from tinydiff.system import shown
 
 if TYPE_CHECKING:
     from tinydiff.measure.features import Features
@@ -36,6 +38,7 @@ Progress = Callable[[int, int], Any]
 class Subject(Protocol):
     """A data path under evaluation: what to draw, and what to make of the drawings. `source`: real pictures."""
 
+    path: str
     captions: list[str]
     source: Source
 
@@ -67,10 +70,12 @@ def evaluate(
     pipeline.check_size(backend.description, width, height)
     pipeline.check_size(backend.description, resolution, resolution)
     if "shapes" in data and (width != height or width < 16):
-        raise UsageError(f"shapes are read off squares of 16 pixels or more, not {width}x{height}; set -W and -H")
+        raise UsageError(f"shapes are read off squares of 16 pixels or more, not {width}x{height}; give a folder")
     settings = data_settings(backend.description.path)
     subjects = [open_subject(replace(settings, path=path, resolution=resolution), count, seed) for path in data]
     networks = open_networks()
+    for subject in subjects:
+        told(subject, count, networks)
     rows = [[reconstruction(backend, s.originals(RECONSTRUCTED), batch_size, seed, networks)] for s in subjects]
     views = [[View(network, resolution) for network in networks] for _ in subjects]
     fits = open_fits(backend, [subject.captions for subject in subjects])
@@ -107,7 +112,22 @@ def open_networks(names: Sequence[str], device: str) -> list[Features]:
     from tinydiff.measure.features import open_features
 
     place = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    return [open_features(name).to(place).to(memory_format=torch.channels_last) for name in names]  # type: ignore[call-overload]
+    opened = [open_features(name).to(place).to(memory_format=torch.channels_last) for name in names]  # type: ignore[call-overload]
+    alike = [n.name for i, n in enumerate(opened) if n.name in (other.name for other in opened[:i])]
+    if alike:
+        raise UsageError(
+            f"--features: two networks are {alike[0]}, by which their figures are named; give one at a time"
+        )
+    return opened
+
+
+def told(subject: Subject, count: int, networks: Sequence[Features]) -> None:
+    """Say what is not measured of a path with too few images."""
+    few, path = len(subject.captions), shown(subject.path)
+    if few < count:
+        note(f"{path}: has {few} images, so as many are drawn, not {count}")
+    if few < LEAST and networks:
+        note(f"{path}: of fewer than {LEAST} drawings no Fréchet distance and the like is measured")
 
 
 def open_fits(backend: pipeline.Backend, captions: Sequence[Sequence[str]]) -> list[Fit]:
@@ -133,7 +153,7 @@ def merged(*rows: dict[str, Any]) -> dict[str, Any]:
 def data_settings(model: Path) -> config.Data:
     """How the model's own configuration treats images (background, bad files); the defaults without one."""
     path = model / "tinydiff.toml"
-    return config.load(path).data if path.exists() else config.Data()
+    return config.load(path, stored=True).data if path.exists() else config.Data()
 
 
 def open_subject(settings: config.Data, count: int, seed: int) -> Subject:

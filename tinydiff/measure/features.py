@@ -131,9 +131,10 @@ def open_features(given: str = "") -> Features:
             try:
                 network.load_state_dict(own, assign=True)
             except RuntimeError as error:
-                raise ModelError(f"{told}: no whole {name}: {system.one_line(str(error))}") from None
+                problem = system.cut(system.one_line(str(error)))
+                raise ModelError(f"{told}: no whole {name}: {problem}; {system.RESTORE}") from None
             return Features(name, network, [sha256(path) for path in paths])
-    raise ModelError(f"{told}: not a feature network that tinydiff knows ({', '.join(FEATURES)})")
+    raise ModelError(f"{told}: not a feature network that tinydiff knows ({', '.join(FEATURES)}); name another file")
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
@@ -144,7 +145,8 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise system.unreadable(error, path) from None
     except Exception as error:  # safetensors, zipfile and torch's own unpickler have an exception of their own each
-        raise ModelError(f"{shown(path)}: no file of tensors: {system.one_line(str(error))}") from None
+        reason = f"{type(error).__name__} {system.cut(system.one_line(str(error)))}".strip()
+        raise ModelError(f"{shown(path)}: no file of tensors ({reason}); {system.RESTORE}, or name another") from None
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise ModelError(f"{shown(path)}: holds something else than tensors")
+        raise ModelError(f"{shown(path)}: holds something else than tensors; name another file")
     return {name: t.float() if t.is_floating_point() else t for name, t in found.items()}

@@ -30,12 +30,14 @@ def shares(right: dict[str, int], count: int) -> dict[str, Any]:
     return {name: n / count for name, n in right.items()} | {"intervals": intervals}
 
 
-def resampled(statistic: Callable[[np.ndarray], float], count: int, seed: int) -> tuple[float, Interval]:
+def resampled(statistic: Callable[[np.ndarray], float], count: int, seed: int) -> tuple[float, Interval | None]:
     """A statistic of the rows 0 to count - 1, and its bootstrap standard interval (Efron & Tibshirani 1993, chapters 6, 13).
 
     That is 1.96 deviations of its values on resamples of as many rows to both sides, wherever those values lie: a resample
-    has fewer different rows, which moves distances between sets.
+    has fewer different rows, which moves distances between sets. One row has none.
     """
     value, rng = statistic(np.arange(count)), keyed(seed, "resample")
+    if count == 1:
+        return value, None
     half = NORMAL_95 * float(np.std([statistic(rng.integers(0, count, count)) for _ in range(RESAMPLES)], ddof=1))
     return value, {"low": value - half, "high": value + half}

@@ -20,6 +20,8 @@ REAL = 2048  # pictures that stand for all that the renderer can draw
 class Read:
     """Shapes: the oracle reads every drawing of an unseen caption."""
 
+    path = "shapes"
+
     def __init__(self, count: int, seed: int, resolution: int):
         self.captions, self.seed, self.resolution = shapes.held_out_captions(count, seed), seed, resolution
         self.source: Source = shapes.ShapesSource(resolution, seed, REAL)
@@ -39,4 +41,4 @@ class Read:
 
     def row(self) -> dict[str, Any]:
         """Shares of drawings; "all" is both colours, both shapes and the relation."""
-        return {"data": "shapes", "images": len(self.captions)} | shares(self.right, len(self.captions))
+        return {"data": self.path, "images": len(self.captions)} | shares(self.right, len(self.captions))

@@ -44,7 +44,8 @@ def reconstruction(
     for name, parts in errors.items():
         values, key = np.concatenate(parts), f"reconstruction_{name}"
         figure = psnr if name == "psnr" else np.mean
-        row[key], row["intervals"][key] = resampled(lambda i, f=figure, v=values: float(f(v[i])), len(values), seed)
+        row[key], interval = resampled(lambda i, f=figure, v=values: float(f(v[i])), len(values), seed)
+        row["intervals"] |= {key: interval} if interval else {}
     return row
 
 

@@ -67,17 +67,12 @@ class Fit:
         of the first n captions."""
         texts, drawn, count = np.concatenate(self.texts), np.concatenate(self.drawn), len(self.captions)
         figures, cosines = agreement(texts, drawn, self.captions), (texts * drawn).sum(1)
-        half, found = (
-            NORMAL_95 * cosines.std(ddof=1) / count**0.5 if count > 1 else 1.0,
-            figures["text_image_retrieval"],
-        )
-        bounds = (
-            (figures["text_image_score"] - half, figures["text_image_score"] + half),
-            wilson(round(found * count), count),
-        )
-        intervals = {
-            name: {"low": float(low), "high": float(high)} for name, (low, high) in zip(figures, bounds, strict=True)
-        }
+        score, found = (figures[name] for name in ("text_image_score", "text_image_retrieval"))
+        bounds = {"text_image_retrieval": wilson(round(found * count), count)}
+        if count > 1:
+            half = NORMAL_95 * float(cosines.std(ddof=1)) / count**0.5
+            bounds["text_image_score"] = score - half, score + half
+        intervals = {name: {"low": low, "high": high} for name, (low, high) in bounds.items()}
         theirs = agreement(*self.vectors(self.captions[: len(real)], real), self.captions[: len(real)])
         return figures | {"intervals": intervals, "of_real": {"text_image_score": theirs["text_image_score"]}}
 
