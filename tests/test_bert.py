@@ -268,7 +268,7 @@ def say(**changes: object) -> Callable[[Path], None]:
         (say(max_position_embeddings=8), "reads 8 tokens; set text_encoder.max_position_embeddings"),
         (lambda path: (path / "vocab.txt").unlink(), "vocab.txt: No such file"),
         (lambda path: (path / "model.safetensors").unlink(), "holds no weights"),
-        (lambda path: shutil.rmtree(path), "tokenizer"),
+        (lambda path: shutil.rmtree(path), "holds no text encoder; text_encoder.path names"),
     ],
 )
 def test_what_cannot_be_read_is_named_in_a_line_before_any_step(harm, says, bert_config, tmp_path):

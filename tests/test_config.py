@@ -124,8 +124,14 @@ def test_a_part_of_a_table_leaves_the_rest(tmp_path):
         ("[data]\npath = 3", ["data.path: expected str, got 3"]),
         ("[data]\npath = 1979-05-27", ["data.path: expected str"]),
         ("data = 3", ["data: expected a table, got 3"]),
-        ("[autoencoder]\nblock_out_channels = 32", ["autoencoder.block_out_channels: expected a list, got 32"]),
-        ("[autoencoder]\nblock_out_channels = []", ["autoencoder.block_out_channels: expected a list, got []"]),
+        (
+            "[autoencoder]\nblock_out_channels = 32",
+            ["autoencoder.block_out_channels: expected a list of one or more, got 32"],
+        ),
+        (
+            "[autoencoder]\nblock_out_channels = []",
+            ["autoencoder.block_out_channels: expected a list of one or more, got []"],
+        ),
         ("[autoencoder]\nblock_out_channels = [32, '64']", ["block_out_channels: expected int, got '64'"]),
         ("[autoencoder]\nblock_out_channels = [32, 0]", ["block_out_channels: 0 is below 1"]),
         ("[unet]\ndown_block_types = ['DownBlock2d']", ["'DownBlock2d'", "did you mean 'DownBlock2D'"]),
@@ -169,6 +175,7 @@ def test_all_mistakes_at_once(tmp_path):
         (["train.autoencoder.steps=0"], "train.autoencoder.steps: with 0 there is nothing to make latents"),
         (["train.denoiser.accumulate=3"], "train.denoiser.accumulate: 3 does not divide batch_size 4"),
         (["diffusion.schedule=flow", "diffusion.prediction=epsilon"], "diffusion.prediction: flow goes with"),
+        (["train.validation_samples=1"], "train.validation_samples: one image has no spread"),
     ],
 )
 def test_keys_that_do_not_fit_together(overrides, part, tmp_path, tiny_config):

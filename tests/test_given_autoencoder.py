@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from runs import sha256
+from safetensors.torch import load_file, save_file
 
-from tinydiff import config
+from tinydiff import config, evaluate
 from tinydiff.checkpoints import folder
 from tinydiff.checkpoints.source import Source
 from tinydiff.config import load
-from tinydiff.errors import ModelError
+from tinydiff.errors import ModelError, UsageError
 from tinydiff.schema import to_toml
 from tinydiff.text.tokenizer import Tokenizer
 from tinydiff.training import loop
@@ -68,6 +70,23 @@ def test_one_that_cannot_be_ours_is_refused(tiny_model: Path, tmp_path: Path) ->
         load(None, [f"autoencoder.path={tmp_path}"])
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_one_that_is_not_finite_is_refused_before_a_run_begins(
+    value: float, run_config: config.Config, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Not told of as training that diverged, with a fix that mends nothing."""
+    tensors = load_file(tiny_model / "vae" / "diffusion_pytorch_model.safetensors")
+    tensors["decoder.conv_in.bias"][1] = value
+    (tmp_path / "vae").mkdir()
+    save_file(tensors, tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "vae" / "config.json").write_bytes((tiny_model / "vae" / "config.json").read_bytes())
+    cfg = dataclasses.replace(run_config, autoencoder=dataclasses.replace(run_config.autoencoder, path=str(tmp_path)))
+    cfg = dataclasses.replace(cfg, autoencoder=cfg.autoencoder_network.completed(cfg))
+    with pytest.raises(ModelError, match=r"vae: decoder\.conv_in\.bias has NaN or infinite values; copy"):
+        loop.run(cfg, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_stage_alone_publishes_what_the_next_run_begins_with(run_config: config.Config, tmp_path: Path) -> None:
     first = loop.run(run_config, tmp_path / "first", last="autoencoder")
     assert first == tmp_path / "first" / "autoencoder"
@@ -78,6 +97,39 @@ def test_a_stage_alone_publishes_what_the_next_run_begins_with(run_config: confi
     kept = folder.load(Source(model)).vae.state_dict()
     assert all(torch.equal(saved[k], v) for k, v in kept.items())
     assert folder.load(Source(model)).scaling_factor != 1  # measured on the data
+
+
+def test_another_one_than_the_run_was_begun_with_is_refused_and_the_model_stays_what_it_is(
+    run_config: config.Config, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Of other weights, of another shape, damaged or gone: what has been learnt of its latents is of no others."""
+    vae, run_dir = tmp_path / "vae", tmp_path / "run"
+    shutil.copytree(tiny_model / "vae", vae)
+    (tmp_path / "c.toml").write_text(to_toml(run_config))
+
+    def train() -> Path:
+        sets = [f"autoencoder.path={vae}", "train.autoencoder.steps=0", "train.denoiser.steps=2"]
+        return loop.run(load(tmp_path / "c.toml", sets), run_dir)
+
+    model = train()
+    table, tensors = (vae / "config.json").read_text(), load_file(vae / "diffusion_pytorch_model.safetensors")
+    before = sha256(run_dir, run_dir.glob("model/*/*"))
+    save_file({k: v + 0.01 for k, v in tensors.items()}, vae / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ModelError, match="vae: not the autoencoder that the run was begun with; put that back"):
+        train()
+    (vae / "config.json").write_text(table.replace('"latent_channels": 4', '"latent_channels": 8'))
+    with pytest.raises(UsageError, match=r"autoencoder\.latent_channels \(4 -> 8\)"):
+        train()
+    for damage in ("{", "[]", None):
+        (vae / "config.json").write_text(damage) if damage else shutil.rmtree(vae)
+        with pytest.raises(ModelError, match="vae"):
+            train()
+        assert (
+            Source(model).description.latent_channels
+            == load(model / "tinydiff.toml", stored=True).latents["in_channels"]
+        )
+        assert evaluate.data_settings(model) == run_config.data
+    assert sha256(run_dir, run_dir.glob("model/*/*")) == before
 
 
 @pytest.mark.peers

@@ -664,10 +664,10 @@ def say(**changes: object) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("harm", "says"),
     [
-        (lambda path: shutil.rmtree(path), "tokenizer"),
+        (lambda path: shutil.rmtree(path), "holds no text encoder; text_encoder.path names"),
         (lose("tokenizer"), "tokenizer"),
         (lose("tokenizer/tokenizer.json"), "spiece.model: No such file"),
-        (lose("text_encoder"), "text_encoder/config.json"),
+        (lose("text_encoder"), "t5: holds no text encoder"),
         (lose("text_encoder/model.safetensors"), "text_encoder"),
         (lambda path: (path / "text_encoder" / "model.safetensors").write_bytes(b"no weights"), "model.safetensors"),
         (lambda path: (path / "text_encoder" / "config.json").write_text("{"), "config.json"),

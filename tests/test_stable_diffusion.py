@@ -31,7 +31,7 @@ from tinydiff.checkpoints.header import header
 from tinydiff.checkpoints.source import Source
 from tinydiff.diffusion import noise
 from tinydiff.pipeline import Request, generate
-from tinydiff.system import shown
+from tinydiff.system import RESTORE, shown
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
 
@@ -592,7 +592,7 @@ def test_ten_tensors_of_another_shape_are_named(copied, tmp_path, monkeypatch, c
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 4
-    assert capsys.readouterr().err.endswith(f"do not fit its config.json at {shown(', '.join(wrong[:3]))}\n")
+    assert capsys.readouterr().err.endswith(f"do not fit its config.json at {shown(', '.join(wrong[:3]))}; {RESTORE}\n")
 
 
 NOISE |= {"clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1}

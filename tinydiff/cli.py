@@ -132,6 +132,7 @@ def train(
     if dry_run:
         print(to_toml(cfg), end="")
         return
+    cfg.autoencoder_network.given(cfg)  # said now, where it is missing
     from tinydiff.training.memory import keep_pages
 
     keep_pages()
@@ -325,12 +326,16 @@ def evaluate(
     data: Annotated[
         list[str],
         flag(
-            "A folder of captioned images, or shapes; repeat to compare among all. Copies are looked for in the first."
+            "A folder of captioned images, or shapes; repeat to compare among all. Copies are looked for in the first.",
+            parser=name,
         ),
     ] = ...,  # type: ignore[assignment]
     features: Annotated[
         list[str],
-        flag("Feature network: efficientnet-lite0, or a file; A,B for one of two files; none. May be repeated."),
+        flag(
+            "Feature network: efficientnet-lite0, or a file; A,B for one of two files; none. May be repeated.",
+            parser=name,
+        ),
     ] = [],  # noqa: B006
     count: Annotated[int, flag("Images to draw for each.", min=1, max=100_000)] = 256,
     seed: Annotated[int, flag("Picks captions and noise.", "-s", "--seed", min=0, max=2**63 - 1)] = 0,

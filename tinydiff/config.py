@@ -181,11 +181,14 @@ def make(**tables: Any) -> Config:
     return config
 
 
-def load(path: Path | None = None, overrides: Sequence[str] = (), say: Say = lambda text: None) -> Config:
+def load(
+    path: Path | None = None, overrides: Sequence[str] = (), say: Say = lambda text: None, stored: bool = False
+) -> Config:
     """Configuration from a TOML file (the defaults without one) and `section.key=value` overrides.
 
-    `say` hears how an old file should be written today. Raises UsageError naming every wrong key, type and range at once,
-    with file, key path and the nearest valid name.
+    `say` hears how an old file should be written today. A given autoencoder says its keys, unless the file is `stored` by a
+    run or with a model: then it has them as they were, whatever the autoencoder has become since. Raises UsageError naming
+    every wrong key, type and range at once, with file, key path and the nearest valid name.
     """
     problems: list[str] = []
     config = build(whole(), modern(read_toml(path), str(path), say) if path else {}, "", problems)
@@ -195,7 +198,8 @@ def load(path: Path | None = None, overrides: Sequence[str] = (), say: Say = lam
     for text in overrides:
         set_key(table, text, problems)
     config = build(whole(), merge(to_dict(config), modern(table, "--set", say)), "", problems) if overrides else config
-    config = config if problems else replace(config, autoencoder=config.autoencoder_network.completed(config))
+    if not problems and not stored:
+        config = replace(config, autoencoder=config.autoencoder_network.completed(config))
     problems += list(conflicts(config)) if not problems else []
     if problems:
         raise UsageError(("--set: " if overrides else f"{shown(path)}: ") + "; ".join(problems))
@@ -244,6 +248,8 @@ def conflicts(config: Config) -> Iterator[str]:
         yield f"{kind}.qk_norm: heads that processes share out have one norm; set train.tensor_parallel 1"
     if heads % processes:
         yield f"train.tensor_parallel: {processes} does not divide {heads} attention heads"
+    if config.train.validation_samples == 1:
+        yield "train.validation_samples: one image has no spread to compare; set 2 or more, or 0 for none"
     if not (config.train.stage("autoencoder").steps or config.autoencoder.path):
         nothing = "with 0 there is nothing to make latents and images with"
         yield f"train.autoencoder.steps: {nothing}; set 1 or more, or name an autoencoder by autoencoder.path"
@@ -264,7 +270,8 @@ def _of_distillation(config: Config) -> Iterator[str]:
         return
     stage, most = config.train.stage("distill"), config.diffusion.num_train_timesteps
     if stage.levels % stage.calls:
-        yield f"train.distill.levels: {stage.levels} is no multiple of the {stage.calls} calls, whose levels must be learnt"
+        fix = f"whose levels must be learnt; set {-(-stage.levels // stage.calls) * stage.calls}"
+        yield f"train.distill.levels: {stage.levels} is no multiple of {stage.calls} calls, {fix}"
     if stage.levels > most:
         yield f"train.distill.levels: {stage.levels} are more than the {most} of diffusion.num_train_timesteps; set {most}"
     if "denoiser" not in trained(config.train):

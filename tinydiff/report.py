@@ -122,7 +122,7 @@ def page(run_dir: Path) -> str:
     """The whole document; the stage that is under way comes first."""
     cfg, stages, samples = None, read_metrics(run_dir / "metrics.jsonl"), read_samples(run_dir / "samples")
     with suppress(UserError):
-        cfg = config.load(run_dir / "tinydiff.toml")
+        cfg = config.load(run_dir / "tinydiff.toml", stored=True)
     captions, pictures = read_captions(run_dir / "samples" / "captions.json"), Pictures()
     begun = sorted({*stages, *samples}, key=lambda name: ([*STAGES, name].index(name), name))  # as they run
     newest = {name: newest_picture(name, samples.get(name, []), captions, pictures) for name in reversed(begun)}

@@ -61,7 +61,7 @@ def describe(
         return imported("tinydiff.checkpoints.source:Source")(model).description  # which imports this module
     path = path or Path()
     denoiser, toml = denoiser_in(model), path / "tinydiff.toml"
-    own = generate or (config.load(toml).generate if toml.exists() else None)
+    own = generate or (config.load(toml, stored=True).generate if toml.exists() else None)
     try:
         network: Any = network_of(denoiser, model[denoiser])
         pixels: Any = network_of(VAE, model[VAE])

@@ -35,6 +35,7 @@ from tinydiff.networks import (
 from tinydiff.networks.autoencoder import SCALING
 from tinydiff.networks.network import Network, Table
 from tinydiff.schema import to_toml
+from tinydiff.system import RESTORE
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -93,6 +94,8 @@ def build(cfg: config.Config, tokenizer: Any, seed: int = 0) -> Model:
         network = network_of(name, table)
         if path := given.get(name):
             parts[name] = opened(network, table, path, learns=name != TEXT)
+            if spoilt := [k for k, tensor in parts[name].state_dict().items() if not tensor.isfinite().all()]:
+                raise ModelError(f"{shown(path)}: {spoilt[0]} has NaN or infinite values; {RESTORE}, or give another")
         else:
             parts[name] = network.build(table)
     return Model(configs, parts, {LABELS if cfg.text_network.labels else TEXT: tokenizer}, generate=cfg.generate)
@@ -198,6 +201,7 @@ def filled(network: Network, table: Table, tensors: Mapping[str, Tensor], path: 
     common = wanted.keys() & tensors.keys()
     wrong = sorted(wanted.keys() ^ tensors.keys()) + sorted(k for k in common if wanted[k].shape != tensors[k].shape)
     if wrong:
-        raise ModelError(f"{shown(path)}: its weights do not fit its config.json at {shown(', '.join(wrong[:3]))}")
+        problem = f"its weights do not fit its config.json at {shown(', '.join(wrong[:3]))}"
+        raise ModelError(f"{shown(path)}: {problem}; {RESTORE}")
     part.load_state_dict(tensors, assign=True)
     return part.float().eval()

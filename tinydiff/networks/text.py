@@ -144,8 +144,18 @@ class GivenNetwork(Network):
         one = next((each for each in (path, path / "0_Transformer") if (each / "config.json").is_file()), None)
         return (one, one) if one else (path / "text_encoder", path / "tokenizer")
 
+    def found(self, cfg: Config) -> tuple[Path, Path]:
+        """The `places`. Raises ModelError where there is no encoder."""
+        places = self.places(cfg)
+        if not (places[0] / "config.json").is_file():
+            kinds = "of transformers, of sentence-transformers, or with text_encoder/ and tokenizer/"
+            raise ModelError(
+                f"{shown(cfg.text_encoder.path)}: holds no text encoder; text_encoder.path names a folder {kinds}"
+            )
+        return places
+
     def describe(self, cfg: Config, tokenizer: Any) -> dict[str, Any]:
-        place = self.given(cfg)
+        place, _ = self.found(cfg)
         table = read_json(place / "config.json")
         try:
             settings = asdict(pick(self.settings, self.read(table)))
@@ -158,14 +168,14 @@ class GivenNetwork(Network):
     def disagreements(self, table: Table, tokenizer: Any) -> Iterator[str]:
         """What its tokenizer and the length of prompts ask for, and it has not."""
         if (vectors := table["vocab_size"]) < tokenizer.vocab_size:
-            yield f"has vectors of {vectors} pieces, its tokenizer {tokenizer.vocab_size}; mend path"
+            yield f"has vectors of {vectors} pieces, its tokenizer {tokenizer.vocab_size}; name another text_encoder.path"
         if tokenizer.pad not in (None, table["pad_token_id"]):  # none of one that only stands in
-            yield f"has padding of id {table['pad_token_id']}, its tokenizer {tokenizer.pad}; mend path"
+            yield f"has padding of id {table['pad_token_id']}, its tokenizer {tokenizer.pad}; name another text_encoder.path"
         if (places := table.get("max_position_embeddings", tokenizer.max_length)) < tokenizer.max_length:
             yield f"reads {places} tokens; set text_encoder.max_position_embeddings to that or less"
 
     def make_tokenizer(self, cfg: Config, source: Source) -> Any:
-        return self.tokenizer_class.load(self.places(cfg)[1], cfg.text_encoder.max_position_embeddings)
+        return self.tokenizer_class.load(self.found(cfg)[1], cfg.text_encoder.max_position_embeddings)
 
 
 class T5Network(GivenNetwork):

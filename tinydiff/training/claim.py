@@ -73,7 +73,7 @@ class Claim:
 
     def configuration(self, cfg: config.Config) -> None:
         """Refuse another configuration for a run that has begun, unless it is accepted."""
-        old, new = flat(config.load(self.dir / CONFIG)) if self.begun else {}, flat(cfg)
+        old, new = flat(config.load(self.dir / CONFIG, stored=True)) if self.begun else {}, flat(cfg)
         free = (*FREE, *(f"train.{name}." for name in self.ahead))
         changed = [k for k in old if new[k] != old[k] and not any(f in k for f in free)]
         if changed and not self.accept:

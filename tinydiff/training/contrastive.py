@@ -37,9 +37,11 @@ class ContrastiveTask(Task):
 
     def __init__(self, run: Run):
         run.model.vae.requires_grad_(False).eval()
-        self.latents = encoding.images(run)
+        self.given, self.latents = encoding.given(run), encoding.images(run)
         self.scaling_factor = self.latents.scaling_factor
         super().__init__(run)
+        if all(self.captions_of(i) == self.captions_of(0) for i in range(len(self.data.source))):
+            run.runtime.say(f"note: train.{CONTRASTIVE}: all images have one caption, of which nothing can be learnt")
         tokenizer = self.model.tokenizers[TEXT]
         self.encode = lru_cache(200_000)(lambda caption: tokenizer.encode([caption])[0])  # ids (T,)
 
@@ -58,10 +60,11 @@ class ContrastiveTask(Task):
         return {self.name: Player(towers, towers, self.settings)}
 
     def state(self) -> dict[str, Any]:
-        return {"scaling_factor": self.scaling_factor}
+        return {"scaling_factor": self.scaling_factor, **self.given}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Other data have other latents, which are scaled as those that were learnt from."""
+        """Other data have other latents, which are scaled as those that were learnt from. Raises ModelError."""
+        self.same_autoencoder(state, self.given)
         self.scaling_factor = state["scaling_factor"]
 
     def weights(self) -> np.ndarray:

@@ -91,6 +91,7 @@ class DenoiserTask(Task):
 
     def __init__(self, run: Run):
         run.model.vae.requires_grad_(False).eval()
+        self.given = encoding.given(run)
         self.latents, self.texts = encoding.images(run), encoding.captions(run)
         self.held_latents = encoding.held_out(run, self.latents)
         self.maps = encoding.maps(run, run.cfg.train.stage(self.name))
@@ -107,16 +108,17 @@ class DenoiserTask(Task):
     def state(self) -> dict[str, Any]:
         told = {"frozen_text": self.texts.digest} if self.texts else {}
         told |= {"features": self.maps.digest} if self.maps else {}
-        return {"scaling_factor": self.model.scaling_factor, **told}
+        return {"scaling_factor": self.model.scaling_factor, **self.given, **told}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Other data have other latents, which are scaled as those that the denoiser has learnt.
 
-        Raises ModelError where the frozen text encoder is another one than it has learnt to read.
+        Raises ModelError where the frozen text encoder or autoencoder is another one than it has learnt to read.
         """
         if self.texts and state.get("frozen_text", self.texts.digest) != self.texts.digest:
             problem = "not the text encoder that the run was begun with; put that back, or train with --fresh"
             raise ModelError(f"{shown(self.cfg.text_encoder.path)}: {problem}")
+        self.same_autoencoder(state, self.given)
         if self.maps:
             self.same_features(state, self.maps.digest)
         if not self.model.opened and "scaling_factor" in state:  # checkpoints of older versions have none

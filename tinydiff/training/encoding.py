@@ -14,6 +14,7 @@ from tinydiff.condition import Condition
 from tinydiff.data import cache, embeddings, latents
 from tinydiff.data.dataset import Images
 from tinydiff.measure.features import open_features
+from tinydiff.stages import trained
 from tinydiff.training import maps as feature_maps
 from tinydiff.training.run import Run
 
@@ -34,6 +35,11 @@ def images(run: Run) -> latents.Latents:
     if world.rank == 0:
         cache.sweep(place, [path for each in found for path in each.paths])
     return found[0]
+
+
+def given(run: Run) -> dict[str, str]:
+    """What the autoencoder is that no stage trains, for a checkpoint's state."""
+    return {} if "autoencoder" in trained(run.cfg.train) else {"autoencoder": latents.digest(run.model.vae)}
 
 
 def held_out(run: Run, images: latents.Latents) -> latents.Latents:

@@ -20,6 +20,7 @@ from tinydiff.data.dataset import Order
 from tinydiff.errors import ModelError
 from tinydiff.networks.contrastive import CONTRASTIVE
 from tinydiff.stages import Stage, trained
+from tinydiff.system import shown
 from tinydiff.training.run import Run
 from tinydiff.training.state import Blocks
 from tinydiff.training.validation import Looks
@@ -87,6 +88,12 @@ class Task:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on with the `state` of a checkpoint."""
+
+    def same_autoencoder(self, state: dict[str, Any], given: dict[str, str]) -> None:
+        """Raises ModelError where the `given` autoencoder is another one than that of the checkpoint with this `state`."""
+        if any(state.get(key, value) != value for key, value in given.items()) and not self.run.claim.accept:
+            problem = "not the autoencoder that the run was begun with; put that back, or use --accept-changes"
+            raise ModelError(f"{shown(self.cfg.autoencoder.path)}: {problem}")
 
     def same_features(self, state: dict[str, Any], digest: str) -> None:
         """Raises ModelError where the feature network is another one than that of the checkpoint with this `state`."""
