@@ -289,6 +289,10 @@ def test_without_steps_there_is_no_such_folder(run_config, tmp_path):
         (["denoiser.kind=dit", "text_encoder.kind=class"], "it trains CLIP's tower, and text_encoder.kind is class"),
         (["text_encoder.kind=bert", "text_encoder.path=x"], "it trains CLIP's tower, and text_encoder.kind is bert"),
         (["train.contrastive.image_channels=[12]"], "train.contrastive.image_channels: [12] are no multiples of 8"),
+        (
+            ["train.contrastive.batch_size=1"],
+            "train.contrastive.batch_size: an image is told from the others of a batch",
+        ),
         (["train.contrastive.projection_dim=1"], "train.contrastive.projection_dim: 1 is below 2"),
     ],
 )
@@ -351,6 +355,14 @@ def test_pictures_are_scored_by_the_towers_of_the_model_folder(whole):
     assert bounds["low"] < row["text_image_score"] < bounds["high"]
     others = (seen @ read.T).fill_diagonal_(-2).max(1).values
     assert row["text_image_retrieval"] == pytest.approx((cosines >= others).double().mean().item())
+
+
+@torch.no_grad()
+def test_one_picture_has_a_score_and_no_interval_of_it(whole):
+    fit = Fit(open_backend(Source(whole / "model"), "torch", "cpu"), open_towers(whole / "model"), ["a red square"])
+    fit.add(0, drawn := np.zeros((1, 16, 16, 3), np.uint8))
+    row = fit.row(drawn)
+    assert -1 <= row["text_image_score"] <= 1 and row["intervals"].keys() == {"text_image_retrieval"}
 
 
 def test_evaluate_says_how_well_pictures_fit_their_captions(whole, image_folder):

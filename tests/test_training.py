@@ -747,6 +747,20 @@ def test_weights_that_are_no_numbers_are_not_saved(run_config, tmp_path):
     assert not list((tmp_path / "checkpoints").glob("*")) and not list(tmp_path.rglob(".tmp-*"))
 
 
+def test_pictures_that_are_no_numbers_end_a_run_with_what_helps_training(run_config, undisturbed, tmp_path):
+    """Not with flags of generate; the checkpoints before are kept."""
+    shutil.copytree(undisturbed, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "model")
+    for path in tmp_path.glob("run/checkpoints/denoiser-*"):
+        shutil.rmtree(path)
+    stage = replace(run_config.train.denoiser, lr=1e20, clip=0.0, warmup=0, sample_every=1)
+    with pytest.raises(DivergedError) as caught:
+        loop.run(replace(run_config, train=replace(run_config.train, denoiser=stage)), tmp_path / "run")
+    assert str(caught.value).startswith("denoiser: after step ") and "lower train.denoiser.lr" in str(caught.value)
+    assert "--" not in str(caught.value).replace("--accept-changes", "")
+    assert [p.name for p in tmp_path.glob("run/checkpoints/*-00000012")] == ["autoencoder-00000012"]
+
+
 @pytest.mark.parametrize(
     "error",
     [

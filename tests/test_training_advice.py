@@ -26,6 +26,22 @@ SAID = {  # sets -> the keys named, and what to write
         "train.autoencoder.critic_lr, train.autoencoder.critic_width",
         "adversarial_weight is 0",
     ),
+    ("train.autoencoder.adversarial_weight=1", "train.autoencoder.adversarial_start=800"): (
+        "train.autoencoder.adversarial_start",
+        "set 400",
+    ),
+    ("train.distill.calls=2", "train.distill.levels=8"): (
+        "train.distill.calls, train.distill.levels",
+        "train.distill.steps is 0",
+    ),
+    ("autoencoder.path=x", "train.autoencoder.steps=0", "train.autoencoder.adversarial_weight=1"): (
+        "train.autoencoder.adversarial_weight",
+        "train.autoencoder.steps is 0",
+    ),
+    ("train.autoencoder.codebook=commitment", "autoencoder.num_vq_embeddings=8"): (
+        "train.autoencoder.codebook, autoencoder.num_vq_embeddings",
+        "autoencoder.kind is kl",
+    ),
     ("train.keep_every=333",): ("train.keep_every", "train.denoiser.save_every (500)"),
     ("diffusion.caption_dropout=0",): ("diffusion.caption_dropout", "generate.cfg_scale=1"),
     ("diffusion.caption_dropout=1",): ("diffusion.caption_dropout", "0.1"),
@@ -39,6 +55,7 @@ SAID = {  # sets -> the keys named, and what to write
     (*DIT, "text_encoder.kind=class", "text_encoder.hidden_size=96"): ("text_encoder.hidden_size", "kind is class"),
 }
 QUIET = [(), ("generate.cfg_scale=1", "diffusion.caption_dropout=0"), (*DIT, "dit.size=custom", "dit.num_layers=2")]
+QUIET += [("autoencoder.path=x", "train.autoencoder.steps=0"), ("train.distill.calls=2", "train.distill.steps=100")]
 QUIET += [("data.max_aspect_ratio=2", "data.resolution=64"), ("train.keep_every=1000",), ("train.keep_every=2000",)]
 
 

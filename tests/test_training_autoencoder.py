@@ -17,7 +17,7 @@ from tinydiff import config
 from tinydiff.checkpoints import folder
 from tinydiff.checkpoints.source import Source
 from tinydiff.data.dataset import Images, open_source
-from tinydiff.errors import ModelError, UserError
+from tinydiff.errors import ModelError, UsageError, UserError
 from tinydiff.measure.features import open_features
 from tinydiff.models.autoencoder import Codebook
 from tinydiff.models.critic import Critic
@@ -49,8 +49,8 @@ def models(tiny_config: config.Config, tiny_model: Path, make_model: Callable[..
 def task(tiny_config: config.Config, models: dict[str, Path], tmp_path: Path) -> Callable[..., AutoencoderTask]:
     """A function (keys of the stage) -> the task over a fresh model, its random weights always the same."""
 
-    def make(kind: str = "kl", **keys: object) -> AutoencoderTask:
-        cfg = of_autoencoder(tiny_config, **keys)
+    def make(kind: str = "kl", resolution: int = 16, **keys: object) -> AutoencoderTask:
+        cfg = of_autoencoder(replace(tiny_config, data=replace(tiny_config.data, resolution=resolution)), **keys)
         run = Run(loop.Runtime(cfg), tmp_path)
         run.data, run.model = Images(open_source(cfg.data), cfg.data), folder.load(Source(models[kind]))
         made = AutoencoderTask(run)
@@ -138,6 +138,36 @@ def test_a_logit_of_the_critic_sees_its_patch_of_its_own_image(halvings: int, se
     assert x.grad is not None
     assert [int(x.grad[0].abs().sum((0, axis)).count_nonzero()) for axis in (1, 2)] == [seen, seen]
     assert x.grad[1].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("resolution", [8, 12, 16, 32])
+@pytest.mark.parametrize("halvings", [1, 2, 3])
+@pytest.mark.parametrize("equivariance", [0.0, 1.0])
+def test_images_too_small_for_the_critic_are_refused_and_no_others(
+    task: Callable[..., AutoencoderTask], resolution: int, halvings: int, equivariance: float
+) -> None:
+    """As small as equivariance makes them, which is drawn at each update."""
+    least = 2 * min(draw(0, step, equivariance, resolution // 2, resolution // 2)[0] for step in range(2000))
+    keys = {"adversarial_weight": 1.0, "critic_halvings": halvings, "critic_width": 8, "equivariance": equivariance}
+    image = torch.zeros(1, 3, least, least)
+    try:
+        critic = task(resolution=resolution, **keys).players["critic"].module
+    except UsageError as error:
+        assert str(error).startswith("train.autoencoder.critic_halvings: ") and "raise data.resolution" in str(error)
+        with pytest.raises(RuntimeError):
+            Critic(8, halvings)(image)
+    else:
+        assert critic(image).numel() >= 1
+
+
+def test_images_too_small_for_a_feature_network_are_refused_before_an_update(
+    task: Callable[..., AutoencoderTask], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tinydiff.models.efficientnet.EfficientNetLite0.smallest", 16)
+    assert task(perceptual_weight=1.0).features
+    for keys in ({"resolution": 8}, {"equivariance": 0.5}):
+        with pytest.raises(UsageError, match="needs images of 16 pixels or more; name another"):
+            task(perceptual_weight=1.0, **keys)
 
 
 def test_the_critic_judges_each_image_by_itself_whatever_its_size() -> None:

@@ -136,7 +136,7 @@ def check(kind: Any, value: Any, meta: Mapping[str, Any]) -> tuple[str, Any]:
         kind = tuple[int, ...] if isinstance(value, list | tuple) else int
     if kind in (tuple[int, ...], tuple[str, ...]):
         if not isinstance(value, list | tuple) or not value:
-            return f"expected a list, got {brief(value)}", value
+            return f"expected a list of one or more, got {brief(value)}", value
         if len(value) > MAX_LIST:
             return f"{len(value)} entries, above {MAX_LIST}", value
         results = [check(int if kind == tuple[int, ...] else str, v, meta) for v in value]

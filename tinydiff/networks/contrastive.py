@@ -47,6 +47,8 @@ class ContrastiveNetwork(Network):
     def conflicts(self, cfg: Config) -> Iterator[str]:
         if (stage := cfg.train.stage(CONTRASTIVE)).steps:
             yield from (f"train.{CONTRASTIVE}.{problem}" for problem in self.misfits(vars(stage)))
+            if stage.batch_size == 1:
+                yield f"train.{CONTRASTIVE}.batch_size: an image is told from the others of a batch; set 2 or more"
             if cfg.text_encoder.kind != "clip":
                 problem = f"it trains CLIP's tower, and text_encoder.kind is {cfg.text_encoder.kind}"
                 yield f"train.{CONTRASTIVE}.steps: {problem}; set 0, or text_encoder.kind=clip"

@@ -9,12 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from math import lcm
+from operator import attrgetter
 from typing import Any
 
 from tinydiff import config
 from tinydiff.data.dataset import Source, buckets
 from tinydiff.networks import DENOISERS
-from tinydiff.stages import trained
+from tinydiff.stages import STAGES, trained
 from tinydiff.system import cut
 
 LOOKED_AT = 100_000  # captions
@@ -32,6 +33,13 @@ def of_settings(cfg: config.Config) -> Iterator[str]:
     if (every := cfg.train.keep_every) and not any(_kept(every, stage) for stage in stages.values()):
         multiples = " or ".join(f"{name}.save_every ({stage.save_every})" for name, stage in stages.items())
         yield f"train.keep_every: no checkpoint is at a multiple of {every}; set a multiple of {multiples}"
+    if (
+        (stage := stages.get("train.autoencoder"))
+        and stage.adversarial_weight
+        and stage.adversarial_start >= stage.steps
+    ):
+        problem = f"the critic would begin after the last of {stage.steps} updates"
+        yield f"train.autoencoder.adversarial_start: {problem}; set {stage.steps // 2}"
     if cfg.diffusion.caption_dropout == 0 and cfg.generate.cfg_scale > 1:
         yield "diffusion.caption_dropout: at 0 guidance has nothing to compare with; set 0.1, or generate.cfg_scale=1"
     if cfg.diffusion.caption_dropout == 1:
@@ -82,20 +90,30 @@ def _unused(cfg: config.Config) -> Iterator[tuple[list[str], str]]:
     if kind == "dit" and cfg.network.size != "custom":
         own = [key for key in _changed("dit", cfg, usual) if key.split(".")[1] not in ("size", "patch_size")]
         rules.append((own, f"dit.size is {cfg.network.size}; custom reads them"))
-    stage, plain = (each.train.stage("autoencoder") for each in (cfg, usual))
-    for weight, keys in WEIGHED.items():
-        named = [f"train.autoencoder.{k}" for k in keys if getattr(stage, k) != getattr(plain, k)]
-        rules.append((named if not getattr(stage, weight) else [], f"train.autoencoder.{weight} is 0"))
-    others = {"kl": ("codebook", "commitment_weight"), "vq": ("kl_weight",)}[cfg.autoencoder.kind]
-    unread = [f"train.autoencoder.{k}" for k in others if getattr(stage, k) != getattr(plain, k)]
-    if cfg.autoencoder.kind == "kl":
-        unread += [k for k in _changed("autoencoder", cfg, usual) if k.endswith(".num_vq_embeddings")]
-    rules.append((unread, f"autoencoder.kind is {cfg.autoencoder.kind}"))
-    yield from ((keys, reason) for keys, reason in rules if keys)
+    yield from ((keys, reason) for keys, reason in (*rules, *_of_stages(cfg, usual)) if keys)
+
+
+def _of_stages(cfg: config.Config, usual: config.Config) -> Iterator[tuple[list[str], str]]:
+    """The same of keys of stages: those of a stage that is left out, and of losses that are."""
+    changed = {name: _changed(f"train.{name}", cfg, usual) for name in STAGES}
+    for name in (name for name in STAGES if name not in trained(cfg.train)):
+        yield [key for key in changed[name] if not key.endswith(".steps")], f"train.{name}.steps is 0"
+    kind, others = cfg.autoencoder.kind, {"kl": ("codebook", "commitment_weight"), "vq": ("kl_weight",)}
+    unread = [k for k in _changed("autoencoder", cfg, usual) if kind == "kl" and k.endswith(".num_vq_embeddings")]
+    if (stage := cfg.train.stage("autoencoder")).steps:
+        for weight in (weight for weight in WEIGHED if not getattr(stage, weight)):
+            yield _named(changed["autoencoder"], WEIGHED[weight]), f"train.autoencoder.{weight} is 0"
+        unread = _named(changed["autoencoder"], others[kind]) + unread
+    yield unread, f"autoencoder.kind is {kind}"
+
+
+def _named(keys: list[str], names: Sequence[str]) -> list[str]:
+    """Those of some keys that end in one of some names."""
+    return [key for key in keys if key.rpartition(".")[2] in names]
 
 
 def _changed(table: str, cfg: config.Config, usual: config.Config) -> list[str]:
-    ours, theirs = (asdict(getattr(each, table)) for each in (cfg, usual))
+    ours, theirs = (asdict(attrgetter(table)(each)) for each in (cfg, usual))
     return [f"{table}.{key}" for key in ours if ours[key] != theirs[key]]
 
 

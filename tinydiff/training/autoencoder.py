@@ -14,6 +14,7 @@ from torch import Tensor
 from tinydiff.charts import HELD
 from tinydiff.checkpoints import folder
 from tinydiff.diffusion.noise import keyed
+from tinydiff.errors import UsageError
 from tinydiff.images import to_pixels, to_uint8
 from tinydiff.measure.distances import decibels
 from tinydiff.measure.features import open_features
@@ -21,7 +22,7 @@ from tinydiff.models.critic import Critic
 from tinydiff.networks import VAE, autoencoder_of, network_of
 from tinydiff.networks.network import imported
 from tinydiff.training.losses import autoencoder_loss, balance, hinge, psnr
-from tinydiff.training.reconstruct import draw, turned
+from tinydiff.training.reconstruct import draw, smallest, turned
 from tinydiff.training.run import Run
 from tinydiff.training.task import PICTURES, Batch, Player, Task, Terms, counted
 from tinydiff.training.validation import BATCHES, error_of_mean, over
@@ -40,6 +41,19 @@ class AutoencoderTask(Task):
         if cfg.perceptual_weight:
             self.features = open_features(cfg.features)
             run.runtime.placed(self.features)
+        self.refuse_small()
+
+    def refuse_small(self) -> None:
+        """Raises UsageError where images, as small as they become, are too small for a network that judges them."""
+        cfg, factor = self.settings, self.model.description.factor
+        sides = (min(size) // factor for size in self.data.sizes)
+        side = factor * min(smallest(side) if cfg.equivariance else side for side in sides)
+        if "critic" in self.players and side < 2**cfg.critic_halvings:
+            problem = f"{cfg.critic_halvings} leave nothing of images of {side} pixels"
+            fix = "set less, or " if side > 2 else ""
+            raise UsageError(f"train.{self.name}.critic_halvings: {problem}; {fix}raise data.resolution")
+        if self.features:
+            self.features.maps(torch.zeros(1, 3, side, side, device=self.run.runtime.device))
 
     def state(self) -> dict[str, Any]:
         features = {"features": self.features.digest} if self.features else {}

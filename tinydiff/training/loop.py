@@ -335,9 +335,12 @@ def look(run: Run, task: Task, training: Training, n: int, log: Metrics | None) 
     """Measure and show what the averaged weights have learnt; whether to keep their checkpoint as the best."""
     began = time.monotonic()
     with averaged(task, training):
-        measured = task.validate()
-        helps = log or divided(run, task)  # where weights are divided, every process has to
-        drawn = task.pictures() if helps else None
+        try:
+            measured = task.validate()
+            helps = log or divided(run, task)  # where weights are divided, every process has to
+            drawn = task.pictures() if helps else None
+        except DivergedError as error:  # whose fix is for whoever only draws
+            raise diverged(task, f"after step {n} {str(error).partition('; ')[0]}") from error
     if log and drawn:
         path, (pictures, values) = run.dir / "samples" / f"{task.name}-{n:08d}.png", drawn
         files.write_file(path, images.encode_png(images.grid(pictures, 8), None), force=True)

@@ -132,6 +132,11 @@ def draw(seed: int, step: int, probability: float, height: int, width: int) -> l
     return [max(1, round(height * scale)), max(1, round(width * scale)), int(rng.integers(1, 4))]
 
 
+def smallest(side: int) -> int:
+    """What `draw` may make of a side."""
+    return max(1, round(side * SMALLEST))
+
+
 def turned(x: Tensor, turn: Sequence[int], factor: int = 1) -> Tensor:
     """Latents, or with the autoencoder's `factor` images, (B, C, h, w) made smaller and turned (Kouzelis et al. 2025, eq. 5)."""
     *size, quarters = turn
