@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import torch
 from forker import Forker
 from runs import said, sha256, untimed
 
-from tinydiff import config, export, pipeline
+from tinydiff import config, export, flags, pipeline
 from tinydiff.backends import open_backend
 from tinydiff.backends.pytorch import TorchBackend
 from tinydiff.checkpoints import folder, scheduler
@@ -282,6 +283,25 @@ def test_both_runtimes_draw_alike(random, tmp_path):
         assert np.abs(one - other).max() <= 1 and one.std() > 10
 
 
+@pytest.mark.parametrize(
+    ("asked", "wanted"),
+    [
+        ({}, []),
+        ({"steps": 2, "cfg_scale": 1.0}, []),
+        ({"cfg_scale": 3.0}, ["guidance built in"]),
+        ({"cfg_max": 3.0}, ["guidance built in"]),
+        ({"sampler": "deis", "cfg_scale": 2.0}, ["guidance built in", "by lcm, not by deis"]),
+    ],
+)
+def test_what_a_distilled_model_has_not_learnt_is_said(random, tiny_model, asked, wanted, capsys):
+    """Nothing of another model, nor by default."""
+    for model, told in ((random, wanted), (tiny_model, [])):
+        opened = SimpleNamespace(description=Source(model).description)
+        flags.complete(opened, flags.Flags(**asked))  # type: ignore[arg-type]
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == len(told) and all(text in line for text, line in zip(told, lines, strict=True))
+
+
 @pytest.mark.peers
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("calls", [1, 2, 4])
@@ -307,7 +327,7 @@ def test_diffusers_draws_the_same(random, monkeypatch, calls):
     [
         ({"diffusion": {"prediction": "epsilon"}}, {}, "steps: of pure noise"),
         ({"train": {"denoiser": {"steps": 0}}}, {}, "steps: there is no denoiser to distil"),
-        ({}, {"calls": 3}, "levels: 20 is no multiple of the 3 calls"),
+        ({}, {"calls": 3}, "levels: 20 is no multiple of 3 calls, whose levels must be learnt; set 21"),
         ({"diffusion": {"num_train_timesteps": 20}}, {"levels": 40}, "levels: 40 are more than the 20 of"),
         ({}, {"calls": 5}, ""),
     ],

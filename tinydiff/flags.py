@@ -71,11 +71,20 @@ def complete(opened: Backend, given: Flags) -> tuple[Request, int]:
         raise UsageError(f"--steps {request.steps}: the model has {most} noise levels; give at most that many")
     check_size(d, request.width, request.height)
     d.levels(request.sampler, request.steps, request.spacing)  # says what is wrong with them before anything is drawn
-    for text in d.notes:
+    for text in (*d.notes, *unlike(d.generate, request)):
         note(text)
     if given.cfg_scale is not None and given.cfg_scale < 1:
         note(f"--cfg-scale {given.cfg_scale:g}, as 1, is no guidance: the prompt counts, a negative prompt is unused")
     return request, given.batch_size or d.generate.batch_size
+
+
+def unlike(own: Any, request: Request) -> Iterator[str]:
+    """What a distilled model is asked for that it has not learnt, a line each."""
+    if own.sampler == "lcm" and own.cfg_scale <= 1:
+        if request.guided:
+            yield "the model was distilled with guidance built in, to which that of --cfg-scale is added; leave it out"
+        if request.sampler != own.sampler:
+            yield f"the model was distilled to be drawn by {own.sampler}, not by {request.sampler}; leave --sampler out"
 
 
 def edited(opened: Backend, request: Request, given: Flags) -> tuple[Request, Edit | None]:
