@@ -351,7 +351,7 @@ def write(folder: Path, parts: dict[str, list[Emoji]], size: int) -> None:
     """Writes folder/<part>/*.png and metadata.jsonl for every part; `folder` appears whole or not at all."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} exists; remove it or name another folder")
-    temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+    temporary = folder.absolute().with_name(f".tmp-{folder.name}-{os.getpid()}")
     total = sum(map(len, parts.values()))
     done = 0
     try:

@@ -21,11 +21,14 @@ import numpy as np
 from PIL import Image
 
 from tinydiff.diffusion.noise import keyed
+from tinydiff.errors import DataError, UsageError, UserError
 from tinydiff.progress import Progress
+from tinydiff.system import named, shown
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 LARGEST = 12  # patches along the short side of the largest scale
 SCALES = 6  # of each picture
+TEXTURES = "textures"  # the source that is computed
 FLAT = 4.0  # a patch with a smaller deviation, of 255, is kept one time in eight
 
 
@@ -99,35 +102,67 @@ def texture(size: int, rng: np.random.Generator) -> np.ndarray:
     return np.uint8(a + (b - a) * np.asarray(field, float)[:, :, None])
 
 
-def patches(source: str, count: int, size: int) -> Iterator[np.ndarray]:
-    """All patches of a source."""
-    if source == "textures":
+def patches(source: str, paths: list[Path], count: int, size: int) -> Iterator[np.ndarray]:
+    """All patches of a source. Raises DataError for a picture that cannot be read."""
+    if source == TEXTURES:
         yield from (texture(size, keyed(0, "texture", 0, i)) for i in range(count))
         return
-    paths = pictures(Path(source))
     for i, path in enumerate(paths):
         share = count * (i + 1) // len(paths) - count * i // len(paths)
-        if share:
-            yield from cut(path, share, size, keyed(0, "patches", 0, i))
+        try:
+            yield from cut(path, share, size, keyed(0, "patches", 0, i)) if share else ()
+        except (OSError, SyntaxError, ValueError) as error:  # as Pillow says it
+            raise DataError(f"{shown(path)}: cannot be read ({shown(error)}); mend or remove it") from None
 
 
-def main() -> None:
+def asked(text: str, out: Path) -> tuple[str, int, list[Path], Path]:
+    """What SOURCE=COUNT says: the source, how many patches, its pictures, and the folder that they go to."""
+    source, _, number = text.rpartition("=")
+    if not source or not number.isdecimal() or not 0 < int(number) <= 10**6:
+        raise UsageError(f"{shown(text)}: give SOURCE=COUNT, a folder and at most a million, such as photos=5000")
+    name = Path(source).resolve().name
+    place = out / name
+    if not name or (place.exists() and (not place.is_dir() or any(place.iterdir()))):
+        raise UsageError(f"{shown(place)}: exists; remove it or name another folder")
+    paths = pictures(Path(source)) if source != TEXTURES else []
+    if source != TEXTURES and not paths:
+        raise DataError(f"{shown(source)}: holds no images ({', '.join(SUFFIXES)}); give a folder, or {TEXTURES}")
+    return source, int(number), paths, place
+
+
+def write(wanted: list[tuple[str, int, list[Path], Path]], size: int) -> None:
+    """The patches of all sources as numbered PNG files. Raises ResourceError where they cannot be written."""
+    for source, count, paths, place in wanted:
+        bar = Progress(source, count, 0)
+        with named(place):
+            place.mkdir(parents=True, exist_ok=True)
+            for i, patch in enumerate(patches(source, paths, count, size)):
+                Image.fromarray(np.ascontiguousarray(patch)).save(place / f"{i:06d}.png", compress_level=1)
+                bar.update(i + 1, "")
+        print(f"{source}: {count} patches in {place}", file=sys.stderr)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command: writes the folders, returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("sources", nargs="+", metavar="SOURCE=COUNT")
     parser.add_argument("--size", type=int, default=64, help="pixels a side")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     Image.MAX_IMAGE_PIXELS = None  # wallpapers are large
     warnings.simplefilter("ignore", UserWarning)  # Pillow's, of palettes with transparency
-    for source, _, count in (part.rpartition("=") for part in args.sources):
-        name, bar = Path(source).name, Progress(source, int(count), 0)
-        place = args.out / name
-        place.mkdir(parents=True, exist_ok=True)
-        for i, patch in enumerate(patches(source, int(count), args.size)):
-            Image.fromarray(np.ascontiguousarray(patch)).save(place / f"{i:06d}.png", compress_level=1)
-            bar.update(i + 1, "")
-        print(f"{source}: {i + 1} patches in {place}", file=sys.stderr)
+    try:
+        if not 8 <= args.size <= 1024:
+            raise UsageError(f"--size {args.size} is out of range; give 8 to 1024 pixels")
+        wanted = [asked(part, args.out) for part in args.sources]
+        if len({place for *_, place in wanted}) < len(wanted):
+            raise UsageError("two sources have one name, by which their patches are kept; give one at a time")
+        write(wanted, args.size)
+    except UserError as error:
+        print(f"patches.py: {error}", file=sys.stderr)
+        return error.code
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
