@@ -187,7 +187,7 @@ def _figure(row: dict[str, Any], name: str) -> str:
     if deviation := row.get("deviations", {}).get(name):
         text += f" ± {deviation:.2g}"
     if of_real := row.get("of_real", {}).get(name):
-        text += f"; {of_real:.4g} of as many real pictures"
+        text += f"; {of_real:.4g} of real pictures"
     return text
 
 
