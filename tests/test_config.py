@@ -175,6 +175,7 @@ def test_all_mistakes_at_once(tmp_path):
         (["train.autoencoder.steps=0"], "train.autoencoder.steps: with 0 there is nothing to make latents"),
         (["train.denoiser.accumulate=3"], "train.denoiser.accumulate: 3 does not divide batch_size 4"),
         (["diffusion.schedule=flow", "diffusion.prediction=epsilon"], "diffusion.prediction: flow goes with"),
+        (["data.path="], "data.path: the name is empty"),
         (["train.validation_samples=1"], "train.validation_samples: one image has no spread"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from forker import Forker
+from hypothesis import given
+from hypothesis import strategies as st
 from runs import said, sha256, untimed
 
 from tinydiff import config, export, flags, pipeline
@@ -320,6 +323,19 @@ def test_diffusers_draws_the_same(random, monkeypatch, calls):
     how = {"num_inference_steps": calls, "guidance_scale": 1.0, "width": 16, "height": 16, "output_type": "np"}
     theirs = np.rint(pipe(CAPTIONS, latents=latents, **how).images * 255)
     assert np.abs(drawn(random, "torch", calls) - theirs).max() <= 1
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(10, 60))
+def test_what_is_advised_of_levels_and_calls_is_accepted(levels, calls, most):
+    """At once where the number of levels is wrong, else after the number of calls and then that of levels."""
+    cfg = config.make(diffusion={"num_train_timesteps": most}, generate={"steps": 1})
+    for _ in range(3):
+        problems = [p for p in config.conflicts(of_stage(cfg, steps=1, levels=levels, calls=calls)) if "distill" in p]
+        if not problems:
+            break
+        number = int(re.search(r"(\d+)(?: or less)?$", problems[0])[1])
+        levels, calls = (levels, number) if problems[0].endswith("or less") else (number, calls)
+    assert not problems
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,8 @@ def modern(table: dict[str, Any], where: str, say: Say) -> dict[str, Any]:
 def conflicts(config: Config) -> Iterator[str]:
     """Keys that are each in range but do not fit together."""
     network, kind = config.denoiser_network, config.denoiser.kind
+    if not config.data.path:
+        yield "data.path: the name is empty; give a folder, . for the current one, or shapes"
     yield from _of_sizes(config)
     yield from (f"autoencoder.{problem}" for problem in config.autoencoder_network.conflicts(config))
     yield from (f"{kind}.{problem}" for problem in network.conflicts(config))
@@ -269,11 +271,12 @@ def _of_distillation(config: Config) -> Iterator[str]:
     if "distill" not in trained(config.train):
         return
     stage, most = config.train.stage("distill"), config.diffusion.num_train_timesteps
+    fits = min(-(-stage.levels // stage.calls), most // stage.calls) * stage.calls
+    fix = f"set {fits}" if fits else f"set train.distill.calls {most} or less"
     if stage.levels % stage.calls:
-        fix = f"whose levels must be learnt; set {-(-stage.levels // stage.calls) * stage.calls}"
-        yield f"train.distill.levels: {stage.levels} is no multiple of {stage.calls} calls, {fix}"
+        yield f"train.distill.levels: {stage.levels} is no multiple of {stage.calls} calls, whose levels must be learnt; {fix}"
     if stage.levels > most:
-        yield f"train.distill.levels: {stage.levels} are more than the {most} of diffusion.num_train_timesteps; set {most}"
+        yield f"train.distill.levels: {stage.levels} are more than the {most} of diffusion.num_train_timesteps; {fix}"
     if "denoiser" not in trained(config.train):
         yield "train.distill.steps: there is no denoiser to distil with train.denoiser.steps 0"
     if config.diffusion.prediction == "epsilon":
