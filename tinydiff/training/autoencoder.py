@@ -49,7 +49,8 @@ class AutoencoderTask(Task):
         sides = (min(size) // factor for size in self.data.sizes)
         side = factor * min(smallest(side) if cfg.equivariance else side for side in sides)
         if "critic" in self.players and side < 2**cfg.critic_halvings:
-            problem = f"{cfg.critic_halvings} leave nothing of images of {side} pixels"
+            made = ", as equivariance makes them" if cfg.equivariance else ""
+            problem = f"{cfg.critic_halvings} leave nothing of images of {side} pixels{made}"
             fix = "set less, or " if side > 2 else ""
             raise UsageError(f"train.{self.name}.critic_halvings: {problem}; {fix}raise data.resolution")
         if self.features:
