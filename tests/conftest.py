@@ -143,9 +143,8 @@ def backend(tiny_model: Path):
 @pytest.fixture(scope="session")
 def forker(config_path: Path) -> Iterator[Forker]:
     """Runs of `config_path`, and any function of a module, in processes of their own."""
-    forker = Forker(
-        config_path, ["tinydiff.cli", "tinydiff.training.loop", "torch.distributed.fsdp", "faults", "pytest"]
-    )
+    own = ["tinydiff.cli", "tinydiff.training.loop", "tinydiff.training.contrastive", "tinydiff.training.distill"]
+    forker = Forker(config_path, [*own, "torch.distributed.fsdp", "faults", "pytest"])
     yield forker
     forker.close()
 

@@ -48,12 +48,13 @@ class Forker:
         die_at: int = 0,
         names: Sequence[str] = ("rename", "fsync", "link"),
         env: dict[str, str] | None = None,
+        config_path: Path | None = None,
     ) -> int:
         """Begin a run that dies before its `die_at`-th call of `names`, functions of os; its process id.
 
         What it says is added to `<run_dir>.log`.
         """
-        arguments = (str(self.config_path), str(run_dir), die_at, names)
+        arguments = (str(config_path or self.config_path), str(run_dir), die_at, names)
         return self.call("forker:train", *arguments, log=Path(f"{run_dir}.log"), env=env)
 
     def wait(self, pid: int = 0) -> int:

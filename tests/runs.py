@@ -1,4 +1,4 @@
-"""What a training run leaves behind, to be compared with what another one leaves."""
+"""Training runs of everything that can be learnt, and what a run leaves behind, to be compared with what another leaves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,45 @@ from typing import Any
 
 from forker import Forker
 
+from tinydiff.stages import STAGES
 from tinydiff.training.metrics import TIMED
+
+# ---- what is learnt --------------------------------------------------------------------------------------------------
+
+
+def of(table: str, **keys: object) -> list[str]:
+    """Settings of a table."""
+    return [f"{table}.{key}={value}" for key, value in keys.items()]
+
+
+JUDGED = {"perceptual_weight": 0.1, "chroma_weight": 1, "equivariance": 0.5}
+JUDGED |= {"adversarial_weight": 0.5, "adversarial_start": 3, "critic_width": 8}
+CODES = of("autoencoder", kind="vq", num_vq_embeddings=16)
+GIVEN = ["autoencoder.path=GIVEN", "train.autoencoder.steps=0"]
+TOWERS = of("train.contrastive", image_channels=[8, 16], projection_dim=12)
+ALIGNED = ["diffusion.contrastive_weight=0.05", "train.denoiser.alignment_weight=0.5"]
+OWN = of("diffusion", prediction="sample", loss_weight="v", timestep_density="logit_normal")
+CALLS = of("train.distill", calls=4, levels=4, solver_steps=2)
+
+LEARNT = {  # the stage that has the steps, and what it learns: every loss, player, codebook, optimizer and start in some row
+    "tuned": ("autoencoder", ["autoencoder.path=GIVEN", *of("train.autoencoder", optimizer="muon", **JUDGED)]),
+    "vq": ("autoencoder", [*CODES, *of("train.autoencoder", **JUDGED)]),
+    "commitment": ("autoencoder", [*CODES, *of("train.autoencoder", codebook="commitment", optimizer="muon")]),
+    "contrastive": ("contrastive", [*GIVEN, *TOWERS]),
+    "denoiser": ("denoiser", [*GIVEN, *ALIGNED, *OWN, "train.denoiser.optimizer=muon", "unet.qk_norm=true"]),
+    "distill": ("distill", [*TOWERS, *ALIGNED, *CALLS, *(f"train.{name}.steps=2" for name in [*STAGES][:-1])]),
+}
+
+
+def learnt(row: str, given: Path, others: Path, steps: int, **every: int) -> list[str]:
+    """The settings of a run of a `LEARNT` row: a `given` model's autoencoder, `others` to measure on, the best kept."""
+    (stage, own), usual = LEARNT[row], {"batch_size": 4, "warmup": 2, "lr": 1e-3, "ema": 0.9, **every}
+    made = [key for name in STAGES for key in of(f"train.{name}", **usual, steps=steps if name == stage else 0)]
+    made += [f"data.validation={others}", "train.keep_best=true", "train.validation_samples=8"]
+    return [*made, *(setting.replace("GIVEN", str(given)) for setting in own)]
+
+
+# ---- what is left ----------------------------------------------------------------------------------------------------
 
 
 def sha256(run_dir: Path, paths: Iterable[Path]) -> dict[str, str]:
@@ -29,11 +67,11 @@ def untimed(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def digests(run_dir: Path) -> dict[str, str]:
-    """SHA-256 of the last weights, average and moments of both stages and of the model, and the log without its times."""
-    last = {name: max(run_dir.glob(f"checkpoints/{name}-*")) for name in ("autoencoder", "denoiser")}
-    paths = [*run_dir.glob("model/*/*.safetensors"), *(p for c in last.values() for p in c.glob("*.safetensors"))]
-    found = sha256(run_dir, paths)
-    assert len(found) == 3 + 2 * 5
+    """SHA-256 of each stage's last weights, averages, moments, buffers and state, and of what is published; the log untimed."""
+    last = {path.name.rpartition("-")[0]: path for path in sorted(run_dir.glob("checkpoints/*-*"))}
+    folders = [*last.values(), *(run_dir / name for name in ("model", "autoencoder", "contrastive"))]
+    found = sha256(run_dir, (p for f in folders for p in (*f.rglob("*.safetensors"), *f.glob("state.json"))))
+    assert len(found) > 6 * len(last) > 0
     return found | {"log": json.dumps(untimed(run_dir))}
 
 

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from forker import Forker
 from hypothesis import given
 from hypothesis import strategies as st
 from runs import said, sha256, untimed
@@ -177,16 +176,10 @@ def digests(run_dir: Path) -> dict[str, str]:
 def test_a_run_killed_again_and_again_ends_in_the_same_bits(distilled, begun, path, forker):
     """At moments spread over the stage: while it reads, learns, saves and publishes."""
     run_dir, die_at, deaths = begun(), 3, 0
-    while (code := train(forker, path, run_dir, die_at)) == -9:
+    while (code := forker.run(run_dir, die_at, config_path=path)) == -9:
         deaths, die_at = deaths + 1, die_at + 17
     assert code == 0 and deaths >= 4, said(run_dir)
     assert digests(run_dir) == digests(distilled)
-
-
-def train(forker: Forker, path: Path, run_dir: Path, die_at: int) -> int:
-    """The exit code of a run that dies before so many calls that change the disk."""
-    arguments = (str(path), str(run_dir), die_at, ("rename", "fsync", "link"))
-    return forker.wait(forker.call("forker:train", *arguments, log=Path(f"{run_dir}.log")))
 
 
 def test_blocks_computed_twice_and_parts_of_a_batch(distilled, begun, distil_config):

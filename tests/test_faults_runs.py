@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from forker import processor_time, train
-from runs import digests, finishes_alike, said
+from forker import processor_time, train, wait_until
+from runs import LEARNT, digests, finishes_alike, learnt, of, said
 
 from tinydiff import config
 from tinydiff.schema import to_toml
@@ -28,32 +28,48 @@ def computed(run_dir: Path) -> float:
     return float(said(run_dir).split()[-1])
 
 
-@pytest.mark.parametrize("kills", [20, pytest.param(50, marks=pytest.mark.slow)])
-def test_killed_at_random_moments(forker, run_config, tmp_path, kills):
-    """Again and again over one run, each time after some more of its own processor time, often while it saves."""
-    often = {"steps": 3 * kills // 2, "save_every": 2, "sample_every": kills}
-    stages = {name: replace(getattr(run_config.train, name), **often) for name in ("autoencoder", "denoiser")}
-    path, run_dir, wanted = tmp_path / "config.toml", tmp_path / "run", tmp_path / "wanted"
-    path.write_text(to_toml(replace(run_config, train=replace(run_config.train, **stages))))
-    start = partial(forker.call, "forker:train", str(path))
+def saved(run_dir: Path) -> int:
+    """Steps of all stages that need not be done again."""
+    last = dict(path.name.split("-") for path in sorted(run_dir.glob("checkpoints/[a-z]*")))
+    return sum(map(int, last.values()))
+
+
+def unfinished(run_dir: Path) -> set[Path]:
+    """Checkpoints that are being made or removed."""
+    return {*run_dir.glob("checkpoints/.*")}
+
+
+@pytest.mark.parametrize(
+    ("row", "kills"),
+    [("", 20), *(pytest.param(row, 20 if row else 50, marks=pytest.mark.slow) for row in ("", *LEARNT))],
+)
+def test_killed_at_random_moments(forker, config_path, tiny_model, other_images, tmp_path, row, kills):
+    """Again and again, ever later: in turn after some more processor time, and in a save, as the file system shows it."""
+    path, run_dir, wanted = (tmp_path / name for name in ("config.toml", "run", "wanted"))
+    every = {"steps": 3 * kills // 2, "save_every": 2, "sample_every": 3 * kills // 4}
+    plain = [*of("train.autoencoder", **every), *of("train.denoiser", **every)]
+    settings = learnt(row, tiny_model, other_images, **every) if row else plain
+    path.write_text(to_toml(config.load(config_path, settings)))
     seconds = []
     for _ in range(2):  # the second time there is nothing to do
-        start(str(wanted), log=Path(f"{wanted}.log"))
-        assert forker.wait() == 0
+        assert forker.run(wanted, config_path=path) == 0, said(wanted)
         seconds.append(computed(wanted))
     work, rng, saving = seconds[0] - seconds[1], np.random.default_rng(20), 0
-    for _ in range(kills):
-        pid = start(str(run_dir), log=Path(f"{run_dir}.log"))
-        moment = seconds[1] + rng.uniform(0, 2) * work / kills
-        while (used := processor_time(pid)) is not None and used < moment:
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.01))  # the clock's own step
+    for number in range(kills):
+        least, before = saved(wanted) * number // (kills + 4), unfinished(run_dir)
+        pid = forker.start(run_dir, config_path=path)
+        wait_until(lambda least=least: saved(run_dir) >= least)
+        if number % 2:
+            wait_until(lambda before=before: unfinished(run_dir) - before)
+        else:
+            moment = max(processor_time(pid) or 0, seconds[1]) + rng.uniform(0, 2) * work / kills
+            wait_until(lambda pid=pid, moment=moment: (used := processor_time(pid)) is None or used >= moment)
+        time.sleep(rng.uniform(0, 0.01))
         os.kill(pid, signal.SIGKILL)
         assert forker.wait() == -signal.SIGKILL, said(run_dir)
-        saving += any(".tmp-" in str(p) or ".tinydiff-old" in str(p) for p in run_dir.rglob(".*"))
-    print(f"{saving} of {kills} kills landed inside a save")
-    start(str(run_dir), log=Path(f"{run_dir}.log"))
-    assert forker.wait() == 0, said(run_dir)
+        saving += bool(unfinished(run_dir) - before)
+    print(f"{row}: {saving} of {kills} kills landed inside a save")
+    assert forker.run(run_dir, config_path=path) == 0, said(run_dir)
     assert digests(run_dir) == digests(wanted) and saving >= kills // 5
     assert [p for p in run_dir.rglob(".*") if p.name != ".lock"] == []
 

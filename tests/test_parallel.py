@@ -12,16 +12,16 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from forker import Forker, processor_time, wait_until
 from interpreters import ENV
-from runs import sha256, untimed
-from safetensors.torch import load_file
+from runs import LEARNT, learnt, sha256, untimed
 from torch import nn
 
 from tinydiff import config
@@ -29,7 +29,7 @@ from tinydiff.checkpoints import folder
 from tinydiff.checkpoints.source import Source
 from tinydiff.errors import UsageError
 from tinydiff.schema import to_toml
-from tinydiff.stages import Stage
+from tinydiff.stages import STAGES, Stage
 from tinydiff.training import claim, loop, state
 from tinydiff.training.parallel import World, blocks
 
@@ -228,7 +228,7 @@ def alike(one: Path, other: Path) -> None:
     """Losses within 1e-4 at every step that is logged, and weights and moments that went the same way."""
     assert len(losses(one)) == 5 and losses(other) == pytest.approx(losses(one), rel=1e-4)
     mine, theirs = measured(one), measured(other)
-    assert len(mine) == 7 and theirs == pytest.approx(mine, rel=2e-4)
+    assert len(mine) == 7 and theirs == pytest.approx(mine, rel=1e-5)
     for kind in state.KINDS:
         mine, theirs = tensors(one, kind), tensors(other, kind)
         assert {k: v.shape for k, v in mine.items()} == {k: v.shape for k, v in theirs.items()}
@@ -281,24 +281,6 @@ def test_shared_matrices_learn_the_same(server, tmp_path):
     alike(tmp_path / "alone", tmp_path / "run")
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_distil_what_one_does(server, alone, tmp_path, parallel):
-    """From the denoiser of one process: its teacher and the text encoder may be divided, too."""
-    settings = [
-        f"train.distill.{key}" for key in ("steps=20", "batch_size=4", "warmup=2", "solver_steps=2", "lr=0.001")
-    ]
-    for size in (1, 2):
-        shutil.copytree(alone, tmp_path / str(size))
-        done = server.run(size, tmp_path / str(size), *settings, *[f"train.parallel={parallel}"] * (size - 1))
-        assert done == [0] * size, server.said()
-    one, two = (losses(tmp_path / size, "distill") for size in "12")
-    assert len(one) == 2 and two == pytest.approx(one, rel=1e-4)
-    first, second = (folder.load(Source(tmp_path / size / "model")) for size in "12")
-    for name, part in first.networks.items():
-        for key, value in part.state_dict().items():
-            assert (second.networks[name].state_dict()[key] - value).abs().max() <= 2e-3 * value.abs().max() + 1e-5, key
-
-
 def test_parts_of_a_batch_are_exchanged_once(server, alone, tmp_path):
     """Gradients of two processes in two parts each: as one batch, and summed over the processes once an update."""
     count = """
@@ -328,33 +310,6 @@ loop.run = counted
     assert f"exchanges {4 + STEPS}" in server.said()
 
 
-EVERY = ("perceptual_weight=0.1", "chroma_weight=1", "equivariance=0.5", "adversarial_weight=0.5")
-EVERY += ("adversarial_start=3", "critic_width=8", "steps=20", "save_every=20")
-
-
-@pytest.mark.parametrize("kind", ["kl", "vq"])
-def test_two_processes_learn_every_loss_of_the_autoencoder_and_its_critic(kind, server, tmp_path):
-    """The critic begins at step 3, and some batches are turned; alone in two parts, which changes nothing either."""
-    settings = [f"autoencoder.kind={kind}", "autoencoder.num_vq_embeddings=16"]
-    settings += [f"train.autoencoder.{each}" for each in EVERY]
-    found = []
-    for name, size, parts in (("alone", 1, 2), ("pair", 2, 1)):
-        run_dir, more = tmp_path / name, f"train.autoencoder.accumulate={parts}"
-        assert server.run(size, run_dir, *settings, more, "--stage", "autoencoder") == [0] * size, server.said()
-        last = run_dir / "checkpoints" / "autoencoder-00000020"
-        rows = [row | {"stage": 0} for row in untimed(run_dir) if "critic_loss" in row]
-        weights = {k: dict(state.Blocks(last, k).whole()) for k in ("weights", "buffers")}
-        found.append((rows, weights, state.read(last)["task"]["balance"]))
-    (rows, one, balance), (others, other, theirs) = found
-    assert len(rows) == 2 and theirs == pytest.approx(balance, rel=1e-3) and balance > 0
-    for row, another in zip(rows, others, strict=True):
-        assert another == pytest.approx(row, rel=1e-4, abs=1e-4)
-    assert any(name.startswith("critic.") for name in one["weights"])
-    for kind in one:
-        for name, value in one[kind].items():
-            torch.testing.assert_close(other[kind][name], value, rtol=1e-3, atol=1e-4)
-
-
 def test_parts_of_a_batch_add_up_where_weights_are_divided(server, alone, tmp_path):
     """FSDP keeps whole gradients until the last part; blocks that are computed twice are gathered twice."""
     settings = ("train.parallel=fsdp", "train.denoiser.accumulate=2", "train.gradient_checkpointing=true")
@@ -362,22 +317,38 @@ def test_parts_of_a_batch_add_up_where_weights_are_divided(server, alone, tmp_pa
     assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-4)
 
 
-def test_a_loss_of_the_whole_batch_is_that_of_one_process(server, tmp_path):
-    """Contrastive: each row is compared with those of the other process too, whose gradients come back."""
-    settings = [
-        f"train.contrastive.{key}" for key in ("steps=20", "batch_size=8", "warmup=2", "save_every=20", "clip=0")
-    ]
-    settings += ["train.contrastive.image_channels=[16]", "train.autoencoder.steps=1", "--stage", "contrastive"]
-    assert server.run(1, tmp_path / "one", *settings) == [0], server.said()
-    assert server.run(2, tmp_path / "two", *settings) == [0, 0], server.said()
-    for key in ("loss", "grad_norm", "scale"):
-        rows = (untimed(tmp_path / name) for name in ("one", "two"))
-        one, two = ([row[key] for row in each if row["stage"] == "contrastive" and key in row] for each in rows)
-        assert len(one) == 2 and two == pytest.approx(one, rel=1e-4), key
-    places = [tmp_path / name / "contrastive" / "model.safetensors" for name in ("one", "two")]
-    mine, theirs = map(load_file, places)
-    for name, value in mine.items():
-        assert (value - theirs[name]).abs().max() <= 1e-4 + 2e-3 * value.abs().max(), name
+FLOAT32 = "import torch; torch.Tensor.bfloat16 = torch.Tensor.float"
+
+
+def determined(run_dir: Path) -> list[dict[str, Any]]:
+    """The log, but for a constant in all of the critic's logits: no hinge inside its margin sees it, so rounding makes it."""
+    rows = []
+    for row in untimed(run_dir):
+        adversarial, real, fake = (row.pop(key, 0.0) for key in ("adversarial", "critic_real", "critic_fake"))
+        stage, without = row.pop("stage"), {"loss": row["loss"] - adversarial} if "loss" in row else {}
+        rows.append(row | without | {"critic_gap": real - fake, "stage": [*STAGES].index(stage)})
+    return rows
+
+
+@pytest.mark.parametrize(("row", "parallel"), [*product(LEARNT, ["ddp"]), ("denoiser", "fsdp"), ("distill", "fsdp")])
+def test_two_processes_learn_what_one_does(row, parallel, server, tiny_model, other_images, tmp_path):
+    """All that is logged: losses and their terms, norms of gradients, measures of averaged weights on held-out images.
+
+    Muon's iteration is in float32 here: bfloat16 turns what differs in the last digit into directions of its own.
+    """
+    settings = learnt(row, tiny_model, other_images, steps=20, save_every=20, sample_every=20)
+    settings += [f"train.parallel={parallel}"]
+    settings += ["train.timeout=60", *(["train.denoiser.optimizer=adamw"] if parallel == "fsdp" else [])]
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for size, run_dir in enumerate(runs, 1):
+        assert server.run(size, run_dir, *settings, patch=FLOAT32) == [0] * size, server.said()
+    one, two = map(determined, runs)
+    assert sum("loss" in values for values in one) == 2
+    for mine, theirs in zip(one, two, strict=True):
+        assert mine.keys() == theirs.keys()
+        signs = {key for key in mine if key.endswith(("grad_norm", "balance"))}  # of errors: one that flips is seen
+        for rel, keys in ((1e-2, signs), (1e-4, mine.keys() - signs)):
+            assert {k: theirs[k] for k in keys} == pytest.approx({k: mine[k] for k in keys}, rel=rel, abs=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ when one of them dies

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import untimed
+from runs import said, untimed
 from safetensors.torch import load_file
-from test_parallel import Server
 from test_training import opened
 from torch import nn
 from torch.nn import functional as F
@@ -290,29 +289,17 @@ def recipe_path(config_path: Path, tmp_path_factory) -> Path:
 
 def test_a_killed_run_of_all_recipes_ends_in_the_same_bits(forker, recipe_path, tmp_path):
     runs, rng = [tmp_path / "whole", tmp_path / "killed"], np.random.default_rng(0)
-    assert forker.wait(forker.call("forker:train", str(recipe_path), str(runs[0]), log=tmp_path / "log")) == 0
+    assert forker.run(runs[0], config_path=recipe_path) == 0, said(runs[0])
     codes = []
     while not codes or codes[-1]:
         at = int(rng.integers(20, 120)) if len(codes) < 20 else 0
-        arguments = (str(recipe_path), str(runs[1]), at, ("rename", "fsync", "link"))
-        codes.append(forker.wait(forker.call("forker:train", *arguments, log=tmp_path / "log")))
-        assert codes[-1] in (0, -9), (tmp_path / "log").read_text()
+        codes.append(forker.run(runs[1], at, config_path=recipe_path))
+        assert codes[-1] in (0, -9), said(runs[1])
     assert len(codes) > 2
     one, other = ({p.relative_to(run): p.read_bytes() for p in run.glob("checkpoints/*/*.safetensors")} for run in runs)
     assert one == other and untimed(runs[0]) == untimed(runs[1])
     kinds = {p.name for p in one}
     assert kinds == {f"{kind}.safetensors" for kind in state.KINDS}
-
-
-def test_two_processes_learn_what_one_does(forker, recipe_path, tmp_path):
-    """By all losses: Muon makes directions in which a gradient is only rounding as long as the others, so weights differ."""
-    server, runs = Server(recipe_path, forker), [tmp_path / "one", tmp_path / "two"]
-    for size, run in enumerate(runs, 1):
-        assert server.run(size, run, "train.timeout=60") == [0] * size, server.said()
-    rows = [[row for row in untimed(run) if "loss" in row] for run in runs]
-    for name in ("loss", "grad_norm", "alignment"):
-        one, two = ([row[name] for row in each if name in row] for each in rows)
-        assert two == pytest.approx(one, rel=1e-4 if name == "loss" else 2e-3), name
 
 
 def test_another_optimizer_s_checkpoint_is_refused(recipe_path, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from forker import Forker
 from PIL import Image
-from runs import sha256, untimed
+from runs import said, sha256, untimed
 
 from tinydiff import config
 from tinydiff.checkpoints import folder
@@ -430,14 +430,9 @@ def test_killed_at_random_moments_it_ends_in_the_same_bits(kind: str, run_config
     cfg = replace(cfg, autoencoder=replace(cfg.autoencoder, kind=kind, num_vq_embeddings=CODES))
     path.write_text(to_toml(cfg))
 
-    def run(name: str, die_at: int = 0) -> int:
-        log = Path(f"{tmp_path / name}.log")
-        arguments = (str(path), str(tmp_path / name), die_at, ("rename", "fsync", "link"))
-        return forker.wait(forker.call("forker:train", *arguments, log=log))
-
-    assert run("whole") == 0, Path(f"{tmp_path / 'whole'}.log").read_text()
+    assert forker.run(tmp_path / "whole", config_path=path) == 0, said(tmp_path / "whole")
     rng, codes = np.random.default_rng(0), []
     while not codes or codes[-1]:
-        codes.append(run("killed", int(rng.integers(8, 40)) if len(codes) < 5 else 0))
+        codes.append(forker.run(tmp_path / "killed", int(rng.integers(8, 40)) * (len(codes) < 5), config_path=path))
     assert len(codes) > 3
     assert left(tmp_path / "killed") == left(tmp_path / "whole")
