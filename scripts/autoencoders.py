@@ -1,8 +1,9 @@
 """What each loss of the autoencoder gives: variants of one trained autoencoder, trained on for equal processor time.
 
-python scripts/autoencoders.py FOLDER HELDOUT [-s SECONDS] [--only NAME ...] prints a row of Markdown for each: on the
-held-out images PSNR, perceptual distance, mean error of Cb and Cr, and the PSNR of what the decoder makes of latents at half
-size against the images at half size, in which an equivariant autoencoder is good.
+python scripts/autoencoders.py FOLDER HELDOUT [-s SECONDS] [-b BEGIN] [--only NAME ...] prints a row of Markdown for each: on
+the held-out images PSNR, perceptual distance, mean error of Cb and Cr, and the PSNR of what the decoder makes of latents at
+half size against the images at half size, in which an equivariant autoencoder is good. BEGIN is the model whose autoencoder
+is trained on, or a recipe (a .toml), by which one begins with nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from tinydiff.data.dataset import Images, open_source
 from tinydiff.images import to_pixels
 from tinydiff.measure.features import Features, open_features
 from tinydiff.networks import VAE, network_of
+from tinydiff.text.tokenizer import Tokenizer
 from tinydiff.training import loop
 from tinydiff.training.autoencoder import AutoencoderTask
 from tinydiff.training.losses import chroma, psnr
@@ -30,8 +32,11 @@ from tinydiff.training.reconstruct import turned
 from tinydiff.training.run import Run
 from tinydiff.training.state import Learner, Training
 
-VARIANTS: dict[str, dict[str, float]] = {
+VARIANTS: dict[str, dict[str, float | str]] = {
     "pixels": {},
+    "pixels, AdamW": {"optimizer": '"adamw"'},
+    "pixels, AdamW, rate 0.003": {"optimizer": '"adamw"', "lr": 3e-3},
+    "pixels, Muon": {"optimizer": '"muon"', "lr": 3e-3, "warmup": 30},
     "+ chroma": {"chroma_weight": 1.0},
     "+ perceptual": {"perceptual_weight": 0.2},
     "+ perceptual, critic": {"perceptual_weight": 0.2, "adversarial_weight": 0.1},
@@ -40,14 +45,16 @@ VARIANTS: dict[str, dict[str, float]] = {
 }
 STAGE = {"batch_size": 16, "lr": 5e-4, "warmup": 10, "ema": 0.98, "critic_lr": 5e-4}
 TRIED = 4  # updates that say how long one takes
+MOST = 256  # images that are measured
 
 
-def opened(model: Path, data: Path, name: str) -> Run:
-    stage = {f"train.autoencoder.{k}": v for k, v in (STAGE | VARIANTS.get(name, {})).items()}
+def opened(begin: Path, data: Path, name: str) -> Run:
+    nothing = begin.suffix == ".toml"
+    stage = {f"train.autoencoder.{k}": v for k, v in (({} if nothing else STAGE) | VARIANTS.get(name, {})).items()}
     rest = {"data.path": f'"{data}"', "train.threads": 1, "train.device": '"cpu"'}
-    cfg = config.load(model / "tinydiff.toml", [f"{k}={v}" for k, v in (rest | stage).items()])
+    cfg = config.load(begin if nothing else begin / "tinydiff.toml", [f"{k}={v}" for k, v in (rest | stage).items()])
     run = Run(loop.Runtime(cfg), Path(tempfile.gettempdir()) / "none")
-    begun = folder.load(Source(model))
+    begun = folder.build(cfg, Tokenizer.train(["a"], 514, 8)) if nothing else folder.load(Source(begin))
     run.model = quantised(begun) if name == "codebook" else begun
     run.runtime.placed(run.model.vae)
     run.data = Images(open_source(cfg.data), cfg.data)
@@ -99,9 +106,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="training images")
     parser.add_argument("heldout", type=Path, help="images to be measured on")
     parser.add_argument("-s", "--seconds", type=float, default=180, help="of the processor, for each")
-    parser.add_argument(
-        "-m", "--model", type=Path, default=Path("weights/emoji"), help="whose autoencoder all begin with"
-    )
+    parser.add_argument("-b", "--begin", type=Path, default=Path("weights/emoji"), help="a model, or a recipe")
     parser.add_argument("--only", nargs="*", default=["begun with", *VARIANTS], help="names of rows")
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -109,12 +114,12 @@ def main() -> None:
     print("| losses | updates | seconds | PSNR | perceptual distance | error of colour | PSNR at half size |")
     print("|---|---|---|---|---|---|---|", flush=True)
     for name in asked.only:
-        run = opened(asked.model, asked.folder, name)
-        held = Images(open_source(replace(run.cfg.data, path=str(asked.heldout))), run.cfg.data)
-        pixels = torch.from_numpy(to_pixels(held.read(range(len(held.source)))[0]))  # type: ignore[arg-type]
+        run = opened(asked.begin, asked.folder, name)
+        held = Images(open_source(replace(run.cfg.data, path=str(asked.heldout)), seed=1), run.cfg.data)
+        pixels = torch.from_numpy(to_pixels(held.read(range(min(MOST, len(held.source))))[0]))  # type: ignore[arg-type]
         steps, seconds = 0, 0.0
         if name in VARIANTS:
-            steps = round(asked.seconds / trained(opened(asked.model, asked.folder, name), TRIED))
+            steps = round(asked.seconds / trained(opened(asked.begin, asked.folder, name), TRIED))
             seconds = steps * trained(run, steps)
         vae = run.model.vae.eval()
         db, distance, colour, half = measured(vae, pixels, features, run.model.description.factor)
