@@ -11,12 +11,17 @@ for package in $photos; do dpkg-deb -x "$data/debian/${package}"_*.deb "$data/ph
 for package in openclipart-png supertuxkart-data tuxpaint-stamps-default; do
   dpkg-deb -x "$data/debian/${package}"_*.deb "$data/$package"
 done
-python scripts/emoji.py "$data/emoji" --size 128
+python scripts/emoji.py "$data/emoji"
 python scripts/patches.py "$data/patches" "$data/photos=36000" "$data/openclipart-png=12000" "$data/emoji/train=6000" \
   "$data/supertuxkart-data/usr/share/games/supertuxkart/data/tracks=8000" textures=3000
-tinydiff train weights/autoencoder/tinydiff.toml --set "data.path=$data/patches" --run-dir runs/general --stage autoencoder
+train() { tinydiff train weights/autoencoder/tinydiff.toml --set "data.path=$data/patches" --stage autoencoder "$@"; }
+train --run-dir runs/general
+# Then on, with the distance of features as a loss, which by itself would not teach colours and places.
+train --run-dir runs/general-perceptual --set autoencoder.path=runs/general --set train.autoencoder.perceptual_weight=0.2 \
+  --set train.autoencoder.steps=1200 --set train.autoencoder.lr=0.002 --set train.autoencoder.ema=0.998
 python - <<'END'
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -25,9 +30,10 @@ from safetensors.torch import load_file
 from tinydiff import config
 from tinydiff.checkpoints import folder
 
-run, file = Path("runs/general/autoencoder"), "diffusion_pytorch_model.safetensors"
-recipe, table = config.load(Path("weights/autoencoder/tinydiff.toml")), json.loads((run / "config.json").read_text())
-folder.save_network(Path("weights/autoencoder"), table, load_file(run / file), file, recipe, torch.float16)
+run, half, place = Path("runs/general-perceptual/autoencoder"), Path("runs/general-half"), Path("weights/autoencoder")
+file, recipe = "diffusion_pytorch_model.safetensors", config.load(place / "tinydiff.toml")
+folder.save_network(half, json.loads((run / "config.json").read_text()), load_file(run / file), file, recipe, torch.float16)
+shutil.copytree(half, place, dirs_exist_ok=True)  # beside README.md
 END
 unseen=$(mktemp -d)
 python - "$unseen" <<'END'

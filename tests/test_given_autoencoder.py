@@ -7,19 +7,22 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from runs import sha256
 from safetensors.torch import load_file, save_file
 
-from tinydiff import config, evaluate
+from tinydiff import config, evaluate, images
 from tinydiff.checkpoints import folder
 from tinydiff.checkpoints.source import Source
 from tinydiff.config import load
 from tinydiff.errors import ModelError, UsageError
+from tinydiff.files import shipped
 from tinydiff.schema import to_toml
 from tinydiff.text.tokenizer import Tokenizer
 from tinydiff.training import loop
+from tinydiff.training.losses import chroma, psnr
 
 SHAPE = ("block_out_channels", "latent_channels", "layers_per_block", "norm_num_groups", "mid_block_add_attention")
 
@@ -139,3 +142,23 @@ def test_what_a_stage_publishes_opens_in_diffusers(run_config: config.Config, tm
     place = loop.run(run_config, tmp_path / "run", last="autoencoder")
     vae = AutoencoderKL.from_pretrained(place)
     assert vae.config.latent_channels == run_config.autoencoder.latent_channels
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_the_general_one_is_shipped_and_good(size: int) -> None:
+    """Photographs that it has never seen, and colours as strong as they come."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    cfg = load(None, ["autoencoder.path=general", "data.resolution=512"])
+    assert (cfg.autoencoder.factor, cfg.autoencoder.latent_channels) == (8, 16)
+    network, place = cfg.autoencoder_network, shipped("autoencoder")
+    assert sum(path.stat().st_size for path in place.iterdir()) <= 14e6
+    vae = folder.opened(network, network.describe(cfg), network.given(cfg))
+    photos = [images.fit(datasets.load_sample_image(name), size) for name in ("china.jpg", "flower.jpg")]
+    strong = np.tile(np.uint8([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]]), (size, 1, 1)).repeat(
+        size // 4, 1
+    )
+    pixels = torch.from_numpy(images.to_pixels(np.stack([*photos, strong])))
+    with torch.no_grad():
+        drawn = vae.decode(vae.distribution(pixels)[0]).clamp(-1, 1)
+    assert psnr(pixels[:2], drawn[:2]) > 22
+    assert 50 * chroma(pixels - drawn).abs().mean() < 3  # percent of the range
