@@ -256,11 +256,11 @@ def conflicts(config: Config) -> Iterator[str]:
         nothing = "with 0 there is nothing to make latents and images with"
         yield f"train.autoencoder.steps: {nothing}; set 1 or more, or name an autoencoder by autoencoder.path"
     yield from _of_distillation(config)
-    for name in trained(config.train):
+    for name, row in trained(config.train).items():
         stage: Stage = config.train.stage(name)
         if stage.beta2 == 1:
             yield f"train.{name}.beta2: the second moment never begins at 1; set 0.999"
-        if stage.optimizer == "muon" and config.train.parallel == "fsdp":
+        if stage.optimizer == "muon" and config.train.parallel == "fsdp" and row.divided:
             yield f"train.{name}.optimizer: muon needs matrices whole on each process; set train.parallel ddp, or adamw"
         if stage.batch_size % stage.accumulate:
             yield f"train.{name}.accumulate: {stage.accumulate} does not divide batch_size {stage.batch_size}"

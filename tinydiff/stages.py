@@ -85,13 +85,21 @@ class Row:
     pictures: str
     halves: tuple[str, str] | None = None  # what stands above and below in a picture
     loss: str = "loss"  # which measure of an update is compared with the same of held-out images
+    divided: bool = False  # whether fsdp divides its network among processes
 
 
 STAGES: dict[str, Row] = {
     "autoencoder": Row(
         AutoencoderStage,
         section(
-            AutoencoderStage, "stage 1: image -> latent -> image", steps=800, lr=2e-3, save_every=400, sample_every=400
+            AutoencoderStage,
+            "stage 1: image -> latent -> image",
+            steps=800,
+            optimizer="muon",
+            lr=3e-3,
+            warmup=30,
+            save_every=400,
+            sample_every=400,
         ),
         "tinydiff.training.autoencoder:AutoencoderTask",
         "images of the data above, their reconstructions below",
@@ -115,12 +123,14 @@ STAGES: dict[str, Row] = {
         section(DenoiserStage, "stage 2: text encoder and denoiser on the latents", steps=2000, warmup=200, ema=0.998),
         "tinydiff.training.denoiser:DenoiserTask",
         "generated from these captions, row by row",
+        divided=True,
     ),
     "distill": Row(
         DistillStage,
         section(DistillStage, "stage 3: the denoiser, to draw in few calls", steps=0, lr=2e-4, warmup=20, ema=0.98),
         "tinydiff.training.distill:DistillTask",
         "generated from these captions in few calls, row by row",
+        divided=True,
     ),
 }
 
