@@ -117,7 +117,7 @@ def generate(runs: int, model: Path) -> None:
     size = str(Source(model).description.size)
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/x.png"
-        tail = ["-m", str(model), "-o", out, "--force", "--steps", "20"]
+        tail = ["-m", str(model), "-o", out, "--force", "--steps", "20", "--cfg-scale", "3", "--sampler", "ddim"]
         ours = [sys.executable, "-m", "tinydiff", "generate", "red heart", *tail]
         for name, script in (("diffusers", DIFFUSERS), ("floor", FLOOR)):
             theirs = [sys.executable, "-c", script, str(model), out, size]

@@ -1,8 +1,9 @@
 """Print docs/samplers.md and draw docs/samplers.svg: how far each solver is from the exact solution after how many calls.
 
-    python scripts/samplers.py > docs/samplers.md
+    python scripts/samplers.py MODEL > docs/samplers.md
 
-Twice: on a mixture of Gaussians whose x0 is known exactly, and on the shipped model against DDIM at all its 1,000 levels.
+Twice: on a mixture of Gaussians whose x0 is known exactly, and on MODEL, the emoji model before it is distilled (`tinydiff train
+weights/emoji/tinydiff.toml --stage denoiser`), against DDIM at all its 1,000 levels.
 """
 
 from __future__ import annotations
@@ -74,10 +75,10 @@ def on_mixture(name: str, calls: int, spacing: str = "trailing") -> np.ndarray:
 
 
 class Model:
-    """The shipped model drawing the same starts every time."""
+    """The emoji model drawing the same starts every time."""
 
     def __init__(self) -> None:
-        self.backend = open_backend(Source(find_model(None)))
+        self.backend = open_backend(Source(find_model(sys.argv[1])))
         self.d = self.backend.description
 
     def __call__(self, name: str, calls: int, spacing: str = "trailing") -> np.ndarray:
@@ -127,7 +128,7 @@ def main() -> None:
     exact = {"mixture": on_mixture("ddim", 1000), "model": model("ddim", 1000)}
     errors = {
         "a mixture of Gaussians": {n: [error(on_mixture(n, c), exact["mixture"]) for c in CALLS] for n in DRAWN},
-        "the shipped model": {n: [middle(model(n, c), exact["model"]) for c in CALLS] for n in DRAWN},
+        "the emoji model": {n: [middle(model(n, c), exact["model"]) for c in CALLS] for n in DRAWN},
     }
     rows = {s: [middle(model(n, 20, s), exact["model"]) for n in SPACED] for s in SPACINGS}
     (ROOT / "docs" / "samplers.svg").write_text(figure(errors))
@@ -142,14 +143,14 @@ def main() -> None:
         for i, calls in enumerate(CALLS):
             print(f"| {calls} | " + " | ".join(f"{found[n][i]:.2g}" for n in DRAWN) + " |")
     print(
-        "\nError on the shipped model after 20 calls, by spacing:\n\n| spacing | "
+        "\nError on the emoji model after 20 calls, by spacing:\n\n| spacing | "
         + " | ".join(f"`{n}`" for n in SPACED)
         + " |"
     )
     print("|---" * (len(SPACED) + 1) + "|")
     for spacing, row in rows.items():
         print(f"| `{spacing}` | " + " | ".join(f"{v:.2g}" for v in row) + " |")
-    best, reference = rows["log_snr"][SPACED.index("deis")], errors["the shipped model"]["ddim"][CALLS.index(60)]
+    best, reference = rows["log_snr"][SPACED.index("deis")], errors["the emoji model"]["ddim"][CALLS.index(60)]
     print(f"\nThe default, `deis` with `log_snr` at 20 calls: {best:.2g}; `ddim` at 60 calls: {reference:.2g}.")
 
 
@@ -163,9 +164,9 @@ Printed by `scripts/samplers.py`, which also draws the figure. Every solver is a
 
 The error is the root mean square difference from the exact solution, as a share of its deviation, with trailing spacing.
 Left: a two-dimensional mixture of Gaussians, whose x0 is known, on Stable Diffusion's levels. Right: the latents of {prompts}
-prompts under the shipped model's own guidance, the median one's. Exact is DDIM at all 1,000 levels. With a clean last level
-nearly every solver ends on a first-order step; LMS and DEIS begin with one, so their order is that of a long run. Stochastic
-solvers have no exact solution to be compared with.
+prompts under the guidance of the emoji model before it is distilled, the median one's. Exact is DDIM at all 1,000 levels. With
+a clean last level nearly every solver ends on a first-order step; LMS and DEIS begin with one, so their order is that of a long
+run. Stochastic solvers have no exact solution to be compared with.
 """
 
 
