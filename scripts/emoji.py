@@ -396,7 +396,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="scripts/emoji.py", description="Colour emoji as a folder of captioned images"
     )
     parser.add_argument("out", type=Path, help="folder to write: OUT/train and OUT/heldout")
-    parser.add_argument("--size", type=int, default=64, help="pixels a side (64)")
+    parser.add_argument("--size", type=int, default=128, help="pixels a side (128)")
     parser.add_argument("--phrases", action="store_true", help="captions in other words too, some of them kept back")
     parser.add_argument("--font", type=Path, default=FONT, help=f"colour bitmap font ({FONT})")
     parser.add_argument("--cldr", type=Path, default=CLDR, help=f"CLDR's common folder ({CLDR})")

@@ -9,7 +9,7 @@ one) and its cached latents. NAMEs choose variants; without them all are run. Wh
 same command goes on where it was stopped.
 
 Each finished model is scored by `tinydiff evaluate`, of `--count` captions: on shapes the oracle reads unseen captions, on emoji
-the nearest image of the data must be the caption's own. emoji expects data/emoji/train (scripts/emoji.py data/emoji).
+the nearest image of the data must be the caption's own. emoji expects data/emoji/train (scripts/emoji.py data/emoji --phrases).
 """
 
 from __future__ import annotations

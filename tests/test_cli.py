@@ -105,7 +105,7 @@ def test_seeds_and_batches_agree(tmp_path: Path) -> None:
 
 def test_stdout_metadata_and_inspect(tmp_path: Path) -> None:
     done = tinydiff("generate", "red heart", "-s", "3", "-o", "-", "--steps", "2", cwd=tmp_path)
-    assert Image.open(io.BytesIO(done.stdout)).size == (64, 64)
+    assert Image.open(io.BytesIO(done.stdout)).size == (128, 128)
     (tmp_path / "x.png").write_bytes(done.stdout)
     settings = json.loads(tinydiff("inspect", "x.png", "--json", cwd=tmp_path).stdout)["settings"]
     assert (settings["prompt"], settings["seed"], settings["steps"]) == ("red heart", 3, 2)
@@ -190,17 +190,17 @@ def test_frames_in_one_file(tmp_path: Path) -> None:
 
 def test_editing_from_the_command_line(tmp_path: Path) -> None:
     assert tinydiff("generate", "red heart", "-s", "3", "-o", "a.png", cwd=tmp_path).returncode == 0
-    Image.fromarray(np.repeat(np.uint8([[0, 255]]), 32, axis=1).repeat(64, axis=0)).save(tmp_path / "mask.png")
+    Image.fromarray(np.repeat(np.uint8([[0, 255]]), 64, axis=1).repeat(128, axis=0)).save(tmp_path / "mask.png")
     masked = tinydiff("generate", "blue heart", "-i", "a.png", "--mask", "mask.png", "-o", "b.png", cwd=tmp_path)
     assert masked.returncode == 0
     a, b = (np.asarray(Image.open(tmp_path / name)) for name in ("a.png", "b.png"))
-    assert (a[:, :32] == b[:, :32]).all() and (a[:, 32:] != b[:, 32:]).any()
+    assert (a[:, :64] == b[:, :64]).all() and (a[:, 64:] != b[:, 64:]).any()
     assert (
-        tinydiff("generate", "x", "-i", "a.png", "--outpaint", "0,16,0,0", "-o", "c.png", cwd=tmp_path).returncode == 0
+        tinydiff("generate", "x", "-i", "a.png", "--outpaint", "0,32,0,0", "-o", "c.png", cwd=tmp_path).returncode == 0
     )
-    assert np.asarray(Image.open(tmp_path / "c.png")).shape == (80, 64, 3)
+    assert np.asarray(Image.open(tmp_path / "c.png")).shape == (160, 128, 3)
     refused(3, "generate", "x", "-i", "absent.png", cwd=tmp_path, says="absent.png")
-    refused(2, "generate", "x", "-i", "a.png", "--outpaint", "1,0,0,0", cwd=tmp_path, says="nearest are 64 and 80")
+    refused(2, "generate", "x", "-i", "a.png", "--outpaint", "1,0,0,0", cwd=tmp_path, says="nearest are 128 and 160")
 
 
 def test_cli_reference_is_current() -> None:

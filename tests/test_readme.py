@@ -160,7 +160,7 @@ def test_open_in_diffusers(home: Path, photos: Path) -> None:
 
 def test_from_python(home: Path) -> None:
     script = re.search(r"## From Python\n\n```python\n(.*?)```", README, re.DOTALL)[1]
-    assert "(2, 64, 64, 3) uint8" in run(home, f"python - <<'END'\n{script}\nprint(images.shape, images.dtype)\nEND")
+    assert "(2, 128, 128, 3) uint8" in run(home, f"python - <<'END'\n{script}\nprint(images.shape, images.dtype)\nEND")
 
 
 def test_in_a_pipeline(home: Path) -> None:
@@ -175,9 +175,9 @@ def test_in_a_pipeline(home: Path) -> None:
 def test_change_an_image(home: Path) -> None:
     run(home, block("edits"))
     red, half, wide, way = (pixels(home / f"{name}.png") for name in ("red", "half", "wide", "way"))
-    assert (red[:, :32] == half[:, :32]).all() and (red[:, 32:] != half[:, 32:]).any()
-    assert wide.shape == (64, 96, 3) and way.shape == (64, 6 * 64, 3)
-    assert np.abs(way[:, :64] - red).max() <= 1 and way[:, -64:, 2].mean() > way[:, :64, 2].mean()
+    assert (red[:, :64] == half[:, :64]).all() and (red[:, 64:] != half[:, 64:]).any()
+    assert wide.shape == (128, 192, 3) and way.shape == (128, 6 * 128, 3)
+    assert np.abs(way[:, :128] - red).max() <= 1 and way[:, -128:, 2].mean() > way[:, :128, 2].mean()
 
 
 def agree(first: Path, second: Path) -> bool:
