@@ -52,7 +52,7 @@ def test_help_imports_no_array_library(tmp_path: Path) -> None:
         (["generate", ""], "empty"),
         (["generate", "x", "--steps", "0"], "--steps"),
         (["generate", "x", "-s", "-1"], "seed"),
-        (["generate", "x", "-W", "60"], "nearest are 48 and 64"),
+        (["generate", "x", "-W", "60"], "nearest are 32 and 64"),
         (["generate", "x", "-o", "x.jpg"], ".png"),
         (["generate", "x", "--cfg-scale", "nan"], "cfg-scale"),
         (["generate", "x", "--cfg-interval", "0.5"], "two shares"),

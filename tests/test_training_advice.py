@@ -34,6 +34,7 @@ SAID = {  # sets -> the keys named, and what to write
         "train.distill.calls, train.distill.levels",
         "train.distill.steps is 0",
     ),
+    ("autoencoder.path=x",): ("train.autoencoder.lr", "set 0.0003"),
     ("autoencoder.path=x", "train.autoencoder.steps=0", "train.autoencoder.adversarial_weight=1"): (
         "train.autoencoder.adversarial_weight",
         "train.autoencoder.steps is 0",
@@ -55,6 +56,7 @@ SAID = {  # sets -> the keys named, and what to write
     (*DIT, "text_encoder.kind=class", "text_encoder.hidden_size=96"): ("text_encoder.hidden_size", "kind is class"),
 }
 QUIET = [(), ("generate.cfg_scale=1", "diffusion.caption_dropout=0"), (*DIT, "dit.size=custom", "dit.num_layers=2")]
+QUIET += [("autoencoder.path=x", "train.autoencoder.lr=0.001")]
 QUIET += [("autoencoder.path=x", "train.autoencoder.steps=0"), ("train.distill.calls=2", "train.distill.steps=100")]
 QUIET += [("data.max_aspect_ratio=2", "data.resolution=64"), ("train.keep_every=1000",), ("train.keep_every=2000",)]
 

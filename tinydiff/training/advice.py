@@ -19,6 +19,7 @@ from tinydiff.stages import STAGES, trained
 from tinydiff.system import cut
 
 LOOKED_AT = 100_000  # captions
+TUNED = 1e-3  # rate above which an autoencoder that is tuned on gets worse before it gets better
 WEIGHED = {  # keys of the autoencoder's stage that only the loss of a weight reads
     "perceptual_weight": ("features",),
     "adversarial_weight": ("adversarial_start", "critic_lr", "critic_width", "critic_halvings"),
@@ -33,13 +34,12 @@ def of_settings(cfg: config.Config) -> Iterator[str]:
     if (every := cfg.train.keep_every) and not any(_kept(every, stage) for stage in stages.values()):
         multiples = " or ".join(f"{name}.save_every ({stage.save_every})" for name, stage in stages.items())
         yield f"train.keep_every: no checkpoint is at a multiple of {every}; set a multiple of {multiples}"
-    if (
-        (stage := stages.get("train.autoencoder"))
-        and stage.adversarial_weight
-        and stage.adversarial_start >= stage.steps
-    ):
-        problem = f"the critic would begin after the last of {stage.steps} updates"
-        yield f"train.autoencoder.adversarial_start: {problem}; set {stage.steps // 2}"
+    if stage := stages.get("train.autoencoder"):
+        if stage.adversarial_weight and stage.adversarial_start >= stage.steps:
+            problem = f"the critic would begin after the last of {stage.steps} updates"
+            yield f"train.autoencoder.adversarial_start: {problem}; set {stage.steps // 2}"
+        if cfg.autoencoder.path and stage.lr > TUNED:
+            yield f"train.autoencoder.lr: {stage.lr:g} first undoes what a given autoencoder has learnt; set 0.0003"
     if cfg.diffusion.caption_dropout == 0 and cfg.generate.cfg_scale > 1:
         yield "diffusion.caption_dropout: at 0 guidance has nothing to compare with; set 0.1, or generate.cfg_scale=1"
     if cfg.diffusion.caption_dropout == 1:
