@@ -49,6 +49,9 @@ VARIANTS: dict[str, Sequence[str]] = {
     "all": (*MUON, CONTRASTIVE, ALIGNED, "unet.qk_norm=true"),
 }
 ROOT = Path(__file__).resolve().parents[1]
+GUIDED = [
+    f"generate.{k}" for k in ("steps=20", "cfg_scale=2.5", "sampler=deis", "spacing=log_snr")
+]  # emoji, not distilled
 RECIPES = {"shapes": ROOT / "tinydiff.toml", "emoji": ROOT / "weights" / "emoji" / "tinydiff.toml"}
 WARMUP, TIMED, ROUNDS = 0.1, 4, 5  # share of a run; steps timed at once; how many times in turn
 
@@ -61,7 +64,8 @@ def settings(data: str, folder: Path, seed: int, changes: Sequence[str], steps: 
     scaled = [change.partition("*") for change in changes if "*" in change]
     changed = [f"train.denoiser.{k}={type(getattr(own, k))(getattr(own, k) * float(by))}" for k, _, by in scaled]
     vae = ROOT / "weights" / "emoji" if data == "emoji" else folder / "autoencoder" / "autoencoder"
-    fixed = [f"autoencoder.path={vae}", "train.autoencoder.steps=0", f"train.seed={seed}", "train.threads=1"]
+    fixed = [f"autoencoder.path={vae}", f"train.seed={seed}", "train.threads=1", *(GUIDED if data == "emoji" else [])]
+    fixed += ["train.autoencoder.steps=0", "train.distill.steps=0"]
     fixed += [f"train.denoiser.{k}={steps}" for k in ("steps", "save_every", "sample_every")]
     fixed += [f"train.denoiser.warmup={round(WARMUP * steps)}", f"train.denoiser.ema={1 - 20 / max(steps, 40):.4f}"]
     return config.load(RECIPES[data], [*fixed, *(change for change in changes if "*" not in change), *changed])

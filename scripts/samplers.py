@@ -1,6 +1,6 @@
 """Print docs/samplers.md and draw docs/samplers.svg: how far each solver is from the exact solution after how many calls.
 
-    python scripts/samplers.py MODEL > docs/samplers.md
+    PYTHONPATH=.:tests python scripts/samplers.py MODEL > docs/samplers.md
 
 Twice: on a mixture of Gaussians whose x0 is known exactly, and on MODEL, the emoji model before it is distilled (`tinydiff train
 weights/emoji/tinydiff.toml --stage denoiser`), against DDIM at all its 1,000 levels.
