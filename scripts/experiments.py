@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--count", type=int, default=256)
     parser.add_argument("--folder", type=Path, default=Path("runs/experiments"))
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()  # names after options, too
     if wrong := [name for name in given.names if name not in VARIANTS]:
         parser.error(f"{', '.join(wrong)}: no variant; give some of {', '.join(VARIANTS)}")
     folder = (given.folder / given.data).resolve()
