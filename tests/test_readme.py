@@ -40,6 +40,7 @@ TINY = {
     "train.autoencoder.batch_size": "2",
     "train.denoiser.steps": "3",
     "train.denoiser.batch_size": "2",
+    "train.distill.steps": "0",
     "train.threads": "1",
 }
 
