@@ -390,11 +390,12 @@ def test_a_seeded_run_repeats_in_its_losses(whole, run_config, tmp_path):
 
 
 def test_a_stage_without_steps_is_left_out(finished, whole, run_config, tmp_path):
-    """Nothing is asked of it: neither a batch that comes out even, nor advice, nor a bar in the report."""
+    """Nothing is asked of it: neither a batch that comes out even, nor other advice than that, nor a bar in the report."""
     odd = of_stage(run_config, "denoiser", steps=0, accumulate=3, lr=0.0)
     assert loop.run(odd, tmp_path / "new") == tmp_path / "new" / "autoencoder"
     assert {p.name.partition("-")[0] for p in (tmp_path / "new" / "checkpoints").iterdir()} == {"autoencoder"}
-    assert "denoiser" not in (tmp_path / "new" / "report.html").read_text() and not list(advice.of_settings(odd))
+    assert "denoiser" not in (tmp_path / "new" / "report.html").read_text()
+    assert all("of no effect, train.denoiser.steps is 0" in said for said in advice.of_settings(odd))
     before = snapshot(finished)
     with pytest.raises(UsageError, match=r"train\.denoiser\.steps"):
         loop.run(of_stage(run_config, "denoiser", steps=0), finished)
@@ -538,9 +539,9 @@ def test_tensorboard_that_is_not_there_is_told_before_anything_is_written(run_co
 
 
 def test_another_frozen_text_encoder_is_refused(run_config):
-    task = SimpleNamespace(
-        texts=SimpleNamespace(digest="new"), maps=None, cfg=run_config, model=SimpleNamespace(opened=True)
-    )
+    model, texts = SimpleNamespace(opened=True), SimpleNamespace(digest="new")
+    task = SimpleNamespace(texts=texts, maps=None, cfg=run_config, model=model, given={})
+    task.same_autoencoder = lambda state, given: None
     DenoiserTask.restore(task, {"frozen_text": "new"})
     DenoiserTask.restore(task, {})  # a checkpoint of an older version
     with pytest.raises(ModelError, match="not the text encoder that the run was begun with"):
