@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from patches import SUFFIXES
 from PIL import Image
 
 from tinydiff import config, images
@@ -23,8 +24,6 @@ from tinydiff.measure import distances
 from tinydiff.measure.features import Features, open_features
 from tinydiff.system import shown
 from tinydiff.training.losses import chroma, psnr
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def pictures(place: Path, size: int, count: int) -> np.ndarray:

@@ -3,7 +3,8 @@
     PYTHONPATH=.:tests python scripts/samplers.py MODEL > docs/samplers.md
 
 Twice: on a mixture of Gaussians whose x0 is known exactly, and on MODEL, the emoji model before it is distilled (`tinydiff train
-weights/emoji/tinydiff.toml --stage denoiser`), against DDIM at all its 1,000 levels.
+weights/emoji/tinydiff.toml --stage denoiser --set generate.cfg_scale=2.5`: the recipe's own guidance is for afterwards), against
+DDIM at all its 1,000 levels.
 """
 
 from __future__ import annotations
