@@ -142,6 +142,17 @@ def backend(tiny_model: Path):
 
 
 @pytest.fixture(scope="session")
+def gpu() -> str:
+    """The device of tests marked `gpu`, which are skipped where there is none; TINYDIFF_GPU=cpu tries them on the CPU."""
+    import torch
+
+    device = os.environ.get("TINYDIFF_GPU", "cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+    return device
+
+
+@pytest.fixture(scope="session")
 def forker(config_path: Path) -> Iterator[Forker]:
     """Runs of `config_path`, and any function of a module, in processes of their own."""
     own = ["tinydiff.cli", "tinydiff.training.loop", "tinydiff.training.contrastive", "tinydiff.training.distill"]

@@ -43,6 +43,7 @@ app = typer.Typer(
     },
 )
 BACKENDS, DEVICES = ("auto", "torch", "onnx"), ("auto", "cpu", "cuda")
+PRECISIONS = ("fp32", "fp16", "bf16")
 ALIASES = {f"guidance{x}scale": "cfg-scale" for x in "_-"} | {f"num{x}inference{x}steps": "steps" for x in "_-"}
 ALIASES |= {"schedule": "spacing"}
 
@@ -60,6 +61,11 @@ SamplerName = Annotated[str | None, flag(" | ".join(SAMPLERS))]
 Spacing = Annotated[str | None, flag("Noise levels visited: " + " | ".join(SPACINGS))]
 BackendName = Annotated[str, flag(" | ".join(BACKENDS))]
 Device = Annotated[str, flag(" | ".join(DEVICES))]
+Precision = Annotated[
+    str | None,
+    flag(f"What torch multiplies: {' | '.join(PRECISIONS)}; by default as stored on CUDA, fp32 on the CPU."),
+]
+Compiled = Annotated[bool, flag("Let torch compile the denoiser: a slow start, then faster steps.", "--compile")]
 
 
 def name(text: str) -> str:
@@ -201,6 +207,8 @@ def generate(
     prediction: Predicts = None,
     backend: BackendName = "auto",
     device: Device = "auto",
+    precision: Precision = None,
+    compiled: Compiled = False,
     as_json: Json = False,
     force: Force = False,
     no_metadata: Annotated[bool, flag("Leave the settings out of the PNG.", "--no-metadata")] = False,
@@ -216,7 +224,7 @@ def generate(
     flags.choose("--backend", backend, BACKENDS)
     flags.choose("--device", device, DEVICES)
     processes.own_device()
-    opened = opening(model, backend, device, vae, prediction)
+    opened = opening(model, backend, device, vae, prediction, precision, compiled)
     from tinydiff import drawing, reading  # imported while the graphs are being opened
 
     given = flags.Flags(
@@ -253,13 +261,20 @@ def say_image(path: str, image: Any, as_json: bool) -> None:
 
 
 def opening(
-    model: str | None, backend: str, device: str, vae: Path | None = None, prediction: str | None = None
+    model: str | None,
+    backend: str,
+    device: str,
+    vae: Path | None = None,
+    prediction: str | None = None,
+    precision: str | None = None,
+    compiled: bool = False,
 ) -> Backend:
     """The model on its runtime, its graphs still being opened."""
+    flags.choose("--precision", precision or "fp32", PRECISIONS)
     from tinydiff.backends import open_backend
     from tinydiff.files import again
 
-    return again(lambda: open_backend(look_up(model, vae, prediction), backend, device, wait=False))
+    return again(lambda: open_backend(look_up(model, vae, prediction), backend, device, False, precision, compiled))
 
 
 def look_up(model: str | None, vae: Path | None = None, prediction: str | None = None) -> Source:
@@ -346,6 +361,8 @@ def evaluate(
     spacing: Spacing = None,
     backend: BackendName = "auto",
     device: Device = "auto",
+    precision: Precision = None,
+    compiled: Compiled = False,
     as_json: Json = False,
 ) -> None:
     """Score a model: the oracle on shapes, the nearest image on a folder; and both as feature networks see them.
@@ -358,7 +375,7 @@ def evaluate(
     from tinydiff.measure.networks import wanted
 
     names = wanted(features)
-    opened = opening(model, backend, device)
+    opened = opening(model, backend, device, precision=precision, compiled=compiled)
     given = flags.Flags(batch_size=batch_size, steps=steps, cfg_scale=cfg_scale, sampler=sampler, spacing=spacing)
     request, size = flags.complete(opened, given)
     from tinydiff import evaluate as scoring

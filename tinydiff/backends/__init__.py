@@ -30,10 +30,18 @@ def find_model(name: str | None) -> Path:
     raise ModelError(f"{shown(path)}: {problem}; give a model folder, a finished run, or a shipped model ({known})")
 
 
-def open_backend(source: Source, kind: str = "auto", device: str = "auto", wait: bool = True) -> Backend:
+def open_backend(
+    source: Source,
+    kind: str = "auto",
+    device: str = "auto",
+    wait: bool = True,
+    precision: str | None = None,
+    compiled: bool = False,
+) -> Backend:
     """A model on onnxruntime where it holds ONNX graphs (or `kind` says so), else on torch.
 
-    An ONNX bundle takes neither another autoencoder nor another prediction (UsageError). `wait` false returns while the
+    An ONNX bundle takes neither another autoencoder nor another prediction, nor what is torch's: a `precision` (see
+    `TorchBackend.open`) and being `compiled` (UsageError). `wait` false returns while the
     graphs are still being opened; what is wrong with them is then raised by their first use.
     """
     path = source.path
@@ -45,6 +53,13 @@ def open_backend(source: Source, kind: str = "auto", device: str = "auto", wait:
             raise UsageError(
                 f"{shown(path)}: --vae and --prediction are for weights; its graphs were exported with theirs"
             )
+        if precision or compiled:
+            flag, fix = (
+                ("--precision", "export it with another --precision") if precision else ("--compile", "leave it out")
+            )
+            raise UsageError(
+                f"{shown(path)}: {flag} is torch's, and graphs have their own; {fix}, or use --backend torch"
+            )
         from tinydiff.backends.onnx import OnnxBackend
 
         with undisturbed(source.stamps):
@@ -54,4 +69,4 @@ def open_backend(source: Source, kind: str = "auto", device: str = "auto", wait:
         source.description  # noqa: B018  what is wrong with a model is said before torch is imported
         from tinydiff.backends.pytorch import TorchBackend
 
-        return TorchBackend.open(source, device)
+        return TorchBackend.open(source, device, precision, compiled)

@@ -37,7 +37,7 @@ from tinydiff.networks.network import Network, Table
 from tinydiff.schema import to_toml
 from tinydiff.system import RESTORE
 
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -172,14 +172,15 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def load(source: Source) -> Model:
-    """A model's networks, float32, in evaluation mode. ModelError names a missing, damaged or unsupported file."""
+def load(source: Source, dtype: torch.dtype | None = torch.float32) -> Model:
+    """A model's networks as `dtype` (as stored, where None), in evaluation mode. ModelError names a missing, damaged or
+    unsupported file."""
     if not source.file:
         verify(source.path)
     parts = dict[str, nn.Module]()
     for name in dict.fromkeys((*networks(source.configs), *text_encoders(source.configs))):
         if (network := network_of(name, source.configs.get(name, {}))).module:
-            parts[name] = filled(network, source.table(name), source.tensors(name), source.path / name)
+            parts[name] = filled(network, source.table(name), source.tensors(name), source.path / name, dtype)
     return Model(source.configs, parts, source.tokenizers, source.path, opened=True)
 
 
@@ -190,8 +191,14 @@ def opened(network: Network, table: Table, path: Path, learns: bool = False) -> 
     return filled(network, table, tensors, path).requires_grad_(learns)
 
 
-def filled(network: Network, table: Table, tensors: Mapping[str, Tensor], path: Path) -> nn.Module:
-    """The network of a table with these weights, in float32 and evaluation mode. ModelError says what does not fit."""
+def filled(
+    network: Network,
+    table: Table,
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    dtype: torch.dtype | None = torch.float32,
+) -> nn.Module:
+    """The network of a table with these weights, as `load` has them. ModelError says what does not fit."""
     try:
         with torch.device("meta"):
             part = network.build(table, tensors)
@@ -204,4 +211,4 @@ def filled(network: Network, table: Table, tensors: Mapping[str, Tensor], path: 
         problem = f"its weights do not fit its config.json at {shown(', '.join(wrong[:3]))}"
         raise ModelError(f"{shown(path)}: {problem}; {RESTORE}")
     part.load_state_dict(tensors, assign=True)
-    return part.float().eval()
+    return part.to(dtype=dtype).eval()

@@ -150,9 +150,9 @@ class Codebook(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1 / count, 1 / count)
 
     def codes(self, z: Tensor) -> Tensor:
-        """The numbers of the vectors nearest to latents: (B, C, h, w) -> (B, h, w)."""
-        weight = self.embedding.weight
-        return (weight.square().sum(1) - 2 * z.permute(0, 2, 3, 1) @ weight.T).argmin(-1)
+        """The numbers of the vectors nearest to latents, in float32: (B, C, h, w) -> (B, h, w)."""
+        weight = self.embedding.weight.float()
+        return (weight.square().sum(1) - 2 * z.float().permute(0, 2, 3, 1) @ weight.T).argmin(-1)
 
     def forward(self, z: Tensor) -> Tensor:
         return self.embedding(self.codes(z)).permute(0, 3, 1, 2)  # (B, h, w, C) -> (B, C, h, w)
