@@ -35,7 +35,7 @@ from tinydiff.training.run import Run
 from tinydiff.training.runtime import SIGNALS, Interrupted, Runtime
 from tinydiff.training.saver import Ahead, Saver
 from tinydiff.training.state import Learner, Snapshot, Training
-from tinydiff.training.task import Batch, Task, counted, moved
+from tinydiff.training.task import Batch, Task, counted, moved, pinned
 from tinydiff.training.validation import Looks, held_out
 
 
@@ -209,7 +209,7 @@ def train(run: Run, task: Task, training: Training, saver: Saver, start: int, sk
 
 def parts_of(task: Task, n: int) -> list[Batch]:
     """What this process has of the batch of step `n`, in the parts it is computed in."""
-    return [task.batch(n, rows) for rows in task.rows]
+    return [pinned(task.batch(n, rows), task.run.runtime.device) for rows in task.rows]
 
 
 class Done(NamedTuple):

@@ -6,7 +6,7 @@ weights and buffers needs saving, and no process or thread has any.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -143,6 +143,16 @@ def counted(value: Tensor, count: float = 1.0) -> Tensor:
     return torch.stack([value.double(), value.new_tensor(count, dtype=torch.float64)])
 
 
+def changed(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    """A batch with each tensor changed."""
+    return {k: changed(v, change) if isinstance(v, dict) else change(v) for k, v in batch.items()}
+
+
+def pinned(batch: Batch, device: torch.device) -> Batch:
+    """The same batch in memory that a GPU copies from while the CPU goes on; for a CPU, as it is."""
+    return changed(batch, Tensor.pin_memory) if device.type == "cuda" else batch
+
+
 def moved(batch: Batch, device: torch.device) -> Batch:
-    """The same batch on a device."""
-    return {k: moved(v, device) if isinstance(v, dict) else v.to(device, non_blocking=True) for k, v in batch.items()}
+    """The same batch on a device, a copy that nobody waits for where it is `pinned`."""
+    return changed(batch, lambda x: x.to(device, non_blocking=True))
