@@ -6,7 +6,9 @@ Fixtures are made, not stored. Nothing here imports torch before a test asks for
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread o
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+CACHE = os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="tinydiff-tests-")  # the user's own is left alone
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(CACHE, ignore_errors=True)
 
 
 if TYPE_CHECKING:

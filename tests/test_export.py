@@ -24,9 +24,9 @@ from tinydiff import config, export
 from tinydiff.checkpoints import folder
 from tinydiff.checkpoints.source import Source
 from tinydiff.errors import ModelError, UsageError
-from tinydiff.files import verify
 from tinydiff.networks import graphs, network_of
 from tinydiff.text.tokenizer import Tokenizer
+from tinydiff.verified import verify
 
 TINY = [
     "data.resolution=16",

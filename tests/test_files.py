@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from tinydiff import files, temporary
+from tinydiff import files, temporary, verified
 from tinydiff.errors import BusyError, ModelError, ResourceError, UsageError
-from tinydiff.files import again, committed, lock, present, read_json, stamp, undisturbed, verify, write_file
+from tinydiff.files import again, committed, lock, present, read_json, stamp, undisturbed, write_file
+from tinydiff.verified import verify
 
 
 def write_folder(path: Path, text: str, replace: bool = False) -> None:
@@ -172,7 +173,8 @@ KILLER = """
 import os, sys
 from pathlib import Path
 from tinydiff import temporary
-from tinydiff.files import committed, present, verify, read_json
+from tinydiff.files import committed, present, read_json
+from tinydiff.verified import verify
 base, name = Path(sys.argv[1]), sys.argv[2]
 if sys.argv[3] == "renames":
     temporary.exchange = lambda *_: False
@@ -222,7 +224,8 @@ FULL = """
 import resource, sys
 from pathlib import Path
 from tinydiff.errors import ResourceError
-from tinydiff.files import committed, verify, write_file
+from tinydiff.files import committed, write_file
+from tinydiff.verified import verify
 base = Path(sys.argv[1])
 with committed(base / "model") as folder:
     (folder / "old").write_text("x")
@@ -533,11 +536,11 @@ def test_an_old_folder_that_goes_while_it_is_found_is_looked_for_again(tmp_path,
     write_folder(tmp_path / "model", "new")
     old, model = tmp_path / ".tinydiff-old-model", tmp_path / "model"
     found = iter([old, old, model])
-    monkeypatch.setattr(files, "present", lambda _: next(found))
+    monkeypatch.setattr(verified, "present", lambda _: next(found))
     shutil.copytree(model, old)
     (old / "weights.bin").unlink()  # half removed, and then gone
     real = files.stamp
-    monkeypatch.setattr(files, "stamp", lambda path: (real(path), shutil.rmtree(old, ignore_errors=True))[0])
+    monkeypatch.setattr(verified, "stamp", lambda path: (real(path), shutil.rmtree(old, ignore_errors=True))[0])
     verify(model)
     assert next(found, None) is None
 
@@ -552,7 +555,8 @@ def test_a_folder_that_is_nowhere_for_a_moment_is_looked_for_again(tmp_path, mon
             (tmp_path / "next").rename(tmp_path / "model")
         return real(path)
 
-    monkeypatch.setattr(files, "present", late)
+    for module in (files, verified):
+        monkeypatch.setattr(module, "present", late)
     verify(tmp_path / "model")
     assert next(looks) == 3
 

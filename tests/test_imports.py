@@ -11,7 +11,11 @@ from interpreters import ROOT, run_without
 
 WITHOUT_TORCH = [
     "tinydiff.backends",
+    "tinydiff.backends.devices",
+    "tinydiff.backends.graph",
     "tinydiff.backends.onnx",
+    "tinydiff.backends.optimised",
+    "tinydiff.backends.sessions",
     "tinydiff.charts",
     "tinydiff.checkpoints.counts",
     "tinydiff.checkpoints.description",
@@ -81,7 +85,10 @@ WITHOUT_TORCH = [
     "tinydiff.tiling",
     "tinydiff.training.memory",
     "tinydiff.training.metrics",
+    "tinydiff.user_cache",
+    "tinydiff.verified",
 ]
+ONNXRUNTIME = {f"tinydiff.backends.{name}" for name in ("devices", "onnx", "optimised", "sessions")}
 
 
 def test_the_blocker_blocks():
@@ -94,7 +101,7 @@ def test_what_generates_and_evaluates_needs_no_torch():
 
 
 def test_only_the_onnx_backend_needs_onnxruntime():
-    names = [name for name in WITHOUT_TORCH if name != "tinydiff.backends.onnx"]
+    names = [name for name in WITHOUT_TORCH if name not in ONNXRUNTIME]
     run_without(
         "\n".join(f"import {name}" for name in names),
         "torch",

@@ -31,7 +31,7 @@ from tinydiff.checkpoints import convert, folder, new, weights
 from tinydiff.checkpoints.source import Source
 from tinydiff.diffusion.noise import normal
 from tinydiff.errors import DataError, ModelError, UsageError
-from tinydiff.files import read_json, verify
+from tinydiff.files import read_json
 from tinydiff.models.autoencoder import Autoencoder
 from tinydiff.models.dit import DiT
 from tinydiff.models.t5 import T5Encoder
@@ -43,6 +43,7 @@ from tinydiff.text.labels import Labels
 from tinydiff.text.prompts import parse
 from tinydiff.text.sentencepiece import SPACE, T5Tokenizer
 from tinydiff.training import loop, state
+from tinydiff.verified import verify
 
 KINDS = {"unet+t5": ("unet", "t5"), "dit+clip": ("dit", "clip"), "dit+class": ("dit", "class"), "dit+t5": ("dit", "t5")}
 KINDS |= {"vq": ("unet", "clip")}

@@ -25,7 +25,7 @@ from onnx import helper as h
 from protobuf import field
 
 from tinydiff import config
-from tinydiff.backends import graph
+from tinydiff.backends import devices, graph, sessions
 from tinydiff.backends import onnx as backend
 from tinydiff.backends.onnx import OnnxBackend
 from tinydiff.checkpoints import scheduler
@@ -156,7 +156,7 @@ def test_shapes_that_do_not_fit_are_one_line(path: Path) -> None:
 
 
 def test_out_of_memory_is_not_damage() -> None:
-    error = backend.failure("x", RuntimeError("[ONNXRuntimeError] : 6 : FAIL : Failed to allocate\nmemory"))
+    error = sessions.failure("x", RuntimeError("[ONNXRuntimeError] : 6 : FAIL : Failed to allocate\nmemory"))
     assert isinstance(error, ResourceError) and "[ONNX" not in str(error) and "\n" not in str(error)
 
 
@@ -176,19 +176,19 @@ def test_torch_is_never_imported(path: Path) -> None:
 
 
 def test_device_without_cuda(path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(backend, "cuda_problem", lambda: "no GPU; buy one")
+    monkeypatch.setattr(devices, "cuda_problem", lambda: "no GPU; buy one")
     assert OnnxBackend(Source(path), "auto").device == OnnxBackend(Source(path), "cpu").device == "cpu"
     assert refusal(path, ResourceError, "cuda") == "--device cuda: no GPU; buy one; or use --device cpu"
     assert capfd.readouterr() == ("", "")
 
 
 def test_this_machine_is_asked_silently(capfd: pytest.CaptureFixture[str]) -> None:
-    assert (backend.cuda_problem() == "") == (backend.choose_device("auto") == "cuda")
+    assert (devices.cuda_problem() == "") == (devices.choose_device("auto") == "cuda")
     assert capfd.readouterr() == ("", "")
 
 
 def test_identity_graph_is_the_identity() -> None:
-    session = ort.InferenceSession(backend.IDENTITY, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(devices.IDENTITY, providers=["CPUExecutionProvider"])
     assert session.run(None, {"x": np.array([3], np.float32)})[0] == [3]
 
 
@@ -196,10 +196,10 @@ def test_fall_back_to_the_cpu_is_an_error(path: Path, monkeypatch: pytest.Monkey
     opened, pool = ort.InferenceSession, ThreadPoolExecutor(4)
 
     def on_cpu(model: Path, options: ort.SessionOptions, providers: list, **more: Any) -> ort.InferenceSession:
-        assert providers[0][0] == backend.CUDA
-        return opened(model, options, [backend.CPU], **more)
+        assert providers[0][0] == sessions.CUDA
+        return opened(model, options, [sessions.CPU], **more)
 
-    monkeypatch.setattr(backend, "cuda_problem", lambda: "")
+    monkeypatch.setattr(devices, "cuda_problem", lambda: "")
     monkeypatch.setattr(ort, "InferenceSession", on_cpu)
     monkeypatch.setattr(backend, "ThreadPoolExecutor", lambda count: pool)
     assert "onnxruntime would run it on the CPU; use --device cpu" in refusal(path, ResourceError, "cuda")
@@ -208,7 +208,7 @@ def test_fall_back_to_the_cpu_is_an_error(path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.gpu
 def test_cuda_agrees_with_the_cpu(path: Path) -> None:
-    if problem := backend.cuda_problem():
+    if problem := devices.cuda_problem():
         pytest.skip(problem)
     on_gpu, on_cpu = OnnxBackend(Source(path), "cuda"), OnnxBackend(Source(path), "cpu")
     np.testing.assert_allclose(on_gpu.denoise(X, 3.0, CONTEXT), on_cpu.denoise(X, 3.0, CONTEXT), rtol=1e-5)
@@ -629,8 +629,8 @@ def test_a_graph_gets_the_memory_that_there_is(path: Path, tmp_path: Path) -> No
     shapes = value("latent_sample", PIXELS), value("sample", PIXELS)
     save(path / "vae_decoder" / "model.onnx", nodes, [shapes[0]], [shapes[1]], (ints("many", 2**7, 2**7, 2**7, 2**7),))
     code = (
-        "import sys; import numpy as np; from pathlib import Path; from tinydiff.backends import onnx\n"
-        "from tinydiff.checkpoints.source import Source; onnx.available = lambda: 2**28\n"
+        "import sys; import numpy as np; from pathlib import Path; from tinydiff.backends import onnx, sessions\n"
+        "from tinydiff.checkpoints.source import Source; sessions.available = lambda: 2**28\n"
         "b = onnx.OnnxBackend(Source(Path(sys.argv[1])), 'cpu')\n"
         "try: b.decode(np.ones((1, 3, 2, 2), np.float32))\nexcept Exception as error: print(error.code, error)"
     )
@@ -639,4 +639,4 @@ def test_a_graph_gets_the_memory_that_there_is(path: Path, tmp_path: Path) -> No
 
 
 def test_the_machine_says_what_memory_there_is() -> None:
-    assert 2**20 < backend.available() < 2**50
+    assert 2**20 < sessions.available() < 2**50

@@ -25,12 +25,12 @@ from PIL import Image
 
 from tinydiff.config import Data
 from tinydiff.data import shard_index, shards
-from tinydiff.data.cache import user_folder
 from tinydiff.data.dataset import open_source
 from tinydiff.data.folder import FolderSource
 from tinydiff.data.shards import ShardSource
 from tinydiff.data.tar import MAX_NAME, File, members
 from tinydiff.errors import DataError, UserError
+from tinydiff.user_cache import user_folder
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 

@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 
 from tinydiff import temporary
 from tinydiff.errors import BusyError, UsageError
-from tinydiff.files import committed, verify, write_file, written
+from tinydiff.files import committed, write_file, written
+from tinydiff.verified import verify
 
 CHILD = """
 import os, signal, sys

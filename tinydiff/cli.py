@@ -66,6 +66,7 @@ Precision = Annotated[
     flag(f"What torch multiplies: {' | '.join(PRECISIONS)}; by default as stored on CUDA, fp32 on the CPU."),
 ]
 Compiled = Annotated[bool, flag("Let torch compile the denoiser: a slow start, then faster steps.", "--compile")]
+Verify = Annotated[bool, flag("Hash every file of the model, though it was before.", "--verify")]
 
 
 def name(text: str) -> str:
@@ -209,6 +210,7 @@ def generate(
     device: Device = "auto",
     precision: Precision = None,
     compiled: Compiled = False,
+    verify: Verify = False,
     as_json: Json = False,
     force: Force = False,
     no_metadata: Annotated[bool, flag("Leave the settings out of the PNG.", "--no-metadata")] = False,
@@ -224,7 +226,7 @@ def generate(
     flags.choose("--backend", backend, BACKENDS)
     flags.choose("--device", device, DEVICES)
     processes.own_device()
-    opened = opening(model, backend, device, vae, prediction, precision, compiled)
+    opened = opening(model, backend, device, vae, prediction, precision, compiled, verify)
     from tinydiff import drawing, reading  # imported while the graphs are being opened
 
     given = flags.Flags(
@@ -268,23 +270,26 @@ def opening(
     prediction: str | None = None,
     precision: str | None = None,
     compiled: bool = False,
+    verify: bool = False,
 ) -> Backend:
     """The model on its runtime, its graphs still being opened."""
     flags.choose("--precision", precision or "fp32", PRECISIONS)
     from tinydiff.backends import open_backend
     from tinydiff.files import again
 
-    return again(lambda: open_backend(look_up(model, vae, prediction), backend, device, False, precision, compiled))
+    return again(
+        lambda: open_backend(look_up(model, vae, prediction, verify), backend, device, False, precision, compiled)
+    )
 
 
-def look_up(model: str | None, vae: Path | None = None, prediction: str | None = None) -> Source:
+def look_up(model: str | None, vae: Path | None = None, prediction: str | None = None, verify: bool = True) -> Source:
     """The model of this name, with what goes with it."""
     if prediction:
         flags.choose("--prediction", prediction, tuple(PREDICTIONS))
     from tinydiff.backends import find_model
     from tinydiff.checkpoints.source import Source
 
-    return Source(find_model(model), vae, prediction)
+    return Source(find_model(model), vae, prediction, anew=verify)
 
 
 @app.command()
@@ -363,6 +368,7 @@ def evaluate(
     device: Device = "auto",
     precision: Precision = None,
     compiled: Compiled = False,
+    verify: Verify = False,
     as_json: Json = False,
 ) -> None:
     """Score a model: the oracle on shapes, the nearest image on a folder; and both as feature networks see them.
@@ -375,7 +381,7 @@ def evaluate(
     from tinydiff.measure.networks import wanted
 
     names = wanted(features)
-    opened = opening(model, backend, device, precision=precision, compiled=compiled)
+    opened = opening(model, backend, device, precision=precision, compiled=compiled, verify=verify)
     given = flags.Flags(batch_size=batch_size, steps=steps, cfg_scale=cfg_scale, sampler=sampler, spacing=spacing)
     request, size = flags.complete(opened, given)
     from tinydiff import evaluate as scoring

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tinydiff.backends.onnx import OnnxBackend, open_session
+from tinydiff.backends.onnx import OnnxBackend
 from tinydiff.backends.pytorch import TorchBackend
+from tinydiff.backends.sessions import open_session
 from tinydiff.checkpoints import folder
 from tinydiff.checkpoints.folder import PRECISIONS, Model, save_tensors, write_description, write_json
 from tinydiff.checkpoints.source import Source

@@ -1,4 +1,4 @@
-"""Atomic writes: a file or folder is complete or absent, and folders are verified when they are read.
+"""Atomic writes: a file or folder is complete or absent, and folders have a manifest by which `verified` checks them.
 
 A folder is written under a temporary name next to its final path, synced, given a manifest of sizes and SHA-256, and
 given its name in one step; a single file likewise, without a manifest. The hashes detect corruption, not a malicious
@@ -15,9 +15,9 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeVar
 
 from tinydiff import temporary
@@ -64,14 +64,17 @@ def committed(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
             _install(folder, path)
 
 
-def verify(folder: str | Path, parts: Collection[str] | None = None) -> None:
-    """Check the size and SHA-256 of every file in the manifest, and that no other files exist, except hidden ones.
-
-    If `parts` are given, only sizes are checked in other subfolders. A folder without a manifest, as from diffusers, is
-    only searched for Git LFS pointers. Raises ModelError naming the file and the fix, ReplacedError if the folder is
-    replaced again and again meanwhile.
-    """
-    again(lambda: _verify(present(folder), parts))
+@contextmanager
+def offered(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `path` if the block succeeds and nothing is there: as `committed`, for what can be
+    made again. Nothing waits for the disk, since the manifest tells what a power loss left, nor for another process that makes
+    the same (BusyError)."""
+    with named(path), temporary.alone(path, patience=0) as folder:
+        _check_free(path, replace=False)
+        folder.mkdir()
+        yield folder
+        _seal(folder, synced=False)
+        os.rename(folder, path)
 
 
 def present(folder: str | Path) -> Path:
@@ -98,7 +101,7 @@ def stamp(path: str | Path) -> object:
             return manifest.stat().st_mtime_ns, manifest.read_bytes()  # equal models are replaced too
         if not path.exists():
             return None
-        return [(str(file), file.lstat().st_size, file.lstat().st_mtime_ns) for file in _visible(path)]
+        return [(str(file), file.lstat().st_size, file.lstat().st_mtime_ns) for file in visible(path)]
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -241,22 +244,23 @@ def _check_free(path: Path, replace: bool) -> None:
         raise UsageError(f"{shown(path)}: not a folder that tinydiff wrote; remove it yourself or choose another path")
 
 
-def _seal(folder: Path) -> None:
+def _seal(folder: Path, synced: bool = True) -> None:
     """Sync every file, made as readable as the folder is, then the manifest, then every folder, innermost first."""
-    entries, mode = {}, stat.S_IMODE(folder.stat().st_mode)  # by the umask, or what the folder above it says
+    listed, mode = {}, stat.S_IMODE(folder.stat().st_mode)  # by the umask, or what the folder above it says
+    sync = _sync if synced else lambda path: None
     for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
         assert path.is_file() and not path.is_symlink(), f"{path} is not a regular file"
         name = path.relative_to(folder).as_posix()
         if name != MANIFEST:
-            entries[name] = {"size": path.stat().st_size, "sha256": sha256(path)}
+            listed[name] = {"size": path.stat().st_size, "sha256": sha256(path)}
             _open_up(path, mode & 0o666)
-            _sync(path)
-    text = json.dumps({"format": FORMAT, "files": entries}, indent=2) + "\n"
+            sync(path)
+    text = json.dumps({"format": FORMAT, "files": listed}, indent=2) + "\n"
     (folder / MANIFEST).write_bytes(text.encode())
-    _sync(folder / MANIFEST)
+    sync(folder / MANIFEST)
     for path in sorted(filter(Path.is_dir, [folder, *folder.rglob("*")]), reverse=True):
         _open_up(path, mode)
-        _sync(path)
+        sync(path)
 
 
 def _open_up(path: Path, mode: int) -> None:
@@ -272,7 +276,7 @@ def _open_up(path: Path, mode: int) -> None:
 def foreign(folder: Path) -> list[Path]:
     """Files in a folder with a manifest that the manifest does not list: somebody else's."""
     try:
-        ours = {MANIFEST, *_entries(folder)} if (folder / MANIFEST).is_file() else None
+        ours = {MANIFEST, *entries(folder)} if (folder / MANIFEST).is_file() else None
     except ModelError:
         return []
     files = (path for path in folder.rglob("*") if path.is_symlink() or path.is_file()) if ours else ()
@@ -321,20 +325,6 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _verify(folder: Path, parts: Collection[str] | None) -> None:
-    with undisturbed({folder: stamp(folder)}):
-        if not folder.is_dir():
-            raise ModelError(f"{shown(folder)}: no such folder; check the path")
-        try:
-            if os.path.lexists(folder / MANIFEST):
-                _verify_listed(folder, _entries(folder), parts)
-            else:
-                for path in _visible(folder):
-                    refuse_pointer(path)
-        except OSError as error:
-            raise unreadable(error, folder) from error
-
-
 def shipped(name: str) -> Path:
     """Where weights of this name are that come with the package."""
     package = Path(__file__).resolve().parent
@@ -351,7 +341,7 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _visible(folder: Path) -> Iterator[Path]:
+def visible(folder: Path) -> Iterator[Path]:
     """Every file in the folder, links not followed, except hidden ones and those in hidden folders."""
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
@@ -359,44 +349,20 @@ def _visible(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _entries(folder: Path) -> dict[str, dict[str, Any]]:
+def entries(folder: Path) -> dict[str, dict[str, Any]]:
     """The manifest's files, {name: {"size": int, "sha256": str}}. Raises ModelError if it is malformed."""
     path = folder / MANIFEST
     content = read_json(path)
-    version, entries = content.get("format"), content.get("files")
+    version, listed = content.get("format"), content.get("files")
     if isinstance(version, int) and version > FORMAT:
         raise VersionError(f"{shown(path)}: format {version} was written by a newer tinydiff; upgrade tinydiff")
-    if version != FORMAT or not isinstance(entries, dict) or not all(map(_is_entry, entries.values())):
+    if version != FORMAT or not isinstance(listed, dict) or not all(map(_is_entry, listed.values())):
         raise ModelError(f"{shown(path)}: damaged manifest; {RESTORE}")
-    return entries
+    return listed
 
 
 def _is_entry(entry: Any) -> bool:
     return isinstance(entry, dict) and type(entry.get("size")) is int and type(entry.get("sha256")) is str
-
-
-def _verify_listed(folder: Path, entries: dict[str, dict[str, Any]], parts: Collection[str] | None) -> None:
-    for name, entry in entries.items():
-        part, inside, _ = name.partition("/")
-        _verify_file(folder, name, entry, hashed=parts is None or not inside or part in parts)
-    for path in _visible(folder):
-        if path.relative_to(folder).as_posix() not in {*entries, MANIFEST}:
-            raise ModelError(f"{shown(path)}: not listed in {MANIFEST}; remove it, it is no part of this folder")
-
-
-def _verify_file(folder: Path, name: str, entry: dict[str, Any], hashed: bool) -> None:
-    relative, path = PurePosixPath(name), folder / name
-    if relative.is_absolute() or ".." in relative.parts or not relative.parts or "\0" in name:
-        raise ModelError(f"{shown(folder / MANIFEST)}: {shown(name)!r} leads out of the folder; {RESTORE}")
-    if os.path.realpath(path) != os.path.join(os.path.realpath(folder), relative):
-        raise ModelError(f"{shown(path)}: is a link; put the file itself in its place")
-    if not path.is_file():
-        raise ModelError(f"{shown(path)}: missing; {RESTORE}")
-    if (size := path.stat().st_size) != entry["size"]:
-        refuse_pointer(path)
-        raise ModelError(f"{shown(path)}: damaged, {size} bytes where {entry['size']} were written; {RESTORE}")
-    if hashed and sha256(path) != entry["sha256"]:
-        raise ModelError(f"{shown(path)}: damaged, its SHA-256 is not the one written; {RESTORE}")
 
 
 def refuse_pointer(path: Path) -> None:

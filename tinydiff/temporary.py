@@ -36,9 +36,9 @@ def place_of(path: Path) -> Path:
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[Path]:
+def alone(path: Path, patience: float = PATIENCE) -> Iterator[Path]:
     """Yield a path in the temporary folder of `path`, whose only maker this process is. BusyError where it is not."""
-    place, end = place_of(path), time.monotonic() + PATIENCE
+    place, end = place_of(path), time.monotonic() + patience
     _sweep_once(path.parent)
     while (held := _make(place)) is None:
         if time.monotonic() > end:

@@ -6,43 +6,30 @@ files in the graph's own folder; `graph` checks that and more before onnxruntime
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import io
-import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
-from tinydiff.backends.graph import RESTORE, check
+from tinydiff.backends.devices import choose_device
+from tinydiff.backends.graph import RESTORE
+from tinydiff.backends.sessions import DTYPES, failure, open_session, times
 from tinydiff.checkpoints.source import Source
 from tinydiff.condition import Condition, joined, texts_of
-from tinydiff.errors import ModelError, ResourceError
-from tinydiff.files import shown, undisturbed, verify
+from tinydiff.errors import ModelError
+from tinydiff.files import shown, undisturbed
 from tinydiff.networks import graphs
 from tinydiff.networks.network import HIDDEN, Array, Graph
 from tinydiff.text.labels import one_hot
+from tinydiff.verified import Memory, verify
 
 ENCODER = "vae_encoder"
 DRAWING = ("text_encoder", "vae_decoder", "scheduler", "tokenizer")  # folders that drawing reads
-CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
-CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
-DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
-FLOATS = frozenset(DTYPES)
-DTYPES |= {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
-TYPES = dict.fromkeys(("normal", "pixels"), FLOATS) | {"tokens": DTYPES.keys() - FLOATS, "time": frozenset(DTYPES)}
-EXPORT = "export it with tinydiff or optimum"
-FOLDED = "optimization.constant_folding_max_output_size_in_bytes"
-IDENTITY = (  # y = x, the smallest graph that shows whether a provider works
-    b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
-    b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
-)
 
 
 class OnnxBackend:
@@ -57,7 +44,8 @@ class OnnxBackend:
     def __init__(self, source: Source, device: str = "auto", wait: bool = True):
         self.path, self.stamps, self.device = source.path, source.stamps, choose_device(device)
         self.pool = ThreadPoolExecutor(4)  # neither opening a graph nor hashing a file needs Python
-        self.checks = self.pool.submit(verify, self.path, (*DRAWING, source.denoiser))
+        self.memory = Memory(source.anew)
+        self.checks = self.pool.submit(verify, self.path, (*DRAWING, source.denoiser), self.memory.sha256)
         try:
             self.denoiser, self.graphs = source.denoiser, graphs_of(source)
             drawing = (name for name in self.graphs if name != ENCODER)  # text to image needs no other
@@ -79,13 +67,21 @@ class OnnxBackend:
             raise ModelError(f"{shown(self.path / self.denoiser)}: {problem}; copy all folders of one model")
 
     def open(self, name: str) -> ort.InferenceSession:
-        return open_session(self.path, name, self.graphs[name], self.device)
+        return open_session(self.path, name, self.graphs[name], self.device, self.later, self.memory.sha256)
+
+    def later(self, work: Callable[[], None]) -> None:
+        """Work that nothing waits for but the end of the process."""
+        try:
+            self.pool.submit(work)
+        except RuntimeError:  # it is ending
+            work()
 
     def opened(self) -> None:
         """Returns once everything that drawing needs is open, all of it of one bundle."""
         with undisturbed(self.stamps):
             for each in (self.checks, *self.sessions.values()):
                 each.result()
+        self.later(self.memory.save)
 
     def wait(self) -> None:
         """Until everything that drawing needs is open, or raises what keeps it from that."""
@@ -95,7 +91,7 @@ class OnnxBackend:
     def vae_encoder(self) -> ort.InferenceSession:
         """Opened when first needed: drawing from text alone never does."""
         with undisturbed(self.stamps):
-            verify(self.path, (ENCODER,))
+            verify(self.path, (ENCODER,), self.memory.sha256)
             return self.open(ENCODER)
 
     def encode_text(self, ids: Mapping[str, np.ndarray]) -> Condition:
@@ -209,135 +205,3 @@ def check_shape(what: str, shape: tuple[int, ...], array: Array, sizes: Mapping[
     wanted = array.shape(defaultdict(int, sizes))
     if len(shape) != len(wanted) or any(w and n != w for n, w in zip(shape, wanted, strict=True)):
         raise ModelError(f"{what} of shape {shown(list(shape))}, not {times(array.axes)}; {RESTORE}")
-
-
-def open_session(bundle: Path, name: str, graph: Graph, device: str) -> ort.InferenceSession:
-    """The session of one graph of a bundle on "cpu" or "cuda", its inputs and outputs as `graph` has them.
-
-    Raises ModelError where the graph is missing or damaged, ResourceError where onnxruntime turns from cuda to the CPU.
-    """
-    path = bundle / name / "model.onnx"
-    check(path)
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.graph_optimization_level = level(bundle, name, device)
-    options.add_session_config_entry(FOLDED, str(max(2**20, 2 * sum(p.stat().st_size for p in path.parent.iterdir()))))
-    if device == "cpu" and limited():
-        options.add_session_config_entry("session.use_env_allocators", "1")
-    providers: list[Any] = [(CUDA, CUDA_OPTIONS), CPU] if device == "cuda" else [CPU]
-    try:
-        session = ort.InferenceSession(path, options, providers, enable_fallback=0)
-    except Exception as error:  # onnxruntime's exceptions share no other base
-        raise failure(shown(path), error) from error
-    if device == "cuda" and session.get_providers()[0] != CUDA:
-        raise ResourceError(f"{shown(path)}: onnxruntime would run it on the CPU; use --device cpu or mend CUDA")
-    check_io(path, session, graph)
-    return session
-
-
-@lru_cache
-def limited() -> bool:
-    """Whether all sessions on the CPU now share one pool of memory that ends where the machine's does.
-
-    A graph that asks for more, of whatever it computes, is then refused instead of this or another process killed.
-    """
-    try:
-        info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
-        ort.create_and_register_allocator(info, ort.OrtArenaCfg(available(), -1, -1, -1))
-    except Exception:  # an older onnxruntime, or a system that does not tell; its exceptions share no other base
-        return False
-    return True
-
-
-def available() -> int:
-    """Bytes of memory that this process can still get: of the machine, and of the control group it is in."""
-    told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(told["MemAvailable"].split()[0]) * 1024
-    for most, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        with contextlib.suppress(OSError, ValueError):  # "max" is none
-            limit, now = (int(Path("/sys/fs/cgroup", name).read_text()) for name in (most, used))
-            free = min(free, max(limit - now, limit // 2))  # what is used can be files that it gives back
-    return free
-
-
-def level(bundle: Path, name: str, device: str) -> ort.GraphOptimizationLevel:
-    """How much onnxruntime rewrites a graph. Our own graphs gain only where convolutions are nearly all of the work: for
-    the others, more rewriting makes opening them half as long again and running them no faster."""
-    enough = device == "cpu" and (bundle / "tinydiff.toml").exists() and not name.startswith("vae")
-    return ort.GraphOptimizationLevel.ORT_ENABLE_BASIC if enough else ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-
-
-def check_io(path: Path, session: ort.InferenceSession, graph: Graph) -> None:
-    """ModelError unless the session takes exactly the graph's inputs and gives its outputs, of such types and shapes."""
-    takes, gives = ({value.name: value for value in each} for each in (session.get_inputs(), session.get_outputs()))
-    output = next(iter(graph.outputs))
-    if takes.keys() != graph.inputs.keys():
-        named = {name: value.type for name, value in takes.items()}
-        raise ModelError(f"{shown(path)}: takes {shown(named)}, not {', '.join(graph.inputs)}; {EXPORT}")
-    if output not in gives:
-        raise ModelError(f"{shown(path)}: has no output {output}; {EXPORT}")
-    for name, array in graph.inputs.items():
-        check_declared(f"{shown(path)}: takes {name}", takes[name], array, TYPES[array.values])
-    for name, array in graph.outputs.items():
-        if name in gives:
-            check_declared(f"{shown(path)}: gives {name}", gives[name], array, FLOATS)
-
-
-def check_declared(what: str, value: Any, array: Array, types: Collection[str]) -> None:
-    """ModelError where a graph declares another type or shape; where it declares no shape, what it gives is checked."""
-    if value.type not in types:
-        raise ModelError(f"{what} of type {shown(value.type)}, not {', '.join(sorted(types))}; {EXPORT}")
-    axes = array.axes or ("batch",)  # the level of noise may be a list
-    other = (
-        isinstance(n, int) and isinstance(axis, int) and axis and n != axis
-        for n, axis in zip(value.shape, axes, strict=False)
-    )
-    if value.shape and (len(value.shape) != len(axes) or any(other)):
-        raise ModelError(f"{what} of shape {shown(value.shape)}, not {times(axes)}; {EXPORT}")
-
-
-def times(axes: Iterable[str | int]) -> str:
-    """A shape as a message has it; an axis of size 0 can have any."""
-    return " x ".join(str(axis or "any") for axis in axes)
-
-
-def failure(what: str, error: Exception) -> ModelError | ResourceError:
-    """onnxruntime's exception as one line of ours."""
-    reason = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", " ".join(str(error).split()))[:200]
-    if re.search("allocat|out of memory", reason, re.IGNORECASE):
-        return ResourceError(f"{what}: not enough memory ({reason}); draw fewer or smaller images at once")
-    return ModelError(f"{what}: onnxruntime refuses it ({reason}); {RESTORE}")
-
-
-def choose_device(device: str) -> str:
-    """ "cpu" or "cuda" for "auto", "cpu" or "cuda". Raises ResourceError where cuda is asked for and does not work."""
-    problem = "" if device == "cpu" else cuda_problem()
-    if device == "cuda" and problem:
-        raise ResourceError(f"--device cuda: {problem}; or use --device cpu")
-    return "cpu" if device == "cpu" or problem else "cuda"
-
-
-def cuda_problem() -> str:
-    """Why onnxruntime cannot compute with CUDA here, and the fix; "" where it can. Prints nothing."""
-    if CUDA not in ort.get_available_providers():
-        return "this onnxruntime is built without CUDA; install onnxruntime-gpu"
-    try:
-        driver, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(0)
-    except OSError:
-        return "there is no NVIDIA driver (libcuda.so.1); install it"
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
-        return "the NVIDIA driver sees no device; check nvidia-smi"
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    ort.set_default_logger_severity(4)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # preload_dlls prints what it misses
-            ort.preload_dlls()
-        session = ort.InferenceSession(IDENTITY, options, [CUDA, CPU], enable_fallback=0)
-        works = session.get_providers()[0] == CUDA
-    except Exception:  # onnxruntime's exceptions share no other base
-        works = False
-    return "" if works else "onnxruntime cannot load its CUDA libraries; install onnxruntime-gpu[cuda,cudnn]"

@@ -12,8 +12,9 @@ from tinydiff.checkpoints import single_file
 from tinydiff.checkpoints.folder import PRECISIONS, save_tensors, write_description, write_json
 from tinydiff.checkpoints.source import Source
 from tinydiff.errors import ModelError, UsageError
-from tinydiff.files import committed, shown, undisturbed, verify
+from tinydiff.files import committed, shown, undisturbed
 from tinydiff.networks import network_of, networks
+from tinydiff.verified import verify
 
 
 def to_folder(source: Source, out: Path, precision: str | None = None, force: bool = False) -> None:

@@ -21,7 +21,7 @@ from tinydiff.checkpoints import new, weights
 from tinydiff.checkpoints.description import Description, describe
 from tinydiff.checkpoints.source import Configs, Source
 from tinydiff.errors import ModelError
-from tinydiff.files import MANIFEST, committed, shown, verify
+from tinydiff.files import MANIFEST, committed, shown
 from tinydiff.networks import (
     LABELS,
     TEXT,
@@ -36,6 +36,7 @@ from tinydiff.networks.autoencoder import SCALING
 from tinydiff.networks.network import Network, Table
 from tinydiff.schema import to_toml
 from tinydiff.system import RESTORE
+from tinydiff.verified import Memory, verify
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -176,7 +177,9 @@ def load(source: Source, dtype: torch.dtype | None = torch.float32) -> Model:
     """A model's networks as `dtype` (as stored, where None), in evaluation mode. ModelError names a missing, damaged or
     unsupported file."""
     if not source.file:
-        verify(source.path)
+        memory = Memory(source.anew)
+        verify(source.path, digest=memory.sha256)
+        memory.save()
     parts = dict[str, nn.Module]()
     for name in dict.fromkeys((*networks(source.configs), *text_encoders(source.configs))):
         if (network := network_of(name, source.configs.get(name, {}))).module:

@@ -56,7 +56,7 @@ class Source:
     """What is opened. ModelError, from whatever is asked of it, names a file that is missing, damaged or not supported.
 
     `vae`: a file whose autoencoder is taken instead of the model's own. `prediction`: what the denoiser predicts (our name),
-    where the model does not say so, or says something wrong.
+    where the model does not say so, or says something wrong. `anew`: every file is hashed, though it was before.
     """
 
     path: Path
@@ -65,6 +65,7 @@ class Source:
     adapters: tuple[Adapter, ...] = ()
     controls: tuple[Path, ...] = ()
     words: tuple[Path, ...] = ()
+    anew: bool = False
     stamps: dict[Path, object] = field(init=False, compare=False, repr=False)  # for files.undisturbed
     headers: dict[Path, Header] = field(default_factory=dict, compare=False, repr=False)
     shards: dict[str, list[Path]] = field(default_factory=dict, compare=False, repr=False)

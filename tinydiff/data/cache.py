@@ -11,9 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -40,20 +38,6 @@ OURS = re.compile(
 Progress = Callable[[int, int], None]
 Arrays = dict[str, np.ndarray]
 Compute = Callable[[Any], Arrays]
-
-
-def user_folder(kind: str) -> Path:
-    """Where a kind of costly things is kept that no run owns: in the user's cache folder, else in the temporary folder."""
-    home, cache = os.environ.get("HOME"), os.environ.get("XDG_CACHE_HOME", "")
-    bases = ([Path(cache)] if os.path.isabs(cache) else []) + ([Path(home, ".cache")] if home else [])
-    for folder in [base / "tinydiff" / kind for base in bases]:
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            if os.access(folder, os.W_OK):
-                return folder
-    folder = Path(tempfile.gettempdir(), f"tinydiff-{os.getuid()}")
-    taken = os.path.lexists(folder) and folder.lstat().st_uid != os.getuid()
-    return Path(tempfile.mkdtemp(prefix="tinydiff-")) if taken else folder / kind
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 
-from tinydiff.data.cache import user_folder
 from tinydiff.data.layouts import METADATA
 from tinydiff.data.listing import IMAGES, judge, summary
 from tinydiff.data.shard_index import MAX_SKIPPED, ROW, Row, Skips, indexed, reopened
@@ -26,6 +25,7 @@ from tinydiff.errors import DataError
 from tinydiff.files import shown
 from tinydiff.images import open_image
 from tinydiff.system import unreadable
+from tinydiff.user_cache import user_folder
 
 MAX_OPEN = 64
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")

@@ -13,6 +13,7 @@ from tinydiff.data.dataset import Source
 from tinydiff.diffusion.noise import keyed
 from tinydiff.measure import distances
 from tinydiff.measure.intervals import Interval, resampled, shares
+from tinydiff.user_cache import user_folder
 
 if TYPE_CHECKING:
     from tinydiff.measure.features import Features
@@ -39,7 +40,7 @@ def real_vectors(
     def compute(part: np.ndarray) -> cache.Arrays:
         return {"vectors": features.seen(np.stack([images.fit(source.image(int(i)), resolution) for i in part]))[0]}
 
-    folder, chunks = cache.user_folder("features"), list[cache.Chunk]()
+    folder, chunks = user_folder("features"), list[cache.Chunk]()
     for start in range(0, len(chosen), cache.ROWS):
         part = chosen[start : start + cache.ROWS]
         inputs = [features.digest, resolution, background, [source.digest(int(i)) for i in part]]

@@ -19,6 +19,7 @@ from tinydiff.stages import STAGES, Stage
 from tinydiff.training.parallel import World
 from tinydiff.training.runtime import Runtime
 from tinydiff.training.state import checkpoints
+from tinydiff.verified import verify
 
 CONFIG, DATA = "tinydiff.toml", "data.json"
 FREE = (  # keys that change nothing that is learnt; those of stages ahead are free too
@@ -116,7 +117,7 @@ class Claim:
                 made = network.make_tokenizer(cfg, images.source)
                 with files.committed(path, replace=True) as temporary:
                     made.save(temporary)
-            files.verify(path)
+            verify(path)
             tokenizer = network.tokenizer_class.load(path)
         for source in (each.source for each in (images, *others) if network.labels):
             tokenizer.check(source.captions(i)[0] for i in range(len(source)))

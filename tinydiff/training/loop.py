@@ -37,6 +37,7 @@ from tinydiff.training.saver import Ahead, Saver
 from tinydiff.training.state import Learner, Snapshot, Training
 from tinydiff.training.task import Batch, Task, counted, moved, pinned
 from tinydiff.training.validation import Looks, held_out
+from tinydiff.verified import verify
 
 
 def run(cfg: config.Config, run_dir: Path, last: str | None = None, accept: bool = False, strict: bool = False) -> Path:
@@ -150,7 +151,7 @@ def published(run: Run, task: Task) -> bool:
     if not path.exists() or path.read_text(encoding="utf-8") != to_toml(task.cfg):
         return False
     try:
-        files.verify(path.parent)
+        verify(path.parent)
     except ModelError as error:
         run.runtime.say(f"{error}; written again from the last checkpoint")
         return False

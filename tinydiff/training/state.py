@@ -25,11 +25,12 @@ from tinydiff import processes, temporary
 from tinydiff.checkpoints import weights
 from tinydiff.checkpoints.header import header
 from tinydiff.errors import ModelError, ResourceError
-from tinydiff.files import MANIFEST, VersionError, committed, foreign, make_folder, named, read_json, shown, verify
+from tinydiff.files import MANIFEST, VersionError, committed, foreign, make_folder, named, read_json, shown
 from tinydiff.stages import Stage
 from tinydiff.system import system_error
 from tinydiff.training.optim import MOMENTS, Average, moments, optimizer
 from tinydiff.training.parallel import Piece, World, pieces
+from tinydiff.verified import verify
 
 FORMAT = 3
 OLDER = 2  # a format that is still read: without buffers, of one player, whose name is the stage's

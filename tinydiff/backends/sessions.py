@@ -1,0 +1,160 @@
+"""An onnxruntime session of a bundle's graph: checked, optimised or taken from the cache of optimised ones, and checked again."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Collection, Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from tinydiff.backends import optimised
+from tinydiff.backends.devices import CPU, CUDA
+from tinydiff.backends.graph import RESTORE, check
+from tinydiff.errors import ModelError, ResourceError
+from tinydiff.files import sha256, shown
+from tinydiff.networks.network import Array, Graph
+from tinydiff.verified import Hash
+
+CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+FLOATS = frozenset(DTYPES)
+DTYPES |= {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
+TYPES = dict.fromkeys(("normal", "pixels"), FLOATS) | {"tokens": DTYPES.keys() - FLOATS, "time": frozenset(DTYPES)}
+EXPORT = "export it with tinydiff or optimum"
+FOLDED = "optimization.constant_folding_max_output_size_in_bytes"
+Level = ort.GraphOptimizationLevel
+
+
+def open_session(
+    bundle: Path,
+    name: str,
+    graph: Graph,
+    device: str,
+    later: Callable[[Callable[[], None]], Any] = lambda work: work(),
+    digest: Hash = sha256,
+) -> ort.InferenceSession:
+    """The session of one graph of a bundle on "cpu" or "cuda", its inputs and outputs as `graph` has them.
+
+    What onnxruntime makes of it on the CPU is kept for the next time, by work that `later` is given; `digest` gives a file's
+    SHA-256. Raises ModelError where the graph is missing or damaged, ResourceError where onnxruntime turns from cuda to the CPU.
+    """
+    path, convolves = bundle / name / "model.onnx", "sample" in graph.inputs or "latent_sample" in graph.inputs
+    place = optimised.place(bundle, name) if device == "cpu" and convolves else None
+    if place and (session := optimised.reopened(place, lambda file: created(file, Level.ORT_DISABLE_ALL), digest)):
+        check_io(path, session, graph)
+        return session
+    check(path)
+    chosen = level(bundle, name, device)
+    with contextlib.ExitStack() as stack:
+        session = optimised.saved(place, lambda **save: created(path, chosen, **save), stack) if place else None
+        session = session or created(path, chosen, device)
+        check_io(path, session, graph)
+        if place:
+            later(optimised.finish(place, stack.pop_all()))
+    return session
+
+
+def created(
+    path: Path, level: ort.GraphOptimizationLevel, device: str = "cpu", save: Path | None = None
+) -> ort.InferenceSession:
+    """A session of a graph, which is written to the folder `save` as onnxruntime rewrites it."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = level
+    options.add_session_config_entry(FOLDED, str(max(2**20, 2 * optimised.size(path.parent))))
+    if device == "cpu" and limited():
+        options.add_session_config_entry("session.use_env_allocators", "1")
+    if save:
+        options.optimized_model_filepath = str(save / "model.onnx")
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
+    providers: list[Any] = [(CUDA, CUDA_OPTIONS), CPU] if device == "cuda" else [CPU]
+    try:
+        session = ort.InferenceSession(path, options, providers, enable_fallback=0)
+    except Exception as error:  # onnxruntime's exceptions share no other base
+        raise failure(shown(path), error) from error
+    if device == "cuda" and session.get_providers()[0] != CUDA:
+        raise ResourceError(f"{shown(path)}: onnxruntime would run it on the CPU; use --device cpu or mend CUDA")
+    return session
+
+
+def level(bundle: Path, name: str, device: str) -> ort.GraphOptimizationLevel:
+    """How much onnxruntime rewrites a graph: all it can, but for our own large ones, where that is not kept for the next time
+    and takes longer than it saves unless convolutions are nearly all of the work."""
+    ours = device == "cpu" and (bundle / "tinydiff.toml").exists() and not name.startswith("vae")
+    large = optimised.size(bundle / name) > optimised.LARGEST
+    return Level.ORT_ENABLE_BASIC if ours and large else Level.ORT_ENABLE_ALL
+
+
+@lru_cache
+def limited() -> bool:
+    """Whether all sessions on the CPU now share one pool of memory that ends where the machine's does.
+
+    A graph that asks for more, of whatever it computes, is then refused instead of this or another process killed.
+    """
+    try:
+        info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+        ort.create_and_register_allocator(info, ort.OrtArenaCfg(available(), -1, -1, -1))
+    except Exception:  # an older onnxruntime, or a system that does not tell; its exceptions share no other base
+        return False
+    return True
+
+
+def available() -> int:
+    """Bytes of memory that this process can still get: of the machine, and of the control group it is in."""
+    told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(told["MemAvailable"].split()[0]) * 1024
+    for most, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # "max" is none
+            limit, now = (int(Path("/sys/fs/cgroup", name).read_text()) for name in (most, used))
+            free = min(free, max(limit - now, limit // 2))  # what is used can be files that it gives back
+    return free
+
+
+def check_io(path: Path, session: ort.InferenceSession, graph: Graph) -> None:
+    """ModelError unless the session takes exactly the graph's inputs and gives its outputs, of such types and shapes."""
+    takes, gives = ({value.name: value for value in each} for each in (session.get_inputs(), session.get_outputs()))
+    output = next(iter(graph.outputs))
+    if takes.keys() != graph.inputs.keys():
+        named = {name: value.type for name, value in takes.items()}
+        raise ModelError(f"{shown(path)}: takes {shown(named)}, not {', '.join(graph.inputs)}; {EXPORT}")
+    if output not in gives:
+        raise ModelError(f"{shown(path)}: has no output {output}; {EXPORT}")
+    for name, array in graph.inputs.items():
+        check_declared(f"{shown(path)}: takes {name}", takes[name], array, TYPES[array.values])
+    for name, array in graph.outputs.items():
+        if name in gives:
+            check_declared(f"{shown(path)}: gives {name}", gives[name], array, FLOATS)
+
+
+def check_declared(what: str, value: Any, array: Array, types: Collection[str]) -> None:
+    """ModelError where a graph declares another type or shape; where it declares no shape, what it gives is checked."""
+    if value.type not in types:
+        raise ModelError(f"{what} of type {shown(value.type)}, not {', '.join(sorted(types))}; {EXPORT}")
+    axes = array.axes or ("batch",)  # the level of noise may be a list
+    other = (
+        isinstance(n, int) and isinstance(axis, int) and axis and n != axis
+        for n, axis in zip(value.shape, axes, strict=False)
+    )
+    if value.shape and (len(value.shape) != len(axes) or any(other)):
+        raise ModelError(f"{what} of shape {shown(value.shape)}, not {times(axes)}; {EXPORT}")
+
+
+def times(axes: Iterable[str | int]) -> str:
+    """A shape as a message has it; an axis of size 0 can have any."""
+    return " x ".join(str(axis or "any") for axis in axes)
+
+
+def failure(what: str, error: Exception) -> ModelError | ResourceError:
+    """onnxruntime's exception as one line of ours."""
+    reason = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", " ".join(str(error).split()))[:200]
+    if re.search("allocat|out of memory", reason, re.IGNORECASE):
+        return ResourceError(f"{what}: not enough memory ({reason}); draw fewer or smaller images at once")
+    return ModelError(f"{what}: onnxruntime refuses it ({reason}); {RESTORE}")
