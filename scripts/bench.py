@@ -161,32 +161,35 @@ STEPS = 8  # timed together
 
 
 @contextlib.contextmanager
-def prepared(config: Path) -> Iterator[tuple]:
-    """(run, task, training) of the denoiser's stage on random latents, before its first step."""
+def prepared(config: Path | None, *changes: str) -> Iterator[tuple]:
+    """(run, task, training) of the denoiser's stage on random latents, before its first step; `changes` are KEY=VALUE."""
     import torch
 
     from tinydiff import config as configuration
     from tinydiff.checkpoints import folder
     from tinydiff.data.dataset import Images
-    from tinydiff.text.tokenizer import Tokenizer
-    from tinydiff.training import denoiser
+    from tinydiff.training import encoding
+    from tinydiff.training.denoiser import DenoiserTask
+    from tinydiff.training.parallel import spread
     from tinydiff.training.run import Run
     from tinydiff.training.runtime import Runtime
     from tinydiff.training.state import Learner, Training
 
-    cfg = configuration.load(config, ["data.path=bench", "data.flip=false", f"train.threads={torch.get_num_threads()}"])
-    names = [f"image number {i}" for i in range(512)]
-    tokenizer = Tokenizer.train(names, 1024, cfg.text_encoder.max_position_embeddings)
+    own = ["data.path=bench", "data.flip=false", "data.held_out=0", f"train.threads={torch.get_num_threads()}"]
+    cfg = configuration.load(config, [*own, "text_encoder.vocab_size=1024", *changes])
     side = cfg.data.resolution // 2 ** (len(cfg.autoencoder.block_out_channels) - 1)
     latents = Latents((cfg.autoencoder.latent_channels, side, side))
     with Runtime(cfg) as runtime, tempfile.TemporaryDirectory() as run_dir:
         run = Run(runtime, Path(run_dir))
-        run.model = folder.build(cfg, tokenizer)
-        run.model.denoiser.to(memory_format=torch.channels_last)
+        run.model = folder.build(cfg, cfg.text_network.make_tokenizer(cfg, Captions()))
+        for part in run.model.networks.values():
+            runtime.placed(part)
         run.data = Images(Captions(), cfg.data)  # type: ignore[arg-type]
-        with patch.object(denoiser, "encoded", lambda run: (latents, None)):
-            task = denoiser.DenoiserTask(run)
+        with patch.object(encoding, "images", lambda run: latents):
+            task = DenoiserTask(run)
         task.rows = [range(task.settings.batch_size)]
+        for player in task.players.values():
+            player.network = spread(player.network, player.parts, runtime.world, cfg.train, runtime.dtype)
         players = task.players.items()
         training = Training([Learner.of(name, p.module, p.settings, runtime.world) for name, p in players])
         yield run, task, training

@@ -55,22 +55,22 @@ SCHEDULER = {  # of the published folders, without what only their own sampler r
 SAMPLERS = ("DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler")
 
 
-def build(kind: str, folder: Path, narrow: dict[str, Any] | None = None) -> None:
-    """A diffusers folder with random weights: of full size, or with a U-Net as `narrow` has it and parts to match."""
+def build(kind: str, folder: Path, narrow: dict[str, Any] | None = None, dtype: torch.dtype = torch.float32) -> None:
+    """A diffusers folder with random weights: of full size, or with a denoiser as `narrow` has it and parts to match."""
     from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
     dit = kind == "dit-xl"
     if dit:
-        network = DiTTransformer2DModel(out_channels=8, sample_size=32)
+        network = DiTTransformer2DModel(**{"out_channels": 8, "sample_size": 32} | (narrow or {}))
         for p in network.parameters():
             torch.nn.init.normal_(p, std=0.02)
-        network.save_pretrained(folder / "transformer")
+        network.to(dtype).save_pretrained(folder / "transformer")
     else:
         unet = {"block_out_channels": (320, 640, 1280, 1280), "down_block_types": CROSS, "up_block_types": UPS}
         unet |= UNETS[kind] | (narrow or {})
-        UNet2DConditionModel(**unet).save_pretrained(folder / "unet")
+        UNet2DConditionModel(**unet).to(dtype).save_pretrained(folder / "unet")
         sizes = (
             {"hidden_act": "quick_gelu"}
             | TEXTS[kind]
@@ -78,14 +78,14 @@ def build(kind: str, folder: Path, narrow: dict[str, Any] | None = None) -> None
         )
         sizes |= {"intermediate_size": 64, "num_attention_heads": 1, "num_hidden_layers": 2} if narrow else {}
         text = CLIPTextConfig(vocab_size=49408, **sizes)
-        CLIPTextModel(text).save_pretrained(folder / "text_encoder")
+        CLIPTextModel(text).to(dtype).save_pretrained(folder / "text_encoder")
         from tinydiff.checkpoints import single_file
 
         single_file.tokenizer("clip" if kind == "sd15" else "open_clip").save(folder / "tokenizer")
     levels = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     widths, side = ((32, 32, 32, 32), 64) if narrow else ((128, 256, 512, 512), 512)
     vae = AutoencoderKL(**levels, block_out_channels=widths, layers_per_block=2, sample_size=side)
-    vae.save_pretrained(folder / "vae")
+    vae.to(dtype).save_pretrained(folder / "vae")
     describe_pipeline(kind, folder)
 
 
