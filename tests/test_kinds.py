@@ -12,10 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from contrib import OPERATORS
 from drawings import COLOURS, SHAPES
 from interpreters import run_without
+from onnx import TensorProto
+from onnx.reference import ReferenceEvaluator
 from published_dit import published_weights, reference
 from runs import sha256, untimed
 from safetensors.torch import load_file, save_file
@@ -39,6 +43,7 @@ from tinydiff.networks import TEXT_ENCODERS, network_of
 from tinydiff.networks.dit import DiT as DiTSettings
 from tinydiff.networks.network import WEIGHTS
 from tinydiff.networks.text import T5Config
+from tinydiff.precision import PRECISIONS
 from tinydiff.text.labels import Labels
 from tinydiff.text.prompts import parse
 from tinydiff.text.sentencepiece import SPACE, T5Tokenizer
@@ -287,12 +292,13 @@ def bundle(random, tmp_path_factory) -> Callable[..., Path]:
     own, translated = export.translate, {}  # slow, and of any weights the same
 
     @functools.cache
-    def make(name: str, precision: str = "fp32") -> Path:
+    def make(name: str, precision: str = "fp32", device: str = "any") -> Path:
         path = tmp_path_factory.mktemp("bundle") / "bundle"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(export, "translate", translate)
-            *rows, image = export.export(Source(random(name)), path, precision)
-        assert image["same"] >= 0.999 and max(row["max_abs_diff"] for row in rows) < 2e-5
+            *rows, image = export.export(Source(random(name)), path, precision, device=device)
+        bound = 2e-5 if precision == "fp32" else PRECISIONS[precision].graph
+        assert image["same"] >= PRECISIONS[precision].same and max(row["max_abs_diff"] for row in rows) < bound
         graphs = [row["graph"] for row in rows]
         text = [] if KINDS[name][1] == "class" else ["text_encoder"]
         denoiser = "unet" if KINDS[name][0] == "unet" else "transformer"
@@ -310,9 +316,40 @@ def test_a_bundle_verifies_and_agrees_with_torch(name, precision, bundle):
     by_class = KINDS[name][1] == "class"
     assert ("text_encoder" in names) is ("tokenizer" in names) is not by_class
     ours, theirs = (draw(path, "a red square", kind).astype(int) for kind in ("onnx", "torch"))
-    assert (np.abs(ours - theirs).max(axis=-1) <= 1).mean() >= 0.999 and ours.std() > 10
+    levels = PRECISIONS[precision].levels
+    assert (np.abs(ours - theirs).max(axis=-1) <= levels).mean() >= PRECISIONS[precision].same and ours.std() > 10
     other = draw(path, "a blue corner", "onnx")
     assert np.abs(other - ours).mean() > 1  # what is asked for makes a difference
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "device"),
+    [("dit+t5", "bf16", "any"), ("dit+clip", "int8", "cpu"), ("unet+t5", "fp16", "any"), ("vq", "fp16", "cuda")],
+)
+def test_every_kind_of_network_has_every_precision(name, precision, device, bundle):
+    """Which is verified while it is written; here, that its products are in fact of another type."""
+    path = bundle(name, precision, device) / ("transformer" if KINDS[name][0] == "dit" else "unet") / "model.onnx"
+    proto = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
+    kinds = {v.name: v.type.tensor_type.elem_type for v in proto.value_info}
+    wanted = {"bf16": TensorProto.BFLOAT16, "fp16": TensorProto.FLOAT16, "int8": TensorProto.INT32}[precision]
+    products = [kinds[n.output[0]] for n in proto.node if n.op_type in ("Gemm", "MatMulInteger")]
+    assert products.count(wanted) > (0 if precision == "int8" else len(products) / 2)  # tiny ones are not worth bytes
+
+
+@pytest.mark.parametrize("name", ["dit+t5", "dit+class"])
+def test_operators_of_cuda_give_what_torch_gives(name, bundle, random):
+    path, model = bundle(name, "fp32", "cuda"), folder.load(Source(random(name)))
+    for part in ("text_encoder", "transformer"):
+        if not (path / part).exists():
+            continue
+        proto = onnx.load(path / part / "model.onnx")
+        attentions = [n for n in proto.graph.node if n.op_type == "MultiHeadAttention"]
+        packed = [n for n in attentions if len([i for i in n.input[:3] if i]) < 3]
+        assert len(packed) == len(attentions) > 0
+        for size in export.CHECKED:
+            inputs = export.examples(part, model, size)
+            got = ReferenceEvaluator(proto, new_ops=OPERATORS).run(None, {k: v.numpy() for k, v in inputs.items()})
+            assert export.difference(part, model, inputs, got) < 1e-4
 
 
 def test_bundles_draw_without_torch(bundle, tmp_path):

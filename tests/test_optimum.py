@@ -74,13 +74,18 @@ def test_what_optimum_exports_opens_here_and_draws_the_same_image(tmp_path: Path
 
 
 @pytest.mark.peers
+@pytest.mark.parametrize("precision", ["", "fp16"])
 @pytest.mark.skipif(not PYTHON, reason="TINYDIFF_OPTIMUM_PYTHON names no interpreter with tests/optimum.txt installed")
-def test_optimum_opens_the_shipped_bundle_and_draws_the_same_image(tmp_path: Path) -> None:
-    """By DDIM: the weights of diffusers' DEIS, the model's own solver, cancel in float32, which eight steps show."""
+def test_optimum_opens_the_shipped_bundle_and_draws_the_same_image(precision: str, tmp_path: Path) -> None:
+    """By DDIM: the weights of diffusers' DEIS, the model's own solver, cancel in float32, which eight steps show. Another
+    onnxruntime puts casts of half arithmetic elsewhere."""
     from tinydiff.backends.onnx import OnnxBackend
     from tinydiff.checkpoints.source import Source
+    from tinydiff.export import export
 
-    backend = OnnxBackend(Source(find_model(None)), "cpu")
+    if precision:
+        export(Source(find_model(None)), tmp_path / "half", precision)
+    backend = OnnxBackend(Source(tmp_path / "half" if precision else find_model(None)), "cpu")
     d = backend.description
     side = d.size // d.factor
     np.save(tmp_path / "x.npy", noise.normal([5], (d.latent_channels, side, side)))
@@ -90,4 +95,4 @@ def test_optimum_opens_the_shipped_bundle_and_draws_the_same_image(tmp_path: Pat
     theirs = (np.load(tmp_path / "y.npy") * 255).round()
     request = pipeline.Request(8, 3.0, "ddim", "trailing", d.size, d.size)
     ours = pipeline.generate(backend, ["red heart"], [5], request)[0]
-    assert (np.abs(theirs - ours.astype(float)).max(axis=-1) <= 1).mean() >= 0.999
+    assert (np.abs(theirs - ours.astype(float)).max(axis=-1) <= (2 if precision else 1)).mean() >= 0.999

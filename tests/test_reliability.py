@@ -482,7 +482,7 @@ def test_weights_of_nan_are_told_by_their_part(
         )
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_weights_of_nan_are_not_exported(precision: str, run: Callable[..., tuple], tmp_path: Path) -> None:
     """Also those of a part that no comparison can tell from torch, which gives NaN as well."""
     shutil.copytree(ROOT / "weights" / "emoji", tmp_path / "model", ignore=shutil.ignore_patterns("manifest.json"))

@@ -300,19 +300,34 @@ def export(
         str, flag("onnx graphs; or the weights as a diffusers folder, or as a single-file.", "--format")
     ] = "onnx",
     precision: Annotated[
-        str | None, flag("fp32, or fp16 for weights stored at half size; onnx is fp32, others as stored.")
+        str | None,
+        flag(
+            "fp32 | fp16 | bf16 | int8: how weights are stored and graphs compute. onnx is fp32, others as stored, never int8."
+        ),
     ] = None,
+    device: Annotated[
+        str,
+        flag(
+            "any: graphs that run everywhere; cuda: with operators of onnxruntime on CUDA alone; cpu: arithmetic for a CPU."
+        ),
+    ] = "any",
     vae: Vae = None,
     prediction: Predicts = None,
     opset: Annotated[int | None, flag("ONNX operator set.")] = None,
-    atol: Annotated[float, flag("Largest difference from torch, in standard deviations of the output.", min=0)] = 1e-4,
+    atol: Annotated[
+        float | None,
+        flag("Largest difference of a graph from torch, in standard deviations of its output; by --precision.", min=0),
+    ] = None,
     as_json: Json = False,
     force: Force = False,
 ) -> None:
     """Write ONNX graphs, verified against torch before they are kept, or the weights in another layout."""
     flags.choose("--format", format_, ("onnx", "folder", "single-file"))
-    flags.choose("--precision", precision or "fp32", ("fp32", "fp16"))
-    flags.finite("--atol", atol)
+    flags.choose("--precision", precision or "fp32", (*PRECISIONS, *(("int8",) if format_ == "onnx" else ())))
+    flags.choose("--device", device, ("any", "cpu", "cuda"))
+    if format_ != "onnx" and (device != "any" or opset or atol is not None):
+        raise UsageError("--device, --opset, --atol: of graphs alone; leave them out, or give --format onnx")
+    flags.finite("--atol", atol or 0)
     from tinydiff.files import again, undisturbed
 
     def say(text: str) -> None:
@@ -333,7 +348,7 @@ def export(
         from tinydiff.export import OPSET
         from tinydiff.export import export as write_bundle
 
-        return write_bundle(source, output, precision or "fp32", opset or OPSET, atol, force, say)
+        return write_bundle(source, output, precision or "fp32", opset or OPSET, atol, force, say, device)
 
     for row in again(write):
         text = " ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items())

@@ -10,8 +10,7 @@ sampling; what the graphs are made of is the business of torch's exporter and of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,17 +18,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tinydiff.backends.onnx import OnnxBackend
+from tinydiff.backends.onnx import ENCODER, OnnxBackend
 from tinydiff.backends.pytorch import TorchBackend
-from tinydiff.backends.sessions import open_session
+from tinydiff.backends.sessions import open_session, stepwise
 from tinydiff.checkpoints import folder
-from tinydiff.checkpoints.folder import PRECISIONS, Model, save_tensors, write_description, write_json
+from tinydiff.checkpoints.folder import Model, save_tensors, write_description, write_json
 from tinydiff.checkpoints.source import Source
+from tinydiff.condition import Condition
 from tinydiff.errors import ModelError, UsageError
 from tinydiff.files import committed, shown, undisturbed
+from tinydiff.fusion import fuse
 from tinydiff.graphs import link, name_axes, quiet, simplify, strip, translations
+from tinydiff.images import to_pixels
 from tinydiff.networks import LABELS, graphs, network_of
-from tinydiff.pipeline import Request, generate
+from tinydiff.networks.network import Graph
+from tinydiff.pipeline import Backend, Request, generate
+from tinydiff.precision import PRECISIONS, Arithmetic, Calls, Precision, lower, magnitudes
+from tinydiff.quantisation import quantised
 from tinydiff.system import RESTORE
 
 if TYPE_CHECKING:
@@ -50,9 +55,10 @@ class Size:
 
 
 MOST = 128  # pixels a side of the image that is compared: a large model takes minutes for a larger one
-SAME = 0.999  # of an image's pixels agree with torch to one grey level
 TRACED = Size(2, 2, 3, 0)
 CHECKED = (Size(3, 4, 2, 1), Size(1, 1, 5, 0))
+DEVICES = ("any", "cpu", "cuda")
+INT8 = "int8.safetensors"  # no other program takes it for the weights
 
 
 def export(
@@ -60,48 +66,117 @@ def export(
     out: Path,
     precision: str = "fp32",
     opset: int = OPSET,
-    atol: float = 1e-4,
+    atol: float | None = None,
     force: bool = False,
     say: Callable[[str], Any] = lambda text: None,
+    device: str = "any",
 ) -> list[dict[str, Any]]:
-    """Write the bundle `out` and return one row a graph, with its largest difference from torch (`verify_graphs`), and
-    one for a whole image (`verify_image`).
+    """Write the bundle `out` and return one row a graph (`verify_graphs`) and one for a whole image (`verify_image`).
 
-    `precision` fp16 stores the weights as float16 and casts each to float32 inside the graph, once, when onnxruntime opens
-    it: half the size, and arithmetic in float32 on every device. `say` hears what is being done.
-    Raises ModelError, leaving nothing behind, where a graph differs by more than `atol`, and UsageError where `out` exists
-    or `opset` is none of OPSETS.
+    `precision` is one of `precision.PRECISIONS`. `device` "any" writes operators that every provider runs, "cuda" onnxruntime's
+    own where these are faster and run nowhere else, and "cpu" arithmetic in float32 whatever the weights are stored as, since
+    a CPU computes no faster in half. `atol` replaces the precision's bound on each graph; `say` hears what is being done.
+    Raises ModelError, leaving nothing behind, where the bundle is further from torch in float32 than its precision allows, and
+    UsageError where `out` exists or `opset` is none of OPSETS.
     """
     if opset not in OPSETS:
         raise UsageError(f"--opset {opset}: choose one of {OPSETS[0]} to {OPSETS[-1]}")
-    dtype = PRECISIONS[precision]
+    form = Form(precision, opset, device)
     with committed(out, replace=force) as bundle, undisturbed(source.stamps):
-        exact = folder.load(source)
-        model = rounded(exact, dtype, source.path)
+        model = folder.load(source)
+        check_weights(model, form, source.path)
         write_description(bundle, model.configs, model.tokenizers, source.path)
         for name, part in model.networks.items():
             (bundle / name).mkdir()
             write_json(bundle / name / "config.json", model.configs[name])
-            save_tensors(part.state_dict(), bundle / name / network_of(name, model.configs[name]).file, dtype)
+            if precision != "int8":
+                file = network_of(name, model.configs[name]).file
+                save_tensors(part.state_dict(), bundle / name / file, form.stored)
+        say("draw with torch")
+        request, drawn, calls = recorded(model)
+        plain = dict[str, bytes]()
         for name in graphs(model.configs):
             say(f"export {name}")
-            write_graph(name, model, bundle, dtype, opset)
+            plain |= write_graph(name, model, bundle, form, calls[name])
         say("compare with torch")
-        return [*verify_graphs(bundle, model, atol, exact), verify_image(bundle)]
+        rows = verify_graphs(bundle, model, form.precision.graph if atol is None else atol, plain)
+        return [*rows, verify_image(bundle, request, drawn, form.precision, plain)]
 
 
-def rounded(model: Model, dtype: torch.dtype, path: Path) -> Model:
-    """The model with every weight rounded to `dtype`, again in float32. ModelError where one is not finite or does not fit."""
-    full = dtype == torch.float32
-    model = model if full else replace(model, networks=deepcopy(model.networks))
+@dataclass(frozen=True)
+class Form:
+    """What a bundle is to be."""
+
+    name: str
+    opset: int = OPSET
+    device: str = "any"
+
+    @property
+    def precision(self) -> Precision:
+        return PRECISIONS[self.name]
+
+    @property
+    def stored(self) -> torch.dtype:
+        return getattr(torch, self.precision.stored)
+
+    @property
+    def arithmetic(self) -> Arithmetic | None:
+        """What it computes in besides float32."""
+        return None if self.device == "cpu" else self.precision.arithmetic
+
+
+def check_weights(model: Model, form: Form, path: Path) -> None:
+    """ModelError where a weight is not finite or too large for the type that it is to be stored as."""
+    stored = form.stored
+    most = torch.finfo(stored).max if stored.is_floating_point else float("inf")
     for name, part in model.networks.items():
         for key, value in part.state_dict().items():
             what = f"{shown(path)}: {name} {shown(key)}"
             if not value.isfinite().all():
                 raise ModelError(f"{what} has NaN or infinite values; {RESTORE}")
-            if value.is_floating_point() and not full and not value.copy_(value.to(dtype)).isfinite().all():
-                raise ModelError(f"{what} is too large for {dtype}; export with --precision fp32")
-    return model
+            if value.is_floating_point() and value.numel() and value.abs().max() > most:
+                raise ModelError(f"{what} is too large for {stored}; export with --precision fp32")
+
+
+class Recording(TorchBackend):
+    """torch's networks, which keep what they are given: inputs by name of every call, by graph."""
+
+    def __init__(self, model: Model):
+        super().__init__(model)
+        self.calls: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in graphs(model.configs)}
+        self.denoiser = next(name for name, graph in graphs(model.configs).items() if "timestep" in graph.inputs)
+
+    def read(self, name: str, ids: np.ndarray) -> dict[str, Tensor]:
+        if name in self.calls:
+            self.calls[name].append({"input_ids": ids})
+        return super().read(name, ids)
+
+    def denoise(self, x: np.ndarray, t: float, condition: Condition) -> np.ndarray:
+        self.calls[self.denoiser].append({"sample": x, "timestep": np.array(t, np.float32), **condition})
+        return super().denoise(x, t, condition)
+
+    def encode_image(self, pixels: np.ndarray) -> np.ndarray:
+        self.calls[ENCODER].append({"sample": pixels})
+        return super().encode_image(pixels)
+
+    def decode(self, z: np.ndarray) -> np.ndarray:
+        self.calls["vae_decoder"].append({"latent_sample": z})
+        return super().decode(z)
+
+
+def recorded(model: Model) -> tuple[Request, np.ndarray, dict[str, list[dict[str, np.ndarray]]]]:
+    """An image (1, H, W, 3) that torch draws with the model's own settings, the request for it, and each graph's calls."""
+    backend = Recording(model)
+    g = (d := backend.description).generate
+    side = min(d.size, max(1, MOST // d.multiple) * d.multiple)
+    request = Request(min(g.steps, 20, d.scheduler.most), g.cfg_scale, g.sampler, g.spacing, side, side)
+    drawn = generate(backend, [prompt_of(backend)], [0], request)
+    backend.encode_image(to_pixels(drawn))
+    return request, drawn, backend.calls
+
+
+def prompt_of(backend: Backend) -> str:
+    return "0" if LABELS in backend.tokenizers else "red heart"
 
 
 def part_of(name: str, model: Model) -> str:
@@ -109,21 +184,39 @@ def part_of(name: str, model: Model) -> str:
     return name if name in model.networks else name.rpartition("_")[0]
 
 
-def write_graph(name: str, model: Model, bundle: Path, dtype: torch.dtype, opset: int) -> None:
-    """`name`/model.onnx, its weights in the safetensors file beside it, which is written where it is not there yet."""
+def write_graph(name: str, model: Model, bundle: Path, form: Form, calls: Calls) -> dict[str, bytes]:
+    """`name`/model.onnx, its weights in the safetensors file beside it, which is written where it is not there yet.
+
+    Returns the graph under its name as the CPU can run it, operator by operator in the type it has, where the file's own does
+    not show that there.
+    """
     import onnx_ir as ir
 
     part, place = part_of(name, model), bundle / name
-    onnx_model, state = translate(name, model, opset), model.networks[part].state_dict()
+    onnx_model, state = translate(name, model, form.opset), model.networks[part].state_dict()
     weights = {k: v for k, v in onnx_model.graph.initializers.items() if k in state}
     place.mkdir(exist_ok=True)
     write_json(place / "config.json", model.configs[part])
-    path = place / network_of(part, model.configs[part]).file
-    if not path.exists():
-        save_tensors({k: state[k] for k in weights}, path, dtype)
-    link(onnx_model.graph, weights, path)
+    path = place / (INT8 if form.name == "int8" else network_of(part, model.configs[part]).file)
+    if form.name == "int8":
+        save_tensors(quantised(weights, state), path, None)
+    elif not path.exists():
+        save_tensors({k: state[k] for k in weights}, path, form.stored)
+    link(onnx_model.graph, weights, path, whole=form.device == "cpu")
+    largest = magnitudes(onnx_model, place, calls) if form.arithmetic and form.arithmetic.most < float("inf") else {}
+    proto, plain = ir.to_proto(onnx_model), dict[str, bytes]()
+    if form.arithmetic or form.device == "cuda":
+        rounded = ir.from_proto(proto)
+        lower(rounded, form.arithmetic, largest, rounded=True)
+        plain[name] = ir.to_proto(rounded).SerializeToString()
+    if form.device == "cuda":
+        fuse(onnx_model)
+    islands = lower(onnx_model, form.arithmetic, largest)
     strip(onnx_model)
+    told = {"precision": form.name, "device": form.device, "islands": " ".join(islands)}
+    onnx_model.metadata_props.update({f"tinydiff.{key}": value for key, value in told.items() if value})
     (place / "model.onnx").write_bytes(ir.to_proto(onnx_model).SerializeToString(deterministic=True))
+    return plain
 
 
 class Call(nn.Module):
@@ -182,43 +275,59 @@ def examples(name: str, model: Model, size: Size) -> dict[str, Tensor]:
     return {key: kinds[array.values](array.shape(sizes)) for key, array in graph.inputs.items()}
 
 
-def verify_graphs(bundle: Path, model: Model, atol: float, exact: Model | None = None) -> list[dict[str, Any]]:
-    """Run each graph and torch on the same inputs, at batches and sizes other than the traced ones.
+def verify_graphs(bundle: Path, model: Model, atol: float, plain: Mapping[str, bytes]) -> list[dict[str, Any]]:
+    """Run each graph and torch on the same inputs, at batches and sizes other than the traced ones; `plain`: as of `write_graph`.
 
-    A row a graph: `graph`, `max_abs_diff` (the largest difference from `model`, in standard deviations of the output),
-    `fp32_diff` (the same from the unrounded model `exact`) and `megabytes` of its folder.
+    A row a graph: `graph`, `max_abs_diff` (the largest difference from torch in float32, in standard deviations of the output),
+    `megabytes` of its folder, and its `islands` of float32 where it has any.
     Raises ModelError naming a graph whose `max_abs_diff` exceeds `atol`.
     """
     rows = []
     for name, graph in graphs(model.configs).items():
-        session = open_session(bundle, name, graph, "cpu")
+        session = checked_session(bundle, name, graph, plain)
         given = [examples(name, model, size) for size in CHECKED]
         runs = [(inputs, session.run(None, {k: v.numpy() for k, v in inputs.items()})) for inputs in given]
         worst = max(difference(name, model, *run) for run in runs)
         if not worst <= atol:
             raise ModelError(f"{name}: differs from torch by {worst:.1e} of its deviation, more than --atol {atol:.1e}")
-        far = max(difference(name, exact, *run) for run in runs) if exact not in (None, model) else worst
         size = sum(p.stat().st_size for p in (bundle / name).iterdir()) / 1e6
-        rows.append({"graph": name, "max_abs_diff": worst, "fp32_diff": far, "megabytes": size})
+        rows.append({"graph": name, "max_abs_diff": worst, "megabytes": size})
     return rows
 
 
-def verify_image(bundle: Path) -> dict[str, Any]:
-    """Draw one image through the whole pipeline on both runtimes, from the same noise with the model's own settings.
+def checked_session(bundle: Path, name: str, graph: Graph, plain: Mapping[str, bytes]) -> Any:
+    return stepwise(plain[name], bundle / name) if name in plain else open_session(bundle, name, graph, "cpu")
 
-    The row's `same` is the share of pixels that are at most one grey level apart. Raises ModelError below 99.9 %.
+
+class Checked(OnnxBackend):
+    """A bundle on the CPU, its graphs `plain` where the files' own do not show there what they give."""
+
+    def __init__(self, source: Source, plain: Mapping[str, bytes]):
+        self.plain = plain
+        super().__init__(source, "cpu")
+
+    def open(self, name: str) -> Any:
+        return checked_session(self.path, name, self.graphs[name], self.plain)
+
+
+def verify_image(
+    bundle: Path, request: Request, drawn: np.ndarray, precision: Precision, plain: Mapping[str, bytes]
+) -> dict[str, Any]:
+    """Draw an image (1, H, W, 3) that torch has `drawn` in float32 again, with the graphs.
+
+    The row: `same` is the share of pixels that are at most `precision.levels` grey levels apart, `psnr` in dB, `steps`. Raises
+    ModelError where either is under the precision's bound.
     """
-    source = Source(bundle)
-    backends = OnnxBackend(source, "cpu"), TorchBackend.open(source, "cpu")
-    g = (d := source.description).generate
-    side = min(d.size, max(1, MOST // d.multiple) * d.multiple)
-    request = Request(min(g.steps, 20, d.scheduler.most), g.cfg_scale, g.sampler, g.spacing, side, side)
-    prompt = "0" if LABELS in source.tokenizers else "red heart"
-    ours, theirs = (generate(backend, [prompt], [0], request).astype(int) for backend in backends)
-    same = float((np.abs(ours - theirs).max(axis=-1) <= 1).mean())
-    if same < SAME:
-        raise ModelError(f"image: only {same:.2%} of pixels agree with torch after {request.steps} steps; try fp32")
-    return {"graph": "image", "same": same, "steps": request.steps}
+    backend = Checked(Source(bundle), plain)
+    apart = np.abs(generate(backend, [prompt_of(backend)], [0], request).astype(int) - drawn)
+    same = float((apart.max(axis=-1) <= precision.levels).mean())
+    psnr = min(99.0, float(10 * np.log10(255**2 / max((apart**2).mean(), 1e-9))))
+    row = {"graph": "image", "same": same, "psnr": psnr, "steps": request.steps}
+    if same < precision.same or psnr < precision.psnr:
+        bounds = f"at least {precision.same:.1%} within {precision.levels} grey levels and {precision.psnr} dB"
+        problem = f"{same:.2%} of pixels agree with torch after {request.steps} steps, at {psnr:.1f} dB, and {bounds}"
+        raise ModelError(f"image: only {problem} are wanted; export with --precision fp32")
+    return row
 
 
 def difference(name: str, model: Model, inputs: Mapping[str, Tensor], got: Any) -> float:

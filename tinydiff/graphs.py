@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tinydiff.checkpoints.header import header
+from tinydiff.checkpoints.header import Stored, header
+from tinydiff.quantisation import dequantise
 
 if TYPE_CHECKING:
     from onnx_ir import Graph as IrGraph
@@ -157,36 +158,36 @@ def skip_reshapes(graph: IrGraph) -> None:
             node.replace_input_with(0, source.inputs[0])
 
 
-def link(graph: IrGraph, weights: Mapping[str, Value], path: Path) -> None:
-    """Points every weight at its bytes in the safetensors file `path`; a float16 one is cast where it is used."""
-    import onnx_ir as ir
+STORED = {"F32": "FLOAT", "F16": "FLOAT16", "BF16": "BFLOAT16", "I8": "INT8"}  # onnx's names of safetensors' types
 
+
+def link(graph: IrGraph, weights: Mapping[str, Value], path: Path, whole: bool = False) -> None:
+    """Points every weight at its bytes in the safetensors file `path`, of the type that they have there; those of int8 are
+    multiplied out, or with `whole` used in products of whole numbers."""
     tensors = header(path).tensors
     for name, value in weights.items():
-        half = (stored := tensors[name]).dtype == "F16"
-        dtype = ir.DataType.FLOAT16 if half else value.dtype
-        assert dtype is not None
-        place, shape = (path.name, stored.start, stored.end - stored.start), ir.Shape(stored.shape)
-        value.const_value = ir.ExternalTensor(*place, dtype, shape=shape, name=name, base_dir=path.parent)
-        if half:
-            cast(graph, value)
+        external(value, path, tensors[name])
+        if tensors[name].dtype == "I8":
+            dequantise(graph, value, scale_of(graph, name, path, tensors[f"{name}.scale"]), whole)
 
 
-def cast(graph: IrGraph, value: Value) -> None:
-    """Follows a float16 weight by a cast to float32; of an embedding table only the rows looked up are cast."""
+def external(value: Value, path: Path, stored: Stored) -> None:
     import onnx_ir as ir
 
-    half, full = ir.TensorType(ir.DataType.FLOAT16), ir.TensorType(ir.DataType.FLOAT)
-    value.type = half
-    for user, index in list(value.uses()):
-        looked_up = user.op_type == "Gather" and index == 0
-        source = user.outputs[0] if looked_up else value
-        uses = list(source.uses()) if looked_up else [(user, index)]
-        node = ir.node("Cast", [source], {"to": int(ir.DataType.FLOAT)})
-        node.outputs[0].type, node.outputs[0].shape, source.type = full, source.shape, half
-        graph.insert_after(user, node) if looked_up else graph.insert_before(user, node)
-        for consumer, place in uses:
-            consumer.replace_input_with(place, node.outputs[0])
+    dtype, shape = ir.DataType[STORED[stored.dtype]], ir.Shape(stored.shape)
+    place = (path.name, stored.start, stored.end - stored.start)
+    value.const_value = ir.ExternalTensor(*place, dtype, shape=shape, name=value.name or "", base_dir=path.parent)
+    value.type = ir.TensorType(dtype)
+
+
+def scale_of(graph: IrGraph, name: str, path: Path, stored: Stored) -> Value:
+    """The scales of an int8 weight as a further one."""
+    import onnx_ir as ir
+
+    scale = ir.Value(name=f"{name}.scale", shape=ir.Shape(stored.shape))
+    external(scale, path, stored)
+    graph.initializers[f"{name}.scale"] = scale
+    return scale
 
 
 def name_axes(value: Value, axes: tuple[str, ...]) -> None:

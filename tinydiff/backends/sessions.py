@@ -82,6 +82,16 @@ def created(
     return session
 
 
+def stepwise(graph: bytes, folder: Path) -> ort.InferenceSession:
+    """A session on the CPU of a graph whose weights are in `folder`, as it is: no operators are fused, so that every half
+    result is rounded to half, and no weight is copied."""
+    options = ort.SessionOptions()
+    options.log_severity_level, options.graph_optimization_level = 4, Level.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    return ort.InferenceSession(graph, options, [CPU])
+
+
 def level(bundle: Path, name: str, device: str) -> ort.GraphOptimizationLevel:
     """How much onnxruntime rewrites a graph: all it can, but for our own large ones, where that is not kept for the next time
     and takes longer than it saves unless convolutions are nearly all of the work."""

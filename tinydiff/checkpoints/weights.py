@@ -35,7 +35,9 @@ def files(folder: Path) -> list[Path]:
                 return _shards(index)
     if pickles := sorted(p for p in folder.glob("*") if p.suffix in PICKLES):
         header(pickles[0])  # raises ModelError with the command to convert it
-    raise ModelError(f"{shown(folder)}: holds no weights; copy the whole model folder")
+    bytes_alone = any(folder.parent.glob("*/int8.safetensors"))
+    fix = "its graphs' weights are int8; give the model that it is of" if bytes_alone else "copy the whole model folder"
+    raise ModelError(f"{shown(folder)}: holds no weights; {fix}")
 
 
 def _variants(folder: Path, stem: str) -> Iterator[str]:
