@@ -37,7 +37,9 @@ BETWEEN = re.compile(r"(?<=<!-- rows -->\n).*(?=<!-- end of rows -->)", re.DOTAL
 HEAD = "| what | measured | goal | on |\n|---|---|---|---|\n"
 NOT_RUN = "not run"
 LAST = 0.12  # share of the time that is kept for the tests
-PRELOADED = ("torch._dynamo", "onnxruntime", "diffusers.models", "transformers.models.clip.modeling_clip")
+# Imported once for all sections: on CUDA nothing that could open the device, which no fork can then use.
+PRELOADED = {"cuda": ("onnxruntime",)}
+PRELOADED["cpu"] = ("onnxruntime", "torch._dynamo", "diffusers.models", "transformers.models.clip.modeling_clip")
 OURS, THEIRS = ("torch fp16", "onnx fp16", "torch fp16 compiled"), "diffusers compiled"
 RUNTIMES = (*OURS, "diffusers", THEIRS)
 PARITY = [f"{name} {precision}" for name in ("torch", "onnx") for precision in ("fp32", "fp16", "bf16", "int8")]
@@ -253,9 +255,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where models are, or are to be, built; a temporary folder")
     parser.add_argument("--docs", type=Path, help="whose table gets the rows; docs/gpu.md where nothing is tiny")
     asked = parser.parse_args()
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking whether there is a GPU must not keep forks from it
-    for name in PRELOADED:  # once for all sections; what is missing they will say
-        with contextlib.suppress(ImportError):
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # which asks whether there is a GPU without opening it
+    for name in PRELOADED[asked.device]:
+        with contextlib.suppress(ImportError):  # which its sections will say
             importlib.import_module(name)
     with tempfile.TemporaryDirectory() as temporary:
         at = Place(asked.device, asked.tiny, asked.folder or Path(temporary))

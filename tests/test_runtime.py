@@ -63,7 +63,7 @@ def world_of_one(monkeypatch: pytest.MonkeyPatch) -> list[type]:
         return network
 
     place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    for name, value in place.items():
+    for name, value in (place | dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo")).items():
         monkeypatch.setenv(name, value)
     spreading = parallel.spread
     monkeypatch.setattr(World, "__enter__", met)
