@@ -180,17 +180,20 @@ def ended(pid: int, limit: float) -> str:
     return f"ended by {signal.Signals(os.WTERMSIG(status)).name}" if os.WIFSIGNALED(status) else ""
 
 
-def exports(at: Place, wanted: dict[str, Section]) -> int | None:
-    """A process that exports in the background what sections will ask for, in their order; None where none does."""
+def exports(at: Place, wanted: dict[str, Section]) -> list[int]:
+    """Processes that export in the background what sections will ask for: of the shipped model, and of the large ones."""
     asked = [name.partition(" onnx ") for name in wanted if " onnx " in name]
     pairs = [(next((k for k in KINDS if k in before), "shipped"), precision) for before, _, precision in asked]
 
-    def work() -> None:
+    def work(shipped: bool) -> None:
+        of.few_threads()
         for kind, precision in dict.fromkeys(pairs):
             with contextlib.suppress(Exception):  # which the section that asks for it will tell
-                of.bundle(at, kind, precision)
+                if (kind == "shipped") == shipped:
+                    of.bundle(at, kind, precision)
 
-    return forked(work, at.folder / "logs" / "exports.log") if pairs else None
+    halves = {kind == "shipped" for kind, _ in pairs}
+    return [forked(partial(work, half), at.folder / "logs" / f"exports-{half}.log") for half in halves]
 
 
 # ---- all of them -----------------------------------------------------------------------------------------------------
@@ -210,8 +213,8 @@ def run(names: list[str], at: Place, minutes: float) -> Rows:
         limit = min(left, section.most * 60 * minutes)
         rows |= carried_out(name, section, at, limit) if left > 1 else unrun(section, "no time left")
         print(f"{name}: {time.monotonic() - began:.1f} s", file=sys.stderr)
-    if background:
-        ended(background, 0)
+    for process in background:
+        ended(process, 0)
     for name, pair in RATIOS.items():
         a, b = (rows.get(row, (None, ""))[0] for row in pair)
         if a and b:

@@ -7,7 +7,6 @@ device and kept in the run's folder for the sections after it.
 from __future__ import annotations
 
 import fcntl
-import inspect
 import json
 import os
 import resource
@@ -108,9 +107,13 @@ def bundle(at: Place, kind: str, precision: str) -> Path:
     from tinydiff.checkpoints.source import Source
     from tinydiff.export import export
 
-    source = Source(weights(at, kind))
-    more = {"device": at.device} if "device" in inspect.signature(export).parameters else {}
-    return made(at.folder / f"{kind}-{precision}", lambda path: export(source, path, precision=precision, **more))
+    source, device = Source(weights(at, kind)), "cuda" if at.device == "cuda" else "any"
+    return made(at.folder / f"{kind}-{precision}", lambda path: export(source, path, precision, device=device))
+
+
+def few_threads() -> None:
+    """Leave processors to what is measured meanwhile."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // 4))
 
 
 def opened(at: Place, kind: str, runtime: str) -> Any:

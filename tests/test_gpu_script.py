@@ -139,7 +139,7 @@ def test_time_is_kept_for_the_tests(at: Place, monkeypatch: pytest.MonkeyPatch) 
         return {}
 
     monkeypatch.setattr(gpu, "carried_out", asked)
-    monkeypatch.setattr(gpu, "exports", lambda at, wanted: None)
+    monkeypatch.setattr(gpu, "exports", lambda at, wanted: [])
     gpu.run([], at, 10.0)
     assert list(given) == list(gpu.SECTIONS) and list(given)[-1] == "tests"
     assert all(
