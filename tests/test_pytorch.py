@@ -13,20 +13,20 @@ from interpreters import run_without
 from typer.testing import CliRunner
 
 from tinydiff import cli
-from tinydiff.backends import open_backend, pytorch
+from tinydiff.backends import find_model, open_backend, pytorch
 from tinydiff.backends.pytorch import TorchBackend
 from tinydiff.checkpoints import convert
 from tinydiff.checkpoints.folder import PRECISIONS
 from tinydiff.checkpoints.source import Source
 from tinydiff.errors import UsageError
-from tinydiff.pipeline import Request, generate
+from tinydiff.pipeline import Backend, Request, generate
 
 HALVES = {"fp16": 2e-3, "bf16": 2e-2}  # the largest difference from float32, in deviations of a network's output
 REQUEST = Request(20, 3.0, "dpmpp_2m", "trailing", 16, 16)
 halves = pytest.mark.parametrize("precision", HALVES)
 
 
-def given(backend: TorchBackend, channels: int = 4) -> dict[str, Callable[[TorchBackend], np.ndarray]]:
+def given(backend: Backend, channels: int = 4) -> dict[str, Callable[[Backend], np.ndarray]]:
     """Calls of every network on the same inputs, by name."""
     rng = np.random.default_rng(0)
     x, pixels = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, channels, 8, 8), (2, 3, 16, 16)))
@@ -241,3 +241,12 @@ def test_a_compiled_denoiser_on_a_gpu(gpu: str, tiny_model: Path, backend: Torch
     there = TorchBackend.open(Source(tiny_model), gpu, "fp16", compiled=True)
     call = given(backend)["denoiser"]
     assert apart(call(there), call(backend)) < HALVES["fp16"] * 10
+
+
+@pytest.mark.gpu
+def test_the_shipped_bundle_on_a_gpu(gpu: str) -> None:
+    """onnxruntime there against torch on the CPU, both in float32."""
+    source = Source(find_model(None))
+    there, here = open_backend(source, "onnx", gpu), TorchBackend.open(source, "cpu")
+    for name, call in given(here, here.description.latent_channels).items():
+        assert apart(call(there), call(here)) < 1e-3, name

@@ -103,8 +103,11 @@ def to_numpy(x: Tensor) -> np.ndarray:
 def usual(network: nn.Module, device: torch.device) -> torch.dtype:
     """What a network computes in where nobody says: on CUDA the half precision that all its weights are stored in, if any."""
     stored = {x.dtype for x in network.state_dict().values() if x.is_floating_point()}
-    half = stored == {torch.float16} or (stored == {torch.bfloat16} and torch.cuda.is_bf16_supported(False))
-    return stored.pop() if device.type == "cuda" and half else torch.float32
+    if device.type == "cuda" and (
+        stored == {torch.float16} or (stored == {torch.bfloat16} and torch.cuda.is_bf16_supported(False))
+    ):
+        return stored.pop()
+    return torch.float32
 
 
 def check_bfloat16(device: torch.device, precision: str | None) -> None:
