@@ -11,6 +11,7 @@ from interpreters import ROOT, run_without
 
 WITHOUT_TORCH = [
     "tinydiff.backends",
+    "tinydiff.backends.binding",
     "tinydiff.backends.devices",
     "tinydiff.backends.graph",
     "tinydiff.backends.onnx",
@@ -88,7 +89,7 @@ WITHOUT_TORCH = [
     "tinydiff.user_cache",
     "tinydiff.verified",
 ]
-ONNXRUNTIME = {f"tinydiff.backends.{name}" for name in ("devices", "onnx", "optimised", "sessions")}
+ONNXRUNTIME = {f"tinydiff.backends.{name}" for name in ("binding", "devices", "onnx", "optimised", "sessions")}
 
 
 def test_the_blocker_blocks():

@@ -42,7 +42,7 @@ app = typer.Typer(
         "token_normalize_func": lambda name: ALIASES.get(name, name.replace("_", "-")),
     },
 )
-BACKENDS, DEVICES = ("auto", "torch", "onnx"), ("auto", "cpu", "cuda")
+BACKENDS = ("auto", "torch", "onnx")
 PRECISIONS = ("fp32", "fp16", "bf16")
 ALIASES = {f"guidance{x}scale": "cfg-scale" for x in "_-"} | {f"num{x}inference{x}steps": "steps" for x in "_-"}
 ALIASES |= {"schedule": "spacing"}
@@ -60,7 +60,7 @@ CfgScale = Annotated[float | None, flag("Guidance; 1 or less is none.", min=0, m
 SamplerName = Annotated[str | None, flag(" | ".join(SAMPLERS))]
 Spacing = Annotated[str | None, flag("Noise levels visited: " + " | ".join(SPACINGS))]
 BackendName = Annotated[str, flag(" | ".join(BACKENDS))]
-Device = Annotated[str, flag(" | ".join(DEVICES))]
+Device = Annotated[str, flag(f"{' | '.join(flags.DEVICES)}, or an onnxruntime plugin: {' | '.join(flags.PLUGINS)}.")]
 Precision = Annotated[
     str | None,
     flag(f"What torch multiplies: {' | '.join(PRECISIONS)}; by default as stored on CUDA, fp32 on the CPU."),
@@ -224,7 +224,7 @@ def generate(
     less time: the first one reads the prompts, and a batch is drawn as soon as it is full.
     """
     flags.choose("--backend", backend, BACKENDS)
-    flags.choose("--device", device, DEVICES)
+    flags.device(device)
     processes.own_device()
     opened = opening(model, backend, device, vae, prediction, precision, compiled, verify)
     from tinydiff import drawing, reading  # imported while the graphs are being opened
@@ -392,7 +392,7 @@ def evaluate(
     the files that these are defined by.
     """
     flags.choose("--backend", backend, BACKENDS)
-    flags.choose("--device", device, DEVICES)
+    flags.device(device)
     from tinydiff.measure.networks import wanted
 
     names = wanted(features)

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from tinydiff.diffusion.samplers import SAMPLERS
 from tinydiff.diffusion.schedules import SPACINGS
-from tinydiff.errors import UsageError
+from tinydiff.errors import ResourceError, UsageError
 from tinydiff.progress import note
 from tinydiff.schema import nearest
 from tinydiff.system import shown
 
 MAX_SIDE = 16384  # pixels, as of -W and -H
+DEVICES = ("auto", "cpu", "cuda")
+PLUGINS = (
+    "openvino",
+    "webgpu",
+    "nv-tensorrt-rtx",
+    "mlx",
+)  # published as onnxruntime-ep-NAME; others of such names work too
 SCALES = ("cfg_scale", "cfg_max", "cfg_complex", "cfg_rescale")
 
 if TYPE_CHECKING:
@@ -139,6 +148,16 @@ def finite(flag: str, value: float) -> None:
     """UsageError for nan and infinity, which no range of numbers excludes."""
     if not math.isfinite(value):
         raise UsageError(f"{flag} {value}: give a number, such as 3")
+
+
+def device(name: str) -> None:
+    """UsageError unless --device is a kind of device or an onnxruntime plugin, ResourceError where that is not installed."""
+    plugin = re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name) and name not in DEVICES
+    if plugin and find_spec(f"onnxruntime_ep_{name.replace('-', '_')}"):
+        return
+    choose("--device", name, (*DEVICES, *PLUGINS))
+    if plugin:
+        raise ResourceError(f"--device {name}: its plugin is not installed; pip install onnxruntime-ep-{name}")
 
 
 def choose(flag: str, value: str, names: tuple[str, ...]) -> None:

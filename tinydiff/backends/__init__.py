@@ -64,6 +64,9 @@ def open_backend(
 
         with undisturbed(source.stamps):
             return OnnxBackend(source, device, wait)
+    if device not in ("auto", "cpu", "cuda"):
+        fix = "export the model to ONNX, or leave it out"
+        raise UsageError(f"--device {shown(device)}: an onnxruntime plugin, and this runs on torch; {fix}")
     with undisturbed(source.stamps):
         source.check()
         source.description  # noqa: B018  what is wrong with a model is said before torch is imported

@@ -1,14 +1,21 @@
-"""Where onnxruntime can compute: the CPU, CUDA, and what is said where that does not work."""
+"""Where onnxruntime can compute: the CPU, CUDA, plugin providers, and what is said where that does not work."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import io
+from collections import Counter
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
 
 import onnxruntime as ort
 
 from tinydiff.errors import ResourceError
+from tinydiff.progress import note
+from tinydiff.system import shown
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 IDENTITY = (  # y = x, the smallest graph that shows whether a provider works
@@ -18,11 +25,58 @@ IDENTITY = (  # y = x, the smallest graph that shows whether a provider works
 
 
 def choose_device(device: str) -> str:
-    """ "cpu" or "cuda" for "auto", "cpu" or "cuda". Raises ResourceError where cuda is asked for and does not work."""
+    """The device itself, or cuda or cpu for "auto". Raises ResourceError where it is asked for and does not work."""
+    if device not in ("auto", "cpu", "cuda"):
+        plugin(device)
+        return device
     problem = "" if device == "cpu" else cuda_problem()
     if device == "cuda" and problem:
         raise ResourceError(f"--device cuda: {problem}; or use --device cpu")
     return "cpu" if device == "cpu" or problem else "cuda"
+
+
+@lru_cache
+def plugin(name: str) -> Any:
+    """The device of a plugin provider, an accelerator where it has one, registered with onnxruntime. Else ResourceError.
+
+    A plugin is the package onnxruntime-ep-NAME, whose module says where its library is and how its providers are called.
+    """
+    try:
+        module = importlib.import_module(f"onnxruntime_ep_{name.replace('-', '_')}")
+        ort.register_execution_provider_library(f"tinydiff-{name}", module.get_library_path())
+        devices = [each for each in ort.get_ep_devices() if each.ep_name in module.get_ep_names()]
+    except ModuleNotFoundError as error:
+        fix = f"pip install onnxruntime-ep-{name}"
+        raise ResourceError(f"--device {shown(name)}: its plugin is not installed; {fix}") from error
+    except Exception as error:  # onnxruntime's exceptions share no other base; before 1.23 it had no plugins
+        fix = f"pip install --upgrade onnxruntime-ep-{name} onnxruntime"
+        raise ResourceError(f"--device {name}: its plugin cannot be loaded ({shown(error)}); {fix}") from error
+    if not devices:
+        raise ResourceError(f"--device {name}: its plugin sees no device here that it supports; use --device cpu")
+    return max(devices, key=lambda each: each.device.type != ort.OrtHardwareDeviceType.CPU)
+
+
+def use_plugin(options: ort.SessionOptions, name: str) -> None:
+    """Have a session run on a plugin's device, and remember which operators do not."""
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    options.add_provider_for_devices([plugin(name)], {})
+
+
+def say_share(name: str, sessions: Iterable[ort.InferenceSession]) -> None:
+    """Say how many operators of some sessions a plugin leaves to the CPU; ResourceError where that is all of them."""
+    counts = Counter[bool]()
+    for session in sessions:
+        for part in session.get_provider_graph_assignment_info():
+            counts[part.ep_name == plugin(name).ep_name] += len(part.get_nodes())
+    if counts[False] and not counts[True]:
+        raise ResourceError(f"--device {name}: takes none of the {counts[False]} operators; use --device cpu")
+    if counts[False]:
+        note(f"{name} leaves {counts[False]} of {counts.total()} operators to the CPU")
+
+
+def is_recorded(session: ort.InferenceSession) -> bool:
+    """Whether a session's calls are recorded as CUDA graphs."""
+    return session.get_provider_options().get(CUDA, {}).get("enable_cuda_graph") == "1"
 
 
 def cuda_problem() -> str:

@@ -56,8 +56,11 @@ SIZES: dict[bytes, Callable[..., float]] = {  # how many numbers an operator mak
 Field = tuple[int, int, int, int]  # number, wire type, and where its value is
 
 
-def check(path: Path) -> None:
-    """ModelError unless all that a graph asks for is in proportion, and its external tensors lie in plain files beside it."""
+def check(path: Path) -> dict[str, str]:
+    """The metadata of a graph: what its exporter says of it.
+
+    ModelError unless all that it asks for is in proportion, and its external tensors lie in plain files beside it.
+    """
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             work = Work.read(data)
@@ -74,6 +77,7 @@ def check(path: Path) -> None:
             raise ModelError(f"{shown(path)}: external data at {shown(numbers)}; {RESTORE}")
         if sum(map(int, numbers)) > sizes[tensor.get("location", "")]:
             raise ModelError(f"{shown(path)}: external data after the end of {shown(tensor['location'])!a}; {RESTORE}")
+    return work.metadata
 
 
 def plain_size(graph: Path, name: str) -> int:
@@ -102,9 +106,9 @@ def messages(data: bytes | mmap.mmap) -> Iterator[tuple[str, int, list[Field]]]:
         todo += [(known[n], a, b) for n, wire, a, b in reversed(inside) if n in known and wire == BYTES]
 
 
-def external(data: bytes | mmap.mmap, inside: list[Field]) -> dict[str, str]:
-    """A tensor's external-data entries (location, offset, length); {} if its numbers are in the file."""
-    entries = [fields(data, a, b) for n, wire, a, b in inside if n == 13 and wire == BYTES]
+def entries(data: bytes | mmap.mmap, inside: list[Field], number: int) -> dict[str, str]:
+    """A repeated field of keys and values: a tensor's external data (location, offset, length), a model's metadata."""
+    entries = [fields(data, a, b) for n, wire, a, b in inside if n == number and wire == BYTES]
     pairs = [{n: data[a:b].decode() for n, wire, a, b in entry if wire == BYTES} for entry in entries]
     return {pair.get(1, ""): pair.get(2, "") for pair in pairs}
 
@@ -125,7 +129,7 @@ class Node:
 class Work:
     """What a graph computes, as far as it tells: its nodes in order, small tensors by name, numbers in sparse ones.
 
-    `external`: where numbers of tensors are that are not in the file.
+    `external`: where numbers of tensors are that are not in the file; `metadata`: what its exporter says of it.
     """
 
     nodes: list[Node] = field(default_factory=list)
@@ -133,6 +137,7 @@ class Work:
     functions: set[tuple[bytes, bytes]] = field(default_factory=set)
     sparse: float = 0.0
     external: list[dict[str, str]] = field(default_factory=list)
+    metadata: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, data: bytes | mmap.mmap) -> Work:
@@ -141,6 +146,7 @@ class Work:
         for kind, at, inside in messages(data):
             if kind == "Model":
                 graphs = {a for n, _, a, _ in inside if n in (7, 20)}
+                work.metadata = entries(data, inside, 14)
             elif kind == "Function":
                 function = (first(data, inside, 10), first(data, inside, 1))
                 work.functions.add(function)
@@ -152,7 +158,7 @@ class Work:
             elif kind == "Tensor":
                 if (small := numbers(data, inside)) is not None:
                     work.known[first(data, inside, 8)] = small
-                if elsewhere := external(data, inside):
+                if elsewhere := entries(data, inside, 13):
                     work.external.append(elsewhere)
             elif kind == "Sparse":
                 work.sparse += product(integers(data, inside, 3))

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from tinydiff.backends.devices import choose_device
+from tinydiff.backends.binding import Buffers
+from tinydiff.backends.devices import choose_device, is_recorded, say_share
 from tinydiff.backends.graph import RESTORE
 from tinydiff.backends.sessions import DTYPES, failure, open_session, times
 from tinydiff.checkpoints.source import Source
@@ -33,7 +34,7 @@ DRAWING = ("text_encoder", "vae_decoder", "scheduler", "tokenizer")  # folders t
 
 
 class OnnxBackend:
-    """A bundle's sessions on one device: "cpu", "cuda", or "auto", which is cuda where it works.
+    """A bundle's sessions on one device: "cpu", "cuda", "auto", which is cuda where it works, or a plugin provider by name.
 
     Raises ModelError where the bundle is damaged or incomplete, ResourceError where `device` cannot be had; with `wait`
     false they may come from the first use of a network instead, and the graphs are opened meanwhile.
@@ -43,6 +44,7 @@ class OnnxBackend:
 
     def __init__(self, source: Source, device: str = "auto", wait: bool = True):
         self.path, self.stamps, self.device = source.path, source.stamps, choose_device(device)
+        self.buffers = dict[str, Buffers]()
         self.pool = ThreadPoolExecutor(4)  # neither opening a graph nor hashing a file needs Python
         self.memory = Memory(source.anew)
         self.checks = self.pool.submit(verify, self.path, (*DRAWING, source.denoiser), self.memory.sha256)
@@ -81,6 +83,8 @@ class OnnxBackend:
         with undisturbed(self.stamps):
             for each in (self.checks, *self.sessions.values()):
                 each.result()
+        if self.device not in ("cpu", "cuda"):
+            say_share(self.device, [each.result() for each in self.sessions.values()])
         self.later(self.memory.save)
 
     def wait(self) -> None:
@@ -124,14 +128,34 @@ class OnnxBackend:
             raise ModelError(f"{shown(path)}: {problem}; copy all folders of one model")
         results = []
         for rows in batches(session, inputs):
-            results.append(run(path, session, outputs, rows, 1 if name == ENCODER else factor))
             sizes = sizes_of(graph, rows, factor)
+            wanted = {key: graph.outputs[key].shape(defaultdict(int, sizes)) for key in outputs}
+            feed = fed(path, session, rows, 1 if name == ENCODER else factor)
+            try:
+                results.append(self.call(name, session, feed, wanted))
+            except Exception as error:  # onnxruntime's exceptions share no other base
+                raise failure(f"{shown(path)}: {outputs[0]}", error) from error
             for key, array in results[-1].items():
                 check_shape(f"{shown(path)}: gives {key}", array.shape, graph.outputs[key], sizes)
         if len(results) == 1:
             return results[0]
         count = next(len(array) for array in inputs.values() if array.ndim)
         return {key: np.concatenate([each[key] for each in results])[:count] for key in outputs}
+
+    def call(
+        self, name: str, session: ort.InferenceSession, feed: dict[str, np.ndarray], wanted: dict[str, tuple[int, ...]]
+    ) -> dict[str, np.ndarray]:
+        """One call: on CUDA through buffers that stay there, where the shapes of the outputs are known."""
+        if self.device == "cuda" and all(map(all, wanted.values())):
+            if name not in self.buffers:
+                kept, recorded = self.description.conditions, is_recorded(session)
+                self.buffers[name] = Buffers(session, "cuda", kept, recorded)
+            types = {output.name: DTYPES[output.type] for output in session.get_outputs()}
+            results = self.buffers[name](feed, {key: (shape, types[key]) for key, shape in wanted.items()})
+        else:
+            arrays: Any = session.run(list(wanted), feed)
+            results = dict(zip(wanted, arrays, strict=True))
+        return {key: array.astype(np.float32, copy=False) for key, array in results.items()}
 
 
 def graphs_of(source: Source) -> dict[str, Graph]:
@@ -156,10 +180,10 @@ def batches(session: ort.InferenceSession, inputs: Mapping[str, np.ndarray]) -> 
         yield {key: array[at] if array.ndim else array for key, array in inputs.items()}
 
 
-def run(
-    path: Path, session: ort.InferenceSession, outputs: list[str], inputs: Mapping[str, np.ndarray], factor: int
+def fed(
+    path: Path, session: ort.InferenceSession, inputs: Mapping[str, np.ndarray], factor: int
 ) -> dict[str, np.ndarray]:
-    """One call: inputs are converted to what the graph declares, and refused if it takes other sizes."""
+    """The inputs of one call, converted to what the graph declares, and refused if it takes other sizes."""
     feed, batch, rows = {}, session.get_inputs()[0].shape[:1], next(len(x) for x in inputs.values() if x.ndim)
     for declared in session.get_inputs():
         value, kind = inputs[declared.name], DTYPES[declared.type]
@@ -169,11 +193,7 @@ def run(
             value = np.full(rows if many else 1, value)
         check_fixed(path, declared.name, declared.shape, value.shape, factor)
         feed[declared.name] = np.asarray(value, order="C")  # a scalar stays one, which ascontiguousarray makes a list
-    try:
-        results: Any = session.run(outputs, feed)
-    except Exception as error:  # onnxruntime's exceptions share no other base
-        raise failure(f"{shown(path)}: {outputs[0]}", error) from error
-    return {name: each.astype(np.float32, copy=False) for name, each in zip(outputs, results, strict=True)}
+    return feed
 
 
 def check_fixed(path: Path, name: str, declared: list[Any], given: tuple[int, ...], factor: int) -> None:

@@ -25,7 +25,7 @@ from tinydiff.verified import Hash, verify
 
 FORMAT = 1
 MOST = 2 * 2**30  # bytes of all that is kept; what was used longest ago goes first, such as that of other versions
-LARGEST = 2**30  # bytes of a graph that is kept: its weights are laid out anew, so each would be on the disk twice
+LARGEST = 2**29  # bytes of a graph that is kept: its weights are laid out anew, as floats, so each is on the disk again
 
 
 def place(bundle: Path, name: str) -> Path | None:

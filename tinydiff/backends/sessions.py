@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
 from tinydiff.backends import optimised
-from tinydiff.backends.devices import CPU, CUDA
+from tinydiff.backends.devices import CPU, CUDA, use_plugin
 from tinydiff.backends.graph import RESTORE, check
 from tinydiff.errors import ModelError, ResourceError
 from tinydiff.files import sha256, shown
@@ -35,46 +36,64 @@ def open_session(
     name: str,
     graph: Graph,
     device: str,
-    later: Callable[[Callable[[], None]], Any] = lambda work: work(),
+    later: Callable[[Callable[[], None]], Any] | None = None,
     digest: Hash = sha256,
 ) -> ort.InferenceSession:
-    """The session of one graph of a bundle on "cpu" or "cuda", its inputs and outputs as `graph` has them.
+    """The session of one graph of a bundle on "cpu", "cuda" or a plugin, its inputs and outputs as `graph` has them.
 
-    What onnxruntime makes of it on the CPU is kept for the next time, by work that `later` is given; `digest` gives a file's
-    SHA-256. Raises ModelError where the graph is missing or damaged, ResourceError where onnxruntime turns from cuda to the CPU.
+    With `later`, what onnxruntime makes of it on the CPU is kept for the next time, by work that it is given; `digest` gives a
+    file's SHA-256. Raises ModelError where the graph is missing, damaged or made for another device, ResourceError where
+    onnxruntime turns from the device to the CPU.
     """
     path, convolves = bundle / name / "model.onnx", "sample" in graph.inputs or "latent_sample" in graph.inputs
-    place = optimised.place(bundle, name) if device == "cpu" and convolves else None
+    place = optimised.place(bundle, name) if later and device == "cpu" and convolves else None
     if place and (session := optimised.reopened(place, lambda file: created(file, Level.ORT_DISABLE_ALL), digest)):
         check_io(path, session, graph)
         return session
-    check(path)
-    chosen = level(bundle, name, device)
+    metadata, chosen = check(path), level(bundle, name, device)
+    check_device(path, metadata, device)
     with contextlib.ExitStack() as stack:
-        session = optimised.saved(place, lambda **save: created(path, chosen, **save), stack) if place else None
-        session = session or created(path, chosen, device)
+        session = (
+            optimised.saved(place, lambda **save: created(path, chosen, metadata, **save), stack) if place else None
+        )
+        if device == "cuda" and "timestep" in graph.inputs:  # which is called again and again
+            with contextlib.suppress(ModelError):  # where an operator runs on the CPU it cannot be recorded
+                session = created(path, chosen, metadata, device, recorded=True)
+        session = session or created(path, chosen, metadata, device)
         check_io(path, session, graph)
-        if place:
+        if later and place:
             later(optimised.finish(place, stack.pop_all()))
     return session
 
 
 def created(
-    path: Path, level: ort.GraphOptimizationLevel, device: str = "cpu", save: Path | None = None
+    path: Path,
+    level: ort.GraphOptimizationLevel,
+    metadata: Mapping[str, str] = MappingProxyType({}),
+    device: str = "cpu",
+    save: Path | None = None,
+    recorded: bool = False,
 ) -> ort.InferenceSession:
-    """A session of a graph, which is written to the folder `save` as onnxruntime rewrites it."""
+    """A session of a graph, written to the folder `save` as onnxruntime rewrites it; on CUDA its calls are `recorded`."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = level
-    options.add_session_config_entry(FOLDED, str(max(2**20, 2 * optimised.size(path.parent))))
+    options.add_session_config_entry(FOLDED, str(max(2**20, 4 * optimised.size(path.parent))))
     if device == "cpu" and limited():
         options.add_session_config_entry("session.use_env_allocators", "1")
     if save:
         options.optimized_model_filepath = str(save / "model.onnx")
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
-    providers: list[Any] = [(CUDA, CUDA_OPTIONS), CPU] if device == "cuda" else [CPU]
+    if metadata.get("tinydiff.precision") == "int8":
+        options.add_session_config_entry("session.disable_quant_qdq", "1")  # weights are dequantised once, at opening
+    providers: dict[str, list[Any]] = {
+        "cpu": [CPU],
+        "cuda": [(CUDA, CUDA_OPTIONS | {"enable_cuda_graph": str(int(recorded))}), CPU],
+    }
     try:
-        session = ort.InferenceSession(path, options, providers, enable_fallback=0)
+        if device not in providers:
+            use_plugin(options, device)
+        session = ort.InferenceSession(path, options, providers.get(device), enable_fallback=0)
     except Exception as error:  # onnxruntime's exceptions share no other base
         raise failure(shown(path), error) from error
     if device == "cuda" and session.get_providers()[0] != CUDA:
@@ -90,6 +109,15 @@ def stepwise(graph: bytes, folder: Path) -> ort.InferenceSession:
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     options.add_session_config_entry("session.disable_prepacking", "1")
     return ort.InferenceSession(graph, options, [CPU])
+
+
+def check_device(path: Path, metadata: Mapping[str, str], device: str) -> None:
+    """ModelError where a graph's exporter says that this device cannot run it."""
+    if metadata.get("tinydiff.device") == "cuda" != device:
+        fix = "export it again without --device cuda, or use --device cuda"
+        raise ModelError(f"{shown(path)}: exported for CUDA; {fix}")
+    if metadata.get("tinydiff.precision") == "bf16" and device == "cpu":
+        raise ModelError(f"{shown(path)}: bf16 runs on CUDA; use an fp32 or fp16 bundle")
 
 
 def level(bundle: Path, name: str, device: str) -> ort.GraphOptimizationLevel:
