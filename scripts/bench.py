@@ -1,10 +1,14 @@
 """Speed and memory as ratios against named peers, each pair run in turn, several times, in one call.
 
-    python scripts/bench.py [startup] [generate] [train] [save] [samplers] [full] [--runs N] [--model DIR] [--folder DIR]
+    python scripts/bench.py [startup] [generate] [pipe] [unet] [train] [save] [samplers] [full] [--runs N] [--model DIR]
+                            [--folder DIR] [--older DIR]
 
 startup   `tinydiff --help` against `python -c "import typer"`
 generate  `tinydiff generate` of one image, whole process, against a diffusers script with the same weights, and against
-          a bare script that opens the same ONNX sessions and loops in numpy (the floor)
+          a bare script that opens the same ONNX sessions and loops in numpy (the floor); on a machine that has never opened the
+          model ("first") and on one that has, so that graphs are optimised and files verified
+pipe      64 prompts from a pipe, against the tree of an older version (--older)
+unet      the share of a matrix product's speed at which the denoiser computes 8 images, both on one core
 train     steps of the denoiser stage through the training loop, batches and metrics included, against forward + backward +
           optimizer on one batch, and against a script with accelerate and diffusers of the same sizes
 save      how long a checkpoint keeps the next update waiting, against how long it takes to be written
@@ -84,10 +88,13 @@ Image.fromarray(((pixels.transpose(1, 2, 0) / 2 + 0.5).clip(0, 1) * 255).round()
 """
 
 
-def measure(command: list[str]) -> tuple[float, float]:
+def measure(command: list[str], stdin: str | None = None, **env: str) -> tuple[float, float]:
     """Wall-clock seconds and peak resident bytes of a command, which must succeed."""
     begun = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    given = open(stdin) if stdin else None  # noqa: SIM115
+    process = subprocess.Popen(
+        command, stdin=given, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | env
+    )
     assert process.stderr
     said = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
@@ -119,14 +126,79 @@ def generate(runs: int, model: Path) -> None:
         out = f"{folder}/x.png"
         tail = ["-m", str(model), "-o", out, "--force", "--steps", "20", "--cfg-scale", "3", "--sampler", "ddim"]
         ours = [sys.executable, "-m", "tinydiff", "generate", "red heart", *tail]
+        kept = {"XDG_CACHE_HOME": f"{folder}/kept"}
+        (
+            measure(ours, **kept),
+            time.sleep(2.1),
+            measure(ours, **kept),
+        )  # files younger than two seconds are not remembered
         for name, script in (("diffusers", DIFFUSERS), ("floor", FLOOR)):
             theirs = [sys.executable, "-c", script, str(model), out, size]
-            pairs = [(measure(ours), measure(theirs)) for _ in range(runs)]
-            for what, i in (("time", 0), ("peak memory", 1)):
-                numbers = iter([v[i] for pair in pairs for v in pair])
-                compare(
-                    f"{what}, tinydiff generate / {name}", runs, lambda n=numbers: next(n), lambda n=numbers: next(n)
-                )
+            for when in ("first", "later"):
+                pairs = []
+                for n in range(runs):
+                    cache = kept if when == "later" else {"XDG_CACHE_HOME": f"{folder}/{name}{n}"}
+                    pairs.append((measure(ours, **cache), measure(theirs)))
+                for what, i in (("time", 0), ("peak memory", 1)):
+                    numbers = iter([v[i] for pair in pairs for v in pair])
+                    label = f"{what}, tinydiff generate ({when}) / {name}"
+                    compare(label, runs, lambda n=numbers: next(n), lambda n=numbers: next(n))
+
+
+def pipe(runs: int, model: Path, older: Path) -> None:
+    """The whole process, of 64 prompts that come at once."""
+    with tempfile.TemporaryDirectory() as folder:
+        prompts = Path(folder, "prompts")
+        prompts.write_text("".join(f"a {colour} {thing}\n" for colour in COLOURS for thing in THINGS))
+        command = [
+            sys.executable,
+            "-m",
+            "tinydiff",
+            "generate",
+            "-",
+            "-m",
+            str(model),
+            "-o",
+            f"{folder}/out/",
+            "--force",
+        ]
+
+        def drawn(tree: Path) -> float:
+            return measure(command, str(prompts), PYTHONPATH=str(tree), XDG_CACHE_HOME=f"{folder}/kept")[0]
+
+        ours = Path(__file__).resolve().parents[1]
+        drawn(ours), time.sleep(2.1), drawn(ours)
+        compare("time, 64 prompts from a pipe / by the older version", runs, lambda: drawn(ours), lambda: drawn(older))
+
+
+def unet(runs: int, model: Path) -> None:
+    """On one core, which onnxruntime and torch take for all there are."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    import numpy as np
+    import torch
+
+    from tinydiff.backends import open_backend
+    from tinydiff.checkpoints.source import Source
+    from tinydiff.cost import costs
+
+    torch.set_num_threads(1)
+    source = Source(model)
+    backend, d = open_backend(source, "onnx", "cpu"), source.description
+    side, rng = d.size // d.factor, np.random.default_rng(0)
+    tokens = next(iter(backend.tokenizers.values())).max_length
+    x = rng.standard_normal((8, d.latent_channels, side, side), np.float32)
+    told = backend.encode_text({name: np.zeros((8, tokens), np.int64) for name in backend.tokenizers})
+    operations = 8 * costs(source.configs, side, side, tokens, d.factor)[source.denoiser]["flops"]
+    a, count = torch.randn(1024, 1024), operations / (2 * 1024**3)
+    network, product = lambda: backend.denoise(x, 500.0, told), lambda: a @ a
+    network(), product()
+    name = "time, a matrix product of as many operations / a call of the denoiser on 8 images, one core"
+    compare(
+        name,
+        runs,
+        lambda: repeated(product, clock=time.process_time) * count,
+        lambda: repeated(network, clock=time.process_time),
+    )
 
 
 class Captions:
@@ -158,6 +230,8 @@ class Latents:
 
 
 STEPS = 8  # timed together
+COLOURS = ["red", "blue", "green", "yellow", "pink", "black", "white", "orange"]
+THINGS = ["heart", "cat", "dog", "house", "tree", "star", "face", "car"]
 
 
 @contextlib.contextmanager
@@ -265,11 +339,11 @@ def save(runs: int, config: Path) -> None:
     print(f"of {size / 1e6:.0f} MB of weights, their average and two moments, and the model folder")
 
 
-def repeated(call: Callable[[], object], times: int = STEPS) -> float:
-    begun = time.perf_counter()
+def repeated(call: Callable[[], object], times: int = STEPS, clock: Callable[[], float] = time.perf_counter) -> float:
+    begun = clock()
     for _ in range(times):
         call()
-    return time.perf_counter() - begun
+    return clock() - begun
 
 
 def accelerated(unet: dict, cfg, latents, ids) -> Callable[[], None]:
@@ -458,6 +532,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--older", type=Path)
     arguments = parser.parse_args()
     from tinydiff.backends import find_model
     from tinydiff.training.memory import keep_pages
@@ -468,6 +543,12 @@ def main() -> None:
             startup(arguments.runs)
         elif what == "generate":
             generate(arguments.runs, model)
+        elif what == "pipe":
+            pipe(
+                arguments.runs, model, arguments.older or parser.error("pipe: give the older version's tree as --older")
+            )
+        elif what == "unet":
+            unet(arguments.runs, model)
         elif what == "train":
             keep_pages()
             train(arguments.runs, model / "tinydiff.toml")
@@ -479,7 +560,9 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as temporary:
                 full(arguments.runs, arguments.folder or Path(temporary))
         else:
-            sys.exit(f"{what}: no such benchmark; there are startup, generate, train, save, samplers and full")
+            sys.exit(
+                f"{what}: no such benchmark; there are startup, generate, pipe, unet, train, save, samplers and full"
+            )
 
 
 if __name__ == "__main__":
