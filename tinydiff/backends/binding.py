@@ -62,9 +62,14 @@ class Bound:
         return {name: np.array(value.numpy()) for name, value in self.outputs.items()}
 
     def run(self, graph: int) -> None:
-        options = ort.RunOptions()
-        options.add_run_config_entry("gpu_graph_id", str(graph))
-        self.session.run_with_iobinding(self.binding, options)
+        self.session.run_with_iobinding(self.binding, as_graph(graph))
+
+
+def as_graph(number: int) -> ort.RunOptions:
+    """The options of a call that is recorded, or replayed, as the CUDA graph of this number; PLAIN for neither."""
+    options = ort.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(number))
+    return options
 
 
 class Buffers:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from tinydiff.backends.binding import Buffers
+from tinydiff.backends.binding import PLAIN, Buffers, as_graph
 from tinydiff.backends.devices import choose_device, is_recorded, say_share
 from tinydiff.backends.graph import RESTORE
 from tinydiff.backends.sessions import DTYPES, failure, open_session, times
@@ -153,7 +153,7 @@ class OnnxBackend:
             types = {output.name: DTYPES[output.type] for output in session.get_outputs()}
             results = self.buffers[name](feed, {key: (shape, types[key]) for key, shape in wanted.items()})
         else:
-            arrays: Any = session.run(list(wanted), feed)
+            arrays: Any = session.run(list(wanted), feed, as_graph(PLAIN))
             results = dict(zip(wanted, arrays, strict=True))
         return {key: array.astype(np.float32, copy=False) for key, array in results.items()}
 
