@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tinydiff.backends.onnx import ENCODER, OnnxBackend
+from tinydiff.backends.optimised import LARGEST, size
 from tinydiff.backends.pytorch import TorchBackend
 from tinydiff.backends.sessions import open_session, stepwise
 from tinydiff.checkpoints import folder
@@ -83,24 +84,38 @@ def export(
         raise UsageError(f"--opset {opset}: choose one of {OPSETS[0]} to {OPSETS[-1]}")
     form = Form(precision, opset, device)
     with committed(out, replace=force) as bundle, undisturbed(source.stamps):
-        model = folder.load(source)
-        check_weights(model, form, source.path)
-        write_description(bundle, model.configs, model.tokenizers, source.path)
-        for name, part in model.networks.items():
-            (bundle / name).mkdir()
-            write_json(bundle / name / "config.json", model.configs[name])
-            if precision != "int8":
-                file = network_of(name, model.configs[name]).file
-                save_tensors(part.state_dict(), bundle / name / file, form.stored)
-        say("draw with torch")
-        request, drawn, calls = recorded(model)
-        plain = dict[str, bytes]()
-        for name in graphs(model.configs):
-            say(f"export {name}")
-            plain |= write_graph(name, model, bundle, form, calls[name])
-        say("compare with torch")
-        rows = verify_graphs(bundle, model, form.precision.graph if atol is None else atol, plain)
-        return [*rows, verify_image(bundle, request, drawn, form.precision, plain)]
+        rows, image, plain = written(source, bundle, form, form.precision.graph if atol is None else atol, say)
+        say("compare an image with torch's")  # whose networks are out of memory by now
+        return [*rows, verify_image(bundle, image, form.precision, plain)]
+
+
+def written(
+    source: Source, bundle: Path, form: Form, atol: float, say: Callable[[str], Any]
+) -> tuple[list[dict[str, Any]], Drawn, dict[str, bytes]]:
+    """All of a bundle, its graphs verified: their rows, an image that torch draws, and what `write_graph` returns."""
+    model = folder.load(source)
+    check_weights(model, form, source.path)
+    write_description(bundle, model.configs, model.tokenizers, source.path)
+    for name, part in model.networks.items():
+        (bundle / name).mkdir()
+        write_json(bundle / name / "config.json", model.configs[name])
+        if form.name != "int8":
+            save_tensors(part.state_dict(), bundle / name / network_of(name, model.configs[name]).file, form.stored)
+    say("draw with torch")
+    image, calls = recorded(model)
+    plain = dict[str, bytes]()
+    for name in graphs(model.configs):
+        say(f"export {name}")
+        plain |= write_graph(name, model, bundle, form, calls[name])
+    say("compare with torch")
+    return verify_graphs(bundle, model, atol, plain), image, plain
+
+
+class Drawn(NamedTuple):
+    """An image (1, H, W, 3) that torch drew in float32, and the request for it."""
+
+    pixels: np.ndarray
+    request: Request
 
 
 @dataclass(frozen=True)
@@ -164,15 +179,15 @@ class Recording(TorchBackend):
         return super().decode(z)
 
 
-def recorded(model: Model) -> tuple[Request, np.ndarray, dict[str, list[dict[str, np.ndarray]]]]:
-    """An image (1, H, W, 3) that torch draws with the model's own settings, the request for it, and each graph's calls."""
+def recorded(model: Model) -> tuple[Drawn, dict[str, list[dict[str, np.ndarray]]]]:
+    """An image that torch draws with the model's own settings, and each graph's calls."""
     backend = Recording(model)
     g = (d := backend.description).generate
     side = min(d.size, max(1, MOST // d.multiple) * d.multiple)
     request = Request(min(g.steps, 20, d.scheduler.most), g.cfg_scale, g.sampler, g.spacing, side, side)
     drawn = generate(backend, [prompt_of(backend)], [0], request)
     backend.encode_image(to_pixels(drawn))
-    return request, drawn, backend.calls
+    return Drawn(drawn, request), backend.calls
 
 
 def prompt_of(backend: Backend) -> str:
@@ -284,19 +299,22 @@ def verify_graphs(bundle: Path, model: Model, atol: float, plain: Mapping[str, b
     """
     rows = []
     for name, graph in graphs(model.configs).items():
-        session = checked_session(bundle, name, graph, plain)
-        given = [examples(name, model, size) for size in CHECKED]
+        session: Any = checked_session(bundle, name, graph, plain)
+        given = [examples(name, model, each) for each in CHECKED]
         runs = [(inputs, session.run(None, {k: v.numpy() for k, v in inputs.items()})) for inputs in given]
         worst = max(difference(name, model, *run) for run in runs)
         if not worst <= atol:
             raise ModelError(f"{name}: differs from torch by {worst:.1e} of its deviation, more than --atol {atol:.1e}")
-        size = sum(p.stat().st_size for p in (bundle / name).iterdir()) / 1e6
-        rows.append({"graph": name, "max_abs_diff": worst, "megabytes": size})
+        rows.append({"graph": name, "max_abs_diff": worst, "megabytes": size(bundle / name) / 1e6})
     return rows
 
 
 def checked_session(bundle: Path, name: str, graph: Graph, plain: Mapping[str, bytes]) -> Any:
-    return stepwise(plain[name], bundle / name) if name in plain else open_session(bundle, name, graph, "cpu")
+    """The session to compare with torch: of the graph in `plain`, else of the file's own, a large one without its weights copied
+    for speed."""
+    if name in plain or size(bundle / name) > LARGEST:
+        return stepwise(plain.get(name) or (bundle / name / "model.onnx").read_bytes(), bundle / name)
+    return open_session(bundle, name, graph, "cpu")
 
 
 class Checked(OnnxBackend):
@@ -310,16 +328,14 @@ class Checked(OnnxBackend):
         return checked_session(self.path, name, self.graphs[name], self.plain)
 
 
-def verify_image(
-    bundle: Path, request: Request, drawn: np.ndarray, precision: Precision, plain: Mapping[str, bytes]
-) -> dict[str, Any]:
-    """Draw an image (1, H, W, 3) that torch has `drawn` in float32 again, with the graphs.
+def verify_image(bundle: Path, image: Drawn, precision: Precision, plain: Mapping[str, bytes]) -> dict[str, Any]:
+    """Draw an image with the graphs that torch has drawn.
 
     The row: `same` is the share of pixels that are at most `precision.levels` grey levels apart, `psnr` in dB, `steps`. Raises
     ModelError where either is under the precision's bound.
     """
-    backend = Checked(Source(bundle), plain)
-    apart = np.abs(generate(backend, [prompt_of(backend)], [0], request).astype(int) - drawn)
+    backend, request = Checked(Source(bundle), plain), image.request
+    apart = np.abs(generate(backend, [prompt_of(backend)], [0], request).astype(int) - image.pixels)
     same = float((apart.max(axis=-1) <= precision.levels).mean())
     psnr = min(99.0, float(10 * np.log10(255**2 / max((apart**2).mean(), 1e-9))))
     row = {"graph": "image", "same": same, "psnr": psnr, "steps": request.steps}

@@ -169,20 +169,17 @@ class Casts:
 
 def of_time_alone(graph: Graph) -> set[Node]:
     """The operators that compute from the input `timestep` and weights alone."""
+    constant = {*graph.initializers.values()}
     values, nodes = {value for value in graph.inputs if value.name == "timestep"}, set[Any]()
     for node in graph:
-        given = [v for v in node.inputs if v is not None and (v.producer() is not None or v in graph.inputs)]
-        numbers = [v for v in given if v.dtype is None or v.dtype.is_floating_point()]
-        if any(v in values for v in numbers) and all(v in values or fixed(v) for v in numbers):
+        given = {value for value in node.inputs if value is not None} - constant
+        numbers = {value for value in given if value.dtype is None or value.dtype.is_floating_point()}
+        if not given:
+            constant |= set(node.outputs)
+        elif numbers and numbers <= values:
             nodes.add(node)
             values |= set(node.outputs)
     return nodes
-
-
-def fixed(value: Value) -> bool:
-    """Whether a value is computed from constants."""
-    producer = value.producer()
-    return producer is not None and all(v is None or v.is_initializer() or fixed(v) for v in producer.inputs)
 
 
 def place(node: Node) -> str:
