@@ -261,7 +261,7 @@ def conflicts(config: Config) -> Iterator[str]:
         if stage.beta2 == 1:
             yield f"train.{name}.beta2: the second moment never begins at 1; set 0.999"
         if stage.optimizer == "muon" and config.train.parallel == "fsdp" and row.divided:
-            yield f"train.{name}.optimizer: muon needs matrices whole on each process; set train.parallel ddp, or adamw"
+            yield f"train.{name}.optimizer: muon needs matrices whole on each process; set adamw and lr 1e-3, or ddp"
         if stage.batch_size % stage.accumulate:
             yield f"train.{name}.accumulate: {stage.accumulate} does not divide batch_size {stage.batch_size}"
 

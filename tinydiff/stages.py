@@ -120,7 +120,15 @@ STAGES: dict[str, Row] = {
     ),
     "denoiser": Row(
         DenoiserStage,
-        section(DenoiserStage, "stage 2: text encoder and denoiser on the latents", steps=2000, warmup=200, ema=0.998),
+        section(
+            DenoiserStage,
+            "stage 2: text encoder and denoiser on the latents",
+            steps=2000,
+            optimizer="muon",
+            lr=2.5e-3,
+            warmup=200,
+            ema=0.998,
+        ),
         "tinydiff.training.denoiser:DenoiserTask",
         "generated from these captions, row by row",
         divided=True,
