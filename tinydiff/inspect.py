@@ -103,7 +103,8 @@ def of_source(source: Source, width: int | None = None, height: int | None = Non
     path, file, configs = source.path, source.file, source.partial
     d = source.description if VAE in configs else None
     parts = contents(source)
-    index, graphs = configs["model_index"], [str(part["file"]).endswith(".onnx") for part in parts.values()]
+    index = configs["model_index"]
+    graphs = [str(part["file"]).endswith((".onnx", "/int8.safetensors")) for part in parts.values()]
     form = "onnx" if graphs and all(graphs) else "diffusers"
     form = form if not file else "single file" if d else "DiT weights"
     tokens, (encoder, *_) = tokenizer(source), text_encoders(configs).values()
@@ -253,11 +254,11 @@ def part(file: str, counts: Counter[str], size: int) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of `weights.files`, or the ONNX graph; none where there are neither. ModelError for a missing shard."""
+    """The files of `weights.files`, or those of a graph alone; none where there are neither. ModelError for a missing shard."""
     try:
         return weights.files(folder)
     except ModelError:
         if any(folder.glob("*.safetensors.index*.json")):
             raise
-    graph = folder / "model.onnx"
-    return [graph] if graph.is_file() else []
+    alone = [path for name in ("int8.safetensors", "model.onnx") if (path := folder / name).is_file()]
+    return alone[:1]

@@ -19,8 +19,13 @@ ONNX_DTYPES = {1: "fp32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 10: "fp
 
 
 def safetensors_counts(path: Path) -> Counter[str]:
-    """{dtype: number of values} of a safetensors file. Raises ModelError where its header does not fit the file."""
-    return counts_of(header(path).tensors.values())
+    """{dtype: number of values} of a safetensors file, without the scales of int8 weights.
+
+    Raises ModelError where its header does not fit the file.
+    """
+    tensors = header(path).tensors
+    scales = {name for name in tensors if name.endswith(".scale") and name.removesuffix(".scale") in tensors}
+    return counts_of(each for name, each in tensors.items() if name not in scales)
 
 
 def counts_of(tensors: Iterable[Stored]) -> Counter[str]:
