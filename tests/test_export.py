@@ -24,7 +24,7 @@ from contrib import OPERATORS
 from interpreters import ROOT, without
 from onnx.reference import ReferenceEvaluator
 
-from tinydiff import config, export
+from tinydiff import config, export, inspect
 from tinydiff.backends import open_backend
 from tinydiff.checkpoints import folder
 from tinydiff.checkpoints.source import Source
@@ -306,6 +306,20 @@ def test_a_value_beyond_half_is_an_island_of_float32(tmp_path: Path, monkeypatch
     monkeypatch.setattr(export, "magnitudes", lambda *_: {})
     with pytest.raises(ModelError, match=r"^vae_decoder: differs from torch by nan"):
         export.export(Source(tmp_path / "model"), tmp_path / "black", "fp16")
+
+
+def test_inspect_tells_of_graphs_and_of_bytes() -> None:
+    for precision, device, where in (
+        ("int8", "any", "any provider"),
+        ("fp16", "cuda", "CUDA alone"),
+        ("int8", "cpu", "CPUs"),
+    ):
+        told = inspect.inspect(str(bundle(precision, device)))
+        assert told["graphs"] == {name: {"precision": precision, "device": device} for name in NETWORKS}
+        text = dict(line.split(None, 1) for line in inspect.show(str(bundle(precision, device))))
+        assert text["graphs"].strip() == f"{precision}, for {where}"
+        whole = sum(p.numel() for p in folder.load(Source(model_dir())).networks["unet"].parameters())
+        assert told["components"]["unet"]["parameters"] == whole
 
 
 @pytest.mark.parametrize("name", NETWORKS)

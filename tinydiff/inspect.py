@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from tinydiff import backends, config, images
+from tinydiff.backends.graph import check
 from tinydiff.checkpoints import new, weights
 from tinydiff.checkpoints.counts import counts_of, onnx_counts, safetensors_counts
 from tinydiff.checkpoints.description import Description, describe
@@ -116,6 +117,7 @@ def of_source(source: Source, width: int | None = None, height: int | None = Non
         "class": index.get("_class_name"),
         "no_diffusers_pipeline": index.get("_no_diffusers_pipeline") or NO_PIPELINE.get(form),
         "onnx": (path / source.denoiser / "model.onnx").is_file(),
+        "graphs": graphs_of(path, parts),
         "ema": any(map(averaged, file.tensors)) if file else False,
         "components": parts,
         "parameters": sum(part["parameters"] or 0 for part in parts.values()),
@@ -234,6 +236,15 @@ def folders(path: Path, index: dict[str, Any]) -> list[str]:
     others = sorted(p.name for p in path.iterdir() if p.name not in named and weight_files(p))
     halved = [name for name in named if any(other.startswith(f"{name}_") for other in others)]
     return [name for name in [*named, *others] if name not in halved and not name.startswith(WEIGHTLESS)]
+
+
+def graphs_of(path: Path, parts: Iterable[str]) -> dict[str, dict[str, str]]:
+    """What a bundle's exporter, if it was ours, says of each graph: precision, device, and islands of float32 by module."""
+    files = {name: path / name / "model.onnx" for name in (*parts, "vae_encoder", "vae_decoder")}
+    told = {name: check(file) for name, file in files.items() if file.is_file()}
+    return {
+        k: {n.removeprefix("tinydiff."): v for n, v in m.items() if n.startswith("tinydiff.")} for k, m in told.items()
+    }
 
 
 def component(path: Path, name: str) -> dict[str, Any]:

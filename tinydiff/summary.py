@@ -8,7 +8,7 @@ from typing import Any
 from tinydiff import config
 from tinydiff.networks import TEXT_ENCODERS
 from tinydiff.schema import to_toml
-from tinydiff.system import escaped
+from tinydiff.system import escaped, shown
 
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 FORMATS = {"diffusers": "diffusers folder", "onnx": "ONNX bundle"}  # the others are named as they are
@@ -27,6 +27,12 @@ def lines(told: dict[str, Any]) -> list[str]:
     rows = {"model": told["path"], "format": format_line(told), **parts, "made by": origin_line(told["made_by"])}
     reason = told["no_diffusers_pipeline"] or ("" if told["class"] else "model_index.json names none")
     rows |= {"diffusers": f"no pipeline: {reason}" if reason else str(told["class"])}
+    said = {name: graph_line(each) for name, each in told["graphs"].items() if each}
+    rows |= (
+        {"graphs": next(iter(said.values()), "")}
+        if len({*said.values()}) < 2
+        else {f"graph {k}": v for k, v in said.items()}
+    )
     size, side, factor = told["size"], told["latent_size"], told["scaling_factor"]
     rows["images"] = size and f"{size}x{size} pixels; sides are multiples of {told['multiple']}"
     scaled, mask = f", times {factor:.5g}" if factor else "", "; reads a mask, and an image's latents, beside them"
@@ -53,6 +59,16 @@ def weights_line(part: dict[str, Any]) -> str:
         return "no weights"
     place = f", {part['file']}" if "/" in part["file"] else ""
     return f"{short(part['parameters'], ' parameters')}, {part['dtype']}, {short(part['bytes'], 'B')}{place}"
+
+
+def graph_line(said: dict[str, str]) -> str:
+    """Precision, where it runs, and what stays float32 in it."""
+    places = {"any": "any provider", "cpu": "CPUs", "cuda": "CUDA alone"}
+    islands = said.get("islands", "").split()
+    beside = (
+        f"; float32 where values are large: {', '.join(islands[:3])}{', ...' * (len(islands) > 3)}" if islands else ""
+    )
+    return shown(f"{said.get('precision', '?')}, for {places.get(said.get('device', ''), '?')}{beside}")
 
 
 def origin_line(said: dict[str, str]) -> str:
