@@ -50,7 +50,8 @@ def open_session(
     if place and (session := optimised.reopened(place, lambda file: created(file, Level.ORT_DISABLE_ALL), digest)):
         check_io(path, session, graph)
         return session
-    metadata, chosen = check(path), level(bundle, name, device)
+    metadata = check(path)
+    chosen = level(bundle, name, device, metadata)
     check_device(path, metadata, device)
     with contextlib.ExitStack() as stack:
         session = (
@@ -120,12 +121,12 @@ def check_device(path: Path, metadata: Mapping[str, str], device: str) -> None:
         raise ModelError(f"{shown(path)}: bf16 runs on CUDA; use an fp32 or fp16 bundle")
 
 
-def level(bundle: Path, name: str, device: str) -> ort.GraphOptimizationLevel:
-    """How much onnxruntime rewrites a graph: all it can, but for our own large ones, where that is not kept for the next time
-    and takes longer than it saves unless convolutions are nearly all of the work."""
-    ours = device == "cpu" and (bundle / "tinydiff.toml").exists() and not name.startswith("vae")
+def level(bundle: Path, name: str, device: str, metadata: Mapping[str, str]) -> ort.GraphOptimizationLevel:
+    """How much onnxruntime rewrites a graph: all it can, but for our own large ones. What is made of these is not kept for the
+    next time, and laying out their weights anew takes longer than the calls of a picture gain by it."""
+    ours = "tinydiff.precision" in metadata or (bundle / "tinydiff.toml").exists()
     large = optimised.size(bundle / name) > optimised.LARGEST
-    return Level.ORT_ENABLE_BASIC if ours and large else Level.ORT_ENABLE_ALL
+    return Level.ORT_ENABLE_BASIC if ours and large and device == "cpu" else Level.ORT_ENABLE_ALL
 
 
 @lru_cache
