@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from tinydiff.backends.onnx import ENCODER, OnnxBackend
-from tinydiff.backends.optimised import LARGEST, size
+from tinydiff.backends.optimised import LARGEST
+from tinydiff.backends.optimised import size as folder_size
 from tinydiff.backends.pytorch import TorchBackend
-from tinydiff.backends.sessions import open_session, stepwise
+from tinydiff.backends.sessions import called, open_session, stepwise
 from tinydiff.checkpoints import folder
 from tinydiff.checkpoints.folder import Model, save_tensors, write_description, write_json
 from tinydiff.checkpoints.source import Source
@@ -58,7 +60,6 @@ class Size:
 MOST = 128  # pixels a side of the image that is compared: a large model takes minutes for a larger one
 TRACED = Size(2, 2, 3, 0)
 CHECKED = (Size(3, 4, 2, 1), Size(1, 1, 5, 0))
-DEVICES = ("any", "cpu", "cuda")
 INT8 = "int8.safetensors"  # no other program takes it for the weights
 
 
@@ -83,6 +84,8 @@ def export(
     if opset not in OPSETS:
         raise UsageError(f"--opset {opset}: choose one of {OPSETS[0]} to {OPSETS[-1]}")
     form = Form(precision, opset, device)
+    if precision == "bf16" and device == "cpu":
+        raise UsageError("--precision bf16: computes on CUDA alone; leave out --device cpu, or take fp16")
     with committed(out, replace=force) as bundle, undisturbed(source.stamps):
         rows, image, plain = written(source, bundle, form, form.precision.graph if atol is None else atol, say)
         say("compare an image with torch's")  # whose networks are out of memory by now
@@ -108,7 +111,7 @@ def written(
         say(f"export {name}")
         plain |= write_graph(name, model, bundle, form, calls[name])
     say("compare with torch")
-    return verify_graphs(bundle, model, atol, plain), image, plain
+    return verify_graphs(bundle, model, atol, plain, form), image, plain
 
 
 class Drawn(NamedTuple):
@@ -225,7 +228,7 @@ def write_graph(name: str, model: Model, bundle: Path, form: Form, calls: Calls)
         lower(rounded, form.arithmetic, largest, rounded=True)
         plain[name] = ir.to_proto(rounded).SerializeToString()
     if form.device == "cuda":
-        fuse(onnx_model)
+        fuse(onnx_model, largest)
     islands = lower(onnx_model, form.arithmetic, largest)
     strip(onnx_model)
     told = {"precision": form.name, "device": form.device, "islands": " ".join(islands)}
@@ -290,29 +293,40 @@ def examples(name: str, model: Model, size: Size) -> dict[str, Tensor]:
     return {key: kinds[array.values](array.shape(sizes)) for key, array in graph.inputs.items()}
 
 
-def verify_graphs(bundle: Path, model: Model, atol: float, plain: Mapping[str, bytes]) -> list[dict[str, Any]]:
+def verify_graphs(
+    bundle: Path, model: Model, atol: float, plain: Mapping[str, bytes], form: Form = Form("fp32")
+) -> list[dict[str, Any]]:
     """Run each graph and torch on the same inputs, at batches and sizes other than the traced ones; `plain`: as of `write_graph`.
 
-    A row a graph: `graph`, `max_abs_diff` (the largest difference from torch in float32, in standard deviations of the output),
-    `megabytes` of its folder, and its `islands` of float32 where it has any.
+    A row a graph: `graph`, `max_abs_diff` (the largest difference from torch in float32, in standard deviations of the output)
+    and `megabytes` of its folder. A file that is not run, or not in half, is checked for its types.
     Raises ModelError naming a graph whose `max_abs_diff` exceeds `atol`.
     """
+    import onnx
+
     rows = []
     for name, graph in graphs(model.configs).items():
-        session: Any = checked_session(bundle, name, graph, plain)
-        given = [examples(name, model, each) for each in CHECKED]
-        runs = [(inputs, session.run(None, {k: v.numpy() for k, v in inputs.items()})) for inputs in given]
-        worst = max(difference(name, model, *run) for run in runs)
+        sessions = [checked_session(bundle, name, graph, plain)]
+        if name in plain:
+            onnx.checker.check_model(bundle / name / "model.onnx", full_check=True)
+            sessions += (
+                [open_session(bundle, name, graph, "cpu")] if form.name != "bf16" and form.device == "any" else []
+            )
+        worst = 0.0
+        for session, size in product(sessions, CHECKED):
+            inputs = examples(name, model, size)
+            got = called(session, None, {k: v.numpy() for k, v in inputs.items()})
+            worst = float(np.maximum(worst, difference(name, model, inputs, got)))  # which keeps NaN, as max does not
         if not worst <= atol:
             raise ModelError(f"{name}: differs from torch by {worst:.1e} of its deviation, more than --atol {atol:.1e}")
-        rows.append({"graph": name, "max_abs_diff": worst, "megabytes": size(bundle / name) / 1e6})
+        rows.append({"graph": name, "max_abs_diff": worst, "megabytes": folder_size(bundle / name) / 1e6})
     return rows
 
 
 def checked_session(bundle: Path, name: str, graph: Graph, plain: Mapping[str, bytes]) -> Any:
     """The session to compare with torch: of the graph in `plain`, else of the file's own, a large one without its weights copied
     for speed."""
-    if name in plain or size(bundle / name) > LARGEST:
+    if name in plain or folder_size(bundle / name) > LARGEST:
         return stepwise(plain.get(name) or (bundle / name / "model.onnx").read_bytes(), bundle / name)
     return open_session(bundle, name, graph, "cpu")
 
@@ -352,7 +366,7 @@ def difference(name: str, model: Model, inputs: Mapping[str, Tensor], got: Any) 
     with torch.inference_mode():
         outputs = getattr(network, graphs(model.configs)[name].method)(**inputs)
     wanted = [w.numpy() for w in (outputs if isinstance(outputs, tuple) else (outputs,))]
-    return max(relative(w, g) for w, g in zip(wanted, got, strict=True))
+    return float(np.max([relative(w, g) for w, g in zip(wanted, got, strict=True)]))
 
 
 def relative(wanted: np.ndarray, got: np.ndarray) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from tinydiff.nodes import MICROSOFT, inserted, made, numbers, source
+from tinydiff.nodes import MICROSOFT, inserted, is_linear, made, numbers, source
 
 if TYPE_CHECKING:
     from onnx_ir import Graph, Node, Value
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 LAST, FIRST = [0, 2, 3, 1], [0, 3, 1, 2]  # channels
 
 
-def fuse(model: IrModel) -> None:
-    """All passes."""
+def fuse(model: IrModel, largest: dict[str, float]) -> None:
+    """All passes. `largest`: the greatest magnitude seen of each value by name, to which those of new ones are added."""
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     passes = {"BatchNormalization": fuse_norm, "MultiHeadAttention": fuse_projections}
     for node in list(model.graph):
         if node.op_type in passes:
-            passes[node.op_type](model.graph, node)
+            passes[node.op_type](model.graph, node, largest)
     model.graph.opset_imports[MICROSOFT] = 1
     RemoveUnusedNodesPass()(model)
 
 
-def fuse_norm(graph: Graph, affine: Node) -> None:
+def fuse_norm(graph: Graph, affine: Node, largest: dict[str, float]) -> None:
     """A group norm, the sum before it and the SiLU after it as one operator over channels that come last.
 
     onnxruntime moves the transposes around it out of the way, up to convolutions that it runs channels last too.
@@ -42,19 +42,32 @@ def fuse_norm(graph: Graph, affine: Node) -> None:
     if norm is None or x is None or x.shape is None or len(x.shape) != 4 or shape is None or shape.const_value is None:
         return
     silu, sizes = silu_of(affine.outputs[0]), shape.const_value.numpy()
+    before = silu or affine.outputs[0]
+    if before.is_graph_output():
+        return
     options = {"epsilon": norm.attributes.get_float("epsilon", 1e-5), "groups": int(sizes[1]), "channels_last": 1}
     options |= {"activation": int(silu is not None)}
-    pair = summands(x, affine)
+    pair = summands(x, groups, affine)
     given = [made(graph, affine, "Transpose", [value], perm=LAST) for value in pair or (x,)]
     inputs = [given[0], *affine.inputs[1:3], *given[1:]]
     fused = inserted(graph, affine, "SkipGroupNorm" if pair else "GroupNorm", inputs, **options)
     if pair:
         total = made(graph, affine, "Transpose", [fused.outputs[1]], like=x, perm=FIRST)
+        same(largest, x, total, fused.outputs[1])
         for user, index in list(x.uses()):
             if user is not groups and user.op_type != "Shape":
                 user.replace_input_with(index, total)
     result = made(graph, affine, "Transpose", [fused.outputs[0]], like=x, perm=FIRST)
-    (silu or affine.outputs[0]).replace_all_uses_with(result)
+    before.replace_all_uses_with(result)
+    same(largest, before, result, fused.outputs[0])
+    for value, turned in zip(pair or (x,), given, strict=True):
+        same(largest, value, turned)
+
+
+def same(largest: dict[str, float], known: Value, *others: Value) -> None:
+    """Values as large as another."""
+    if known.name in largest:
+        largest |= {value.name or "": largest[known.name] for value in others}
 
 
 def silu_of(x: Value) -> Value | None:
@@ -66,16 +79,16 @@ def silu_of(x: Value) -> Value | None:
     return product if [user for user, _ in gate.uses()] == [users["Mul"]] else None
 
 
-def summands(x: Value, at: Node) -> tuple[Value, Value] | None:
+def summands(x: Value, groups: Node | None, at: Node) -> tuple[Value, Value] | None:
     """The two parts of a sum (B, C, H, W), if nothing uses it before the operator `at`; the second may be (B, C, 1, 1)."""
     total, order = source(x, "Add"), {node: i for i, node in enumerate(at.graph or ())}
-    early = any(order[user] < order[at] and user.op_type not in ("Reshape", "Shape") for user, _ in x.uses())
+    early = any(order[user] < order[at] and user is not groups and user.op_type != "Shape" for user, _ in x.uses())
     if total is None or early or x.is_graph_output():
         return None
     for wide, other in (total.inputs, total.inputs[::-1]):
         if wide is None or other is None or other.shape is None or len(other.shape) != 4 or wide.shape != x.shape:
             continue
-        if other.shape == x.shape or list(other.shape[2:]) == [1, 1]:
+        if other.shape == x.shape or (x.shape and other.shape[0] == x.shape[0] and list(other.shape[2:]) == [1, 1]):
             return wide, other
     return None
 
@@ -91,14 +104,18 @@ class Projection(NamedTuple):
     node: Node
 
 
-def fuse_projections(graph: Graph, attention: Node) -> None:
+def fuse_projections(graph: Graph, attention: Node, largest: dict[str, float]) -> None:
     """Queries, keys and values of one input from one product, interleaved by head as onnxruntime takes them; or keys and
     values, where queries are of another input."""
     found, heads = [projection(value) for value in attention.inputs[:3]], attention.attributes.get_int("num_heads", 0)
     for first in (0, 1):
         parts = [each for each in found[first:] if each is not None]
         if len(parts) == 3 - first and len({(each.x, each.shape, each.bias is None) for each in parts}) == 1:
-            attention.replace_input_with(first, packed_product(graph, parts, heads))
+            packed = packed_product(graph, attention, parts, heads)
+            seen = [largest.get(each.node.outputs[0].name or "", 0.0) for each in parts]
+            rows = source(packed, "Reshape")
+            largest |= {value.name or "": max(seen) for value in (packed, rows.inputs[0] if rows else packed) if value}
+            attention.replace_input_with(first, packed)
             for i in range(first + 1, 3):
                 attention.replace_input_with(i, None)
             return
@@ -109,7 +126,7 @@ def projection(value: Value | None) -> Projection | None:
     joined = source(value, "Reshape")
     split = source(joined.inputs[0], "Reshape") if joined else None
     gemm, sizes = (source(split.inputs[i], name) if split else None for i, name in enumerate(("Gemm", "Concat")))
-    if gemm is None or sizes is None or len(sizes.inputs) != 4:
+    if gemm is None or not is_linear(gemm) or sizes is None or len(sizes.inputs) != 4:
         return None
     x, weight, *bias = gemm.inputs
     if x is None or weight is None or weight.shape is None or not weight.shape.is_static():
@@ -117,10 +134,9 @@ def projection(value: Value | None) -> Projection | None:
     return Projection(x, weight, bias[0] if bias else None, weight.shape.numpy(), tuple(sizes.inputs[:2]), gemm)
 
 
-def packed_product(graph: Graph, parts: Sequence[Projection], heads: int) -> Value:
+def packed_product(graph: Graph, before: Node, parts: Sequence[Projection], heads: int) -> Value:
     """(B, T, N, parts, D/N) of several products of one input."""
-    (out, depth), count, order = parts[0].shape, len(parts), {node: i for i, node in enumerate(graph)}
-    before = max((each.node for each in parts), key=order.__getitem__)
+    (out, depth), count = parts[0].shape, len(parts)
 
     def joined(vectors: Sequence[Value | None], *inner: int) -> Value:
         split = numbers(graph, before, heads, 1, out // heads, *inner)

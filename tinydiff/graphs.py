@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tinydiff.checkpoints.header import Stored, header
+from tinydiff.precision import of_time_alone
 from tinydiff.quantisation import dequantise
 
 if TYPE_CHECKING:
@@ -164,11 +165,11 @@ STORED = {"F32": "FLOAT", "F16": "FLOAT16", "BF16": "BFLOAT16", "I8": "INT8"}  #
 def link(graph: IrGraph, weights: Mapping[str, Value], path: Path, whole: bool = False) -> None:
     """Points every weight at its bytes in the safetensors file `path`, of the type that they have there; those of int8 are
     multiplied out, or with `whole` used in products of whole numbers."""
-    tensors = header(path).tensors
+    tensors, late = header(path).tensors, of_time_alone(graph)
     for name, value in weights.items():
         external(value, path, tensors[name])
         if tensors[name].dtype == "I8":
-            dequantise(graph, value, scale_of(graph, name, path, tensors[f"{name}.scale"]), whole)
+            dequantise(graph, value, scale_of(graph, name, path, tensors[f"{name}.scale"]), whole, late)
 
 
 def external(value: Value, path: Path, stored: Stored) -> None:

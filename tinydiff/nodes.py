@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 MICROSOFT = "com.microsoft"
 OURS = {"GroupNorm", "SkipGroupNorm"}  # operators of onnxruntime that passes write
-KINDS = {"Constant": "INT64", "MatMulInteger": "INT32"}  # of what operators give; else float32
+KINDS = {"MatMulInteger": "INT32"}  # of what operators give; else float32
 SEVERAL = {"DynamicQuantizeLinear": ("UINT8", "FLOAT", "UINT8"), "SkipGroupNorm": ("FLOAT", "FLOAT")}
 
 
@@ -44,7 +44,14 @@ def made(
 
 def numbers(graph: Graph, before: Node, *values: int) -> Value:
     """A constant list of whole numbers."""
-    return made(graph, before, "Constant", [], value_ints=list(values))
+    return made(graph, before, "Constant", [], "INT64", value_ints=list(values))
+
+
+def is_linear(node: Node) -> bool:
+    """Whether a Gemm is x W^T + b."""
+    given = node.attributes
+    plain = given.get_float("alpha", 1.0) == given.get_float("beta", 1.0) == 1.0
+    return node.op_type == "Gemm" and plain and (given.get_int("transA", 0), given.get_int("transB", 0)) == (0, 1)
 
 
 def source(value: Value | None, operator: str) -> Node | None:

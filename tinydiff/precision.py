@@ -1,15 +1,16 @@
 """How exactly a graph computes: which of its operators do so in half precision, and which in float32.
 
 Graphs arrive here in float32. fp16 has 11 bits and ends at 65,504, bf16 has 8 bits and float32's range. So an operator is left
-in float32, an *island*, where it has no half kernel on CUDA, where it computes from the noise level alone (embeddings of time,
-whose angles need the bits), and where a calibration run has seen a value near the end of the range. Norms sum up in float32
-either way, and attention's softmax is inside an operator that has its own way to. It knows operators and values, and no network.
+in float32, an *island*, where it has no half kernel on CUDA, where it computes from noise level and sizes alone (embeddings of
+time and place, whose angles need the bits), and where a calibration run has seen a value near the end of the range. Norms sum up
+in float32 either way, and attention's softmax is inside an operator that has its own way to. It knows operators and values, and
+no network.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,8 +39,9 @@ MOVING = frozenset(
     )
 )
 COMPUTING = frozenset(("Gemm", "MatMul", "MultiHeadAttention", "Add", "Sub", "Mul", "Div"))  # CUDA has them in bf16 too
-FP16_TOO = frozenset(("Conv", "LayerNormalization", "Gelu", "Sigmoid", "GroupNorm"))
-FULL_INPUTS = {"GroupNorm": (1, 2), "Resize": (1, 2)}  # that are float32 beside half values
+FP16_TOO = frozenset(("Conv", "LayerNormalization", "Gelu", "Sigmoid", "GroupNorm", "SkipGroupNorm"))
+FULL_INPUTS = {"GroupNorm": (1, 2), "SkipGroupNorm": (1, 2), "Resize": (1, 2)}  # that are float32 beside half values
+MASK = 5  # which input of an attention is added to its scores
 MARGIN = 4.0  # how much larger values may be than in the calibration run
 Calls = Iterable[Mapping[str, np.ndarray]]  # inputs of a graph by name, a mapping a call
 
@@ -93,21 +95,41 @@ def lower(
 
     graph, islands, late = model.graph, list[str](), of_time_alone(model.graph)
     half = ir.DataType[arithmetic.kind] if arithmetic else None
-    casts = Casts(graph, half, rounded)
+    casts, most = Casts(graph, half, rounded), arithmetic.most if arithmetic else float("inf")
+
+    def fits(value: Value) -> bool:
+        return largest.get(value.name or "", 0) <= most
+
     for node in list(graph):
         given = [v for v in node.inputs if v is not None and v.dtype in casts.kinds]
-        if not given or node.op_type == "Cast":
+        if not given or node.op_type in ("Cast", "Shape", "Size"):
             continue
         if arithmetic is None or node.op_type in arithmetic.moving | MOVING:
             low = node.op_type in (arithmetic.moving if arithmetic else MOVING) and any(casts.low(v) for v in given)
+            low = low and all(fits(v) for v in given)
         else:
             able = node.op_type in arithmetic.computing and node not in late
-            low = able and all(largest.get(v.name or "", 0) <= arithmetic.most for v in (*given, *node.outputs))
+            cut = bounded(node, graph, fits) if able else None
+            given = [v for v in given if v is not cut]
+            low = able and all(fits(v) for v in (*given, *node.outputs))
             if able and not low:
                 islands.append(place(node))
         casts.convert(node, low)
     casts.finish()
     return islands
+
+
+def bounded(attention: Node, graph: Graph, fits: Callable[[Value], bool]) -> Value | None:
+    """The mask of an attention, after it is cut off where a half type ends: -30,000 is minus infinity to a softmax."""
+    mask = (
+        attention.inputs[MASK] if attention.op_type == "MultiHeadAttention" and len(attention.inputs) > MASK else None
+    )
+    if mask is None or fits(mask):
+        return None
+    least = made(graph, attention, "Constant", [], "FLOAT", value_float=-3e4)
+    cut = made(graph, attention, "Max", [mask, least], like=mask)
+    attention.replace_input_with(MASK, cut)
+    return mask
 
 
 class Casts:
@@ -168,15 +190,14 @@ class Casts:
 
 
 def of_time_alone(graph: Graph) -> set[Node]:
-    """The operators that compute from the input `timestep` and weights alone."""
+    """The operators that compute from the input `timestep`, from sizes and from weights alone: embeddings of time and place."""
     constant = {*graph.initializers.values()}
     values, nodes = {value for value in graph.inputs if value.name == "timestep"}, set[Any]()
     for node in graph:
         given = {value for value in node.inputs if value is not None} - constant
-        numbers = {value for value in given if value.dtype is None or value.dtype.is_floating_point()}
         if not given:
             constant |= set(node.outputs)
-        elif numbers and numbers <= values:
+        elif node.op_type in ("Shape", "Size") or given <= values:
             nodes.add(node)
             values |= set(node.outputs)
     return nodes
@@ -193,7 +214,7 @@ def magnitudes(model: IrModel, folder: Path, calls: Calls) -> dict[str, float]:
     """The largest magnitude of every float value of a graph over some calls, computed in float32 on the CPU."""
     import onnx_ir as ir
 
-    from tinydiff.backends.sessions import stepwise
+    from tinydiff.backends.sessions import called, stepwise
 
     copy = ir.from_proto(ir.to_proto(model))
     lower(copy, None, {})
@@ -208,6 +229,6 @@ def magnitudes(model: IrModel, folder: Path, calls: Calls) -> dict[str, float]:
     session = stepwise(ir.to_proto(copy).SerializeToString(), folder)
     found = dict.fromkeys(wanted, 0.0)
     for inputs in calls:
-        results: Any = session.run(list(wanted.values()), dict(inputs))
-        found = {name: max(found[name], float(value)) for name, value in zip(wanted, results, strict=True)}
+        results: Any = called(session, list(wanted.values()), inputs)
+        found = {name: float(np.maximum(found[name], value)) for name, value in zip(wanted, results, strict=True)}
     return found

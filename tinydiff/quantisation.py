@@ -6,11 +6,10 @@ it, rounds what comes to a matrix product to 8 bits as well, by its range of tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tinydiff.nodes import inserted, made, numbers
-from tinydiff.precision import of_time_alone
+from tinydiff.nodes import inserted, is_linear, made, numbers
 
 if TYPE_CHECKING:
     from onnx_ir import Graph, Node, Value
@@ -25,54 +24,73 @@ def quantised(weights: Mapping[str, Value], state: Mapping[str, Tensor]) -> dict
     tensors = dict[str, Any]()
     for name, value in weights.items():
         tensors[name] = tensor = state[name].detach().float()
-        if tensor.numel() >= LARGE and {(user.op_type, index) for user, index in value.uses()} <= PLACES:
+        if (
+            tensor.numel() >= LARGE
+            and tensor.ndim > 1
+            and {(user.op_type, index) for user, index in value.uses()} <= PLACES
+        ):
             scale = tensor.abs().flatten(1).amax(1).clamp(min=1e-12) / 127
             rows = (tensor / scale.reshape(-1, *[1] * (tensor.ndim - 1))).round()
             tensors |= {name: rows.char(), f"{name}.scale": scale}
     return tensors
 
 
-def dequantise(graph: Graph, value: Value, scale: Value, whole: bool) -> None:
+def dequantise(graph: Graph, value: Value, scale: Value, whole: bool, late: Collection[Node]) -> None:
     """Follow int8 weights by their product with their scales; with `whole`, matrix products are of whole numbers.
 
-    Those of embeddings of time are not: a number there stands for every pixel.
+    Those of embeddings of time, `late`, are not: a number there stands for every pixel.
     """
     import onnx_ir as ir
 
-    value.type, late = ir.TensorType(ir.DataType.INT8), of_time_alone(graph)
+    value.type = ir.TensorType(ir.DataType.INT8)
     for user, index in list(value.uses()):
         if user.op_type == "Gather":
             looked_up(graph, user, scale)
-        elif whole and user.op_type == "Gemm" and user not in late:
+        elif whole and is_linear(user) and user not in late:
             whole_product(graph, user, scale)
         else:
-            full = made(graph, user, "DequantizeLinear", [value, scale], like=value, axis=0)
-            user.replace_input_with(index, full)
+            user.replace_input_with(index, made(graph, user, "DequantizeLinear", [value, scale], like=value, axis=0))
 
 
-def looked_up(graph: Graph, user: Node, scale: Value) -> None:
+def looked_up(graph: Graph, gather: Node, scale: Value) -> None:
     """Of a table only the rows that are looked up are multiplied out."""
     import onnx_ir as ir
 
-    output, uses = user.outputs[0], list(user.outputs[0].uses())
-    after = uses[0][0]
-    rows = made(graph, after, "Gather", [scale, user.inputs[1]])
-    scales = made(graph, after, "Unsqueeze", [rows, numbers(graph, after, -1)])
-    number = made(graph, after, "Cast", [output], like=output, to=int(ir.DataType.FLOAT))
-    product = made(graph, after, "Mul", [number, scales], like=output)
-    output.type = ir.TensorType(ir.DataType.INT8)
-    for consumer, index in uses:
-        consumer.replace_input_with(index, product)
+    (table, ids), output = gather.inputs[:2], gather.outputs[0]
+    number = made(
+        graph, gather, "Cast", [made(graph, gather, "Gather", [table, ids], "INT8", output)], to=int(ir.DataType.FLOAT)
+    )
+    scales = made(graph, gather, "Unsqueeze", [made(graph, gather, "Gather", [scale, ids]), numbers(graph, gather, -1)])
+    replaced(graph, gather, made(graph, gather, "Mul", [number, scales], like=output))
 
 
 def whole_product(graph: Graph, gemm: Node, scale: Value) -> None:
     """x W^T + b where x (rows, in) is of 8 bits by its own range and W (out, in) int8; onnxruntime fuses these into one."""
     (x, weight, *bias), result = gemm.inputs, gemm.outputs[0]
-    known = [user for user, _ in x.uses() if user.op_type == "DynamicQuantizeLinear"] if x is not None else []
-    rounded, step, zero = (known or [inserted(graph, gemm, "DynamicQuantizeLinear", [x])])[0].outputs
+    rounded, step, zero = bytes_of(graph, x)
     turned = made(graph, gemm, "Transpose", [weight], "INT8", perm=[1, 0])
-    whole = made(graph, gemm, "MatMulInteger", [rounded, turned, zero])
-    number = made(graph, gemm, "Cast", [whole], to=1)
+    number = made(graph, gemm, "Cast", [made(graph, gemm, "MatMulInteger", [rounded, turned, zero])], to=1)
     product = made(graph, gemm, "Mul", [number, made(graph, gemm, "Mul", [step, scale])], like=result)
-    result.replace_all_uses_with(made(graph, gemm, "Add", [product, bias[0]], like=result) if any(bias) else product)
-    graph.remove(gemm, safe=True)
+    biased = any(each is not None for each in bias)
+    replaced(graph, gemm, made(graph, gemm, "Add", [product, bias[0]], like=result) if biased else product)
+
+
+def bytes_of(graph: Graph, x: Value | None) -> Sequence[Value]:
+    """A value in 8 bits, their step and their zero: made once, right after the value itself."""
+    assert x is not None
+    for user, _ in x.uses():
+        if user.op_type == "DynamicQuantizeLinear":
+            return user.outputs
+    producer, nodes = x.producer(), iter(graph)
+    while producer is not None and next(nodes) is not producer:
+        pass
+    return inserted(graph, next(nodes), "DynamicQuantizeLinear", [x]).outputs
+
+
+def replaced(graph: Graph, node: Node, value: Value) -> None:
+    """Another value for the output of an operator, which is gone."""
+    if (old := node.outputs[0]).is_graph_output():
+        graph.outputs[list(graph.outputs).index(old)] = value
+        value.name, old.name = old.name, None
+    old.replace_all_uses_with(value)
+    graph.remove(node, safe=True)

@@ -96,7 +96,9 @@ class OnnxBackend:
         """Opened when first needed: drawing from text alone never does."""
         with undisturbed(self.stamps):
             verify(self.path, (ENCODER,), self.memory.sha256)
-            return self.open(ENCODER)
+            session = self.open(ENCODER)
+        self.later(self.memory.save)
+        return session
 
     def encode_text(self, ids: Mapping[str, np.ndarray]) -> Condition:
         self.wait()

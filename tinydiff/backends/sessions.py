@@ -109,7 +109,18 @@ def stepwise(graph: bytes, folder: Path) -> ort.InferenceSession:
     options.log_severity_level, options.graph_optimization_level = 4, Level.ORT_DISABLE_ALL
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     options.add_session_config_entry("session.disable_prepacking", "1")
-    return ort.InferenceSession(graph, options, [CPU])
+    try:
+        return ort.InferenceSession(graph, options, [CPU])
+    except Exception as error:  # onnxruntime's exceptions share no other base
+        raise failure(shown(folder), error) from error
+
+
+def called(session: ort.InferenceSession, outputs: list[str] | None, inputs: Mapping[str, np.ndarray]) -> Any:
+    """Outputs of a graph; what onnxruntime raises is one line of ours."""
+    try:
+        return session.run(outputs, dict(inputs))
+    except Exception as error:  # onnxruntime's exceptions share no other base
+        raise failure("a graph", error) from error
 
 
 def check_device(path: Path, metadata: Mapping[str, str], device: str) -> None:
@@ -126,7 +137,12 @@ def level(bundle: Path, name: str, device: str, metadata: Mapping[str, str]) -> 
     next time, and laying out their weights anew takes longer than the calls of a picture gain by it."""
     ours = "tinydiff.precision" in metadata or (bundle / "tinydiff.toml").exists()
     large = optimised.size(bundle / name) > optimised.LARGEST
-    return Level.ORT_ENABLE_BASIC if ours and large and device == "cpu" else Level.ORT_ENABLE_ALL
+    if not (ours and large and device == "cpu"):
+        return Level.ORT_ENABLE_ALL
+    whole = (
+        metadata.get("tinydiff.precision") == "int8"
+    )  # products of whole numbers, which are fused above the basic level
+    return Level.ORT_ENABLE_EXTENDED if whole else Level.ORT_ENABLE_BASIC
 
 
 @lru_cache
