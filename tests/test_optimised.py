@@ -158,6 +158,21 @@ def test_what_is_not_what_was_written_is_made_again(bundle, cache, sources, tamp
     assert from_cache(sources, cache) == 2
 
 
+def test_another_bundles_graph_renamed_into_place_is_made_again(bundle, cache, sources):
+    place = next(path for path in places(cache) if path.name == optimised.place(bundle, "vae_decoder").name)  # type: ignore[union-attr]
+    result, other = opened(bundle).decode(Z), place.with_name("f" * 32)
+    with committed(other) as folder:  # sealed as its own was: whole, and under its own name
+        shutil.copytree(place, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
+        weights = np.fromfile(folder / "weights.bin", np.float32)
+        (-weights).tofile(folder / "weights.bin")
+        (folder / optimised.NAME).write_text(other.name)
+    shutil.rmtree(place)
+    other.rename(place)
+    sources.clear()
+    np.testing.assert_array_equal(opened(bundle).decode(Z), result)
+    assert from_cache(sources, cache) == 1
+
+
 def test_a_damaged_bundle_is_refused_whatever_is_kept_of_it(bundle, cache, tmp_path):
     copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
     flipped_byte = copy / "unet" / "diffusion_pytorch_model.safetensors"

@@ -1,7 +1,7 @@
 """Graphs as onnxruntime optimised them for this processor, in the user's cache folder: they open in half the time.
 
-Each is a folder with a manifest, named by all that it depends on and trusted by its hashes alone. A bundle's own folder is
-never written to.
+Each is a folder with a manifest, named by all that it depends on, which it repeats inside, and trusted by its hashes alone. A
+bundle's own folder is never written to.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from pathlib import Path
 import onnxruntime as ort
 
 from tinydiff import temporary
-from tinydiff.errors import UserError
-from tinydiff.files import entries, offered
+from tinydiff.errors import ModelError, UserError
+from tinydiff.files import RESTORE, entries, offered, shown
 from tinydiff.user_cache import lasting, trim
 from tinydiff.verified import Hash, verify
 
-FORMAT = 1
+FORMAT = 2
+NAME = "name"  # the file that repeats it: a folder that was renamed is not what it is called
 MOST = 2 * 2**30  # bytes of all that is kept; what was used longest ago goes first, such as that of other versions
 LARGEST = 2**29  # bytes of a graph that is kept: its weights are laid out anew, as floats, so each is on the disk again
 
@@ -62,10 +63,12 @@ def reopened(place: Path, create: Callable[[Path], ort.InferenceSession], digest
         return None
     try:
         verify(place, digest=digest)
+        if (place / NAME).read_bytes() != place.name.encode():
+            raise ModelError(f"{shown(place)}: of another graph; {RESTORE}")
         with contextlib.suppress(OSError):
             os.utime(place)  # `trim` goes by it
         return create(place / "model.onnx")
-    except UserError:
+    except (UserError, OSError):
         with contextlib.suppress(OSError):
             temporary.discard(place)
     return None
@@ -77,7 +80,8 @@ def saved(
     """A session that writes its graph, which is kept once the stack is closed; None where it cannot be written."""
     with contextlib.suppress(UserError, OSError), contextlib.ExitStack() as own:
         if shutil.disk_usage(place.parent).free > MOST:  # what little space there is is not for a cache
-            session = create(save=own.enter_context(offered(place)))
+            session = create(save=(folder := own.enter_context(offered(place))))
+            (folder / NAME).write_text(place.name)
             stack.push(own.pop_all())
             return session
     return None
