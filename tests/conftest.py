@@ -26,6 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread o
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # tests load it before tinydiff does
 
 
 CACHE = os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="tinydiff-tests-")  # the user's own is left alone

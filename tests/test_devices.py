@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -64,6 +65,18 @@ def test_a_plugin_that_is_not_installed_says_what_to_install(command: str, tmp_p
     for name in flags.PLUGINS:
         exit_code, message = code(command, *REST[command], f"--device={name}")
         assert exit_code == 7 and message.endswith(f"pip install onnxruntime-ep-{name}")
+
+
+def test_onnxruntime_tells_nobody_and_keeps_no_identifier(tmp_path):
+    """It prints a warning where it cannot keep one."""
+    (tmp_path / "file").touch()
+    code = (
+        "from tinydiff.backends import devices; devices.ort.InferenceSession(devices.IDENTITY, providers=[devices.CPU])"
+    )
+    for cache in (tmp_path, tmp_path / "file"):
+        told = {"XDG_CACHE_HOME": str(cache), "HOME": str(cache), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        ended = subprocess.run([sys.executable, "-c", code], env=told, capture_output=True, text=True, check=True)
+        assert ended.stdout + ended.stderr == "" and [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 # ---- plugins -------------------------------------------------------------------------------------------------------
@@ -191,6 +204,7 @@ def test_metadata_is_what_onnxruntime_reads(tmp_path):
         ({"device": "cpu"}, "cpu", ""),
         ({"precision": "bf16"}, "cpu", "bf16 runs on CUDA; use an fp32 or fp16 bundle"),
         ({"precision": "bf16"}, "cuda", ""),
+        ({"precision": "bf16", "device": "cpu"}, "cpu", ""),  # which computes in float32
         ({"precision": "fp16"}, "cpu", ""),
         ({}, "cpu", ""),
     ],

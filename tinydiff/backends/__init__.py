@@ -1,7 +1,12 @@
-"""Open a model folder with the runtime that fits it; torch and onnxruntime are imported only when chosen."""
+"""Open a model folder with the runtime that fits it; torch and onnxruntime are imported only when chosen.
+
+onnxruntime 1.31 sends its maker what it runs, keeps an identifier in the user's cache folder, and warns where it cannot; unless
+the user's environment says ORT_DISABLE_TELEMETRY=0 it does not. It reads that once, when it is loaded.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +18,7 @@ if TYPE_CHECKING:
     from tinydiff.pipeline import Backend
 
 SHIPPED = "emoji"
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def find_model(name: str | None) -> Path:

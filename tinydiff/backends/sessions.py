@@ -128,7 +128,8 @@ def check_device(path: Path, metadata: Mapping[str, str], device: str) -> None:
     if metadata.get("tinydiff.device") == "cuda" != device:
         fix = "export it again without --device cuda, or use --device cuda"
         raise ModelError(f"{shown(path)}: exported for CUDA; {fix}")
-    if metadata.get("tinydiff.precision") == "bf16" and device == "cpu":
+    computes = metadata.get("tinydiff.precision") if metadata.get("tinydiff.device") != "cpu" else "fp32"
+    if computes == "bf16" and device == "cpu":
         raise ModelError(f"{shown(path)}: bf16 runs on CUDA; use an fp32 or fp16 bundle")
 
 
