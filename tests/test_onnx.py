@@ -23,6 +23,7 @@ from interpreters import ENV, ROOT, without
 from onnx import TensorProto as T
 from onnx import helper as h
 from protobuf import field
+from safetensors.numpy import save_file
 
 from tinydiff import config
 from tinydiff.backends import devices, graph, sessions
@@ -356,6 +357,19 @@ def test_external_data_elsewhere(unopened: Path, location: str) -> None:
 def test_external_data_out_of_range(unopened: Path, offset: Any, length: Any) -> None:
     doubled(unopened, "latent_sample", "sample", (external("w.bin", offset, length),))
     check(unopened)
+
+
+@pytest.mark.parametrize(("offset", "length", "fits"), [(0, 8, True), (8, 4, True), (0, 4, False), (4, 8, False)])
+def test_a_graph_takes_whole_tensors_of_safetensors(unopened: Path, offset: int, length: int, fits: bool) -> None:
+    """Of weights that were stored as another type, or are of another model, it would take parts and draw noise."""
+    weights = unopened.parent / "w.safetensors"
+    save_file({"a": np.zeros(2, np.float32), "b": np.zeros(2, np.float16)}, weights)
+    begin = weights.stat().st_size - 12
+    doubled(unopened, "latent_sample", "sample", (external(weights.name, begin + offset, length),))
+    if fits:
+        graph.check(unopened)
+    else:
+        assert "of other weights than those in 'w.safetensors'" in check(unopened)
 
 
 @pytest.mark.parametrize("place", placed_everywhere(external("x")))

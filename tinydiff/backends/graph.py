@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from tinydiff.checkpoints.header import header
 from tinydiff.errors import ModelError
 from tinydiff.files import refuse_pointer, shown
 from tinydiff.protobuf import BYTES, VARINT, fields, varints
@@ -71,13 +72,21 @@ def check(path: Path) -> dict[str, str]:
         refuse_pointer(path)
         raise ModelError(f"{shown(path)}: damaged, not an ONNX graph; {RESTORE}") from error
     sizes = {name: plain_size(path, name) for name in {tensor.get("location", "") for tensor in work.external}}
+    ranges = {name: ranges_of(path.parent / name) for name in sizes if name.endswith(".safetensors")}
     for tensor in work.external:
         numbers = [tensor.get(key, "0") for key in ("offset", "length")]
         if not all(n.isascii() and n.isdigit() and len(n) < 19 for n in numbers):
             raise ModelError(f"{shown(path)}: external data at {shown(numbers)}; {RESTORE}")
         if sum(map(int, numbers)) > sizes[tensor.get("location", "")]:
             raise ModelError(f"{shown(path)}: external data after the end of {shown(tensor['location'])!a}; {RESTORE}")
+        if (name := tensor.get("location", "")) in ranges and tuple(map(int, numbers)) not in ranges[name]:
+            raise ModelError(f"{shown(path)}: of other weights than those in {shown(name)!a}; {RESTORE}")
     return work.metadata
+
+
+def ranges_of(path: Path) -> set[tuple[int, int]]:
+    """Where the tensors of a safetensors file are, and their bytes: a graph takes none from in between."""
+    return {(tensor.start, tensor.end - tensor.start) for tensor in header(path).tensors.values()}
 
 
 def plain_size(graph: Path, name: str) -> int:
