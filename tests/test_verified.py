@@ -107,6 +107,16 @@ def test_a_damaged_memory_remembers_nothing(folder, read, tmp_path, content):
     assert read == ["a", "b"]
 
 
+def test_a_wrong_memory_refuses_nothing(folder, read, tmp_path):
+    opened(folder)
+    known = json.loads(cache(tmp_path).read_bytes())
+    for entry in known.values():
+        entry[-1] = "0" * 64
+    cache(tmp_path).write_text(json.dumps(known))
+    opened(folder)
+    assert read == ["a", "b"] * 2
+
+
 @pytest.mark.parametrize("fault", ["a file", "a link to nowhere", "read-only"])
 def test_a_memory_that_cannot_be_written_is_no_error(folder, read, tmp_path, monkeypatch, fault, capfd):
     monkeypatch.delenv("HOME", raising=False)
