@@ -20,11 +20,12 @@ import onnxruntime as ort
 import pytest
 import safetensors.torch
 import torch
+import typer
 from contrib import OPERATORS
 from interpreters import ROOT, without
 from onnx.reference import ReferenceEvaluator
 
-from tinydiff import config, export, inspect
+from tinydiff import cli, config, export, inspect
 from tinydiff.backends import open_backend
 from tinydiff.checkpoints import folder
 from tinydiff.checkpoints.source import Source
@@ -439,6 +440,10 @@ def test_bf16_is_not_for_a_cpu(tmp_path: Path) -> None:
 def test_unknown_opset(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--opset 999: choose one of 18 to 23"):
         export.export(Source(model_dir()), tmp_path / "out", opset=999)
+    command = typer.main.get_command(cli.app).commands["export"]  # type: ignore[attr-defined]
+    (flag,) = (each for each in command.params if each.name == "opset")
+    assert list(export.OPSETS) == list(range(flag.type.min, flag.type.max + 1))
+    assert f"{export.OPSET} by default" in flag.help
 
 
 def test_what_torch_cannot_export_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

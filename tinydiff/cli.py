@@ -273,7 +273,7 @@ def opening(
     verify: bool = False,
 ) -> Backend:
     """The model on its runtime, its graphs still being opened."""
-    flags.choose("--precision", precision or "fp32", PRECISIONS)
+    flags.choose("--precision", "fp32" if precision is None else precision, PRECISIONS)
     from tinydiff.backends import open_backend
     from tinydiff.files import again
 
@@ -284,7 +284,7 @@ def opening(
 
 def look_up(model: str | None, vae: Path | None = None, prediction: str | None = None, verify: bool = True) -> Source:
     """The model of this name, with what goes with it."""
-    if prediction:
+    if prediction is not None:
         flags.choose("--prediction", prediction, tuple(PREDICTIONS))
     from tinydiff.backends import find_model
     from tinydiff.checkpoints.source import Source
@@ -313,7 +313,7 @@ def export(
     ] = "any",
     vae: Vae = None,
     prediction: Predicts = None,
-    opset: Annotated[int | None, flag("ONNX operator set.")] = None,
+    opset: Annotated[int | None, flag("ONNX operator set; 20 by default.", min=18, max=23)] = None,
     atol: Annotated[
         float | None,
         flag("Largest difference of a graph from torch, in standard deviations of its output; by --precision.", min=0),
@@ -323,7 +323,8 @@ def export(
 ) -> None:
     """Write ONNX graphs, verified against torch before they are kept, or the weights in another layout."""
     flags.choose("--format", format_, ("onnx", "folder", "single-file"))
-    flags.choose("--precision", precision or "fp32", (*PRECISIONS, *(("int8",) if format_ == "onnx" else ())))
+    kinds = (*PRECISIONS, *(("int8",) if format_ == "onnx" else ()))
+    flags.choose("--precision", "fp32" if precision is None else precision, kinds)
     flags.choose("--device", device, ("any", "cpu", "cuda"))
     if format_ != "onnx" and (device != "any" or opset or atol is not None):
         raise UsageError("--device, --opset, --atol: of graphs alone; leave them out, or give --format onnx")
