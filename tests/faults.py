@@ -17,7 +17,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from tinydiff import files, temporary
+from tinydiff import files, temporary, verified
 from tinydiff.checkpoints import folder, weights
 from tinydiff.stages import Stage
 from tinydiff.training import state
@@ -98,7 +98,7 @@ def published(run_dir: Path) -> int | None:
     model = files.present(run_dir / "model")
     if not model.exists():
         return None
-    files.verify(model)
+    verified.verify(model)
     step = files.read_json(model / "about.json")["step"]
     found, wanted = weights.tensors([model / "net" / "w.safetensors"]), toy(step).tensors("average")
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)

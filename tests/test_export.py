@@ -432,11 +432,6 @@ def test_weights_too_large_for_fp16(tmp_path: Path) -> None:
         export.check_weights(model, export.Form(precision), tmp_path)
 
 
-def test_bf16_is_not_for_a_cpu(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--precision bf16: computes on CUDA alone; leave out --device cpu"):
-        export.export(Source(model_dir()), tmp_path / "out", "bf16", device="cpu")
-
-
 def test_unknown_opset(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--opset 999: choose one of 18 to 23"):
         export.export(Source(model_dir()), tmp_path / "out", opset=999)

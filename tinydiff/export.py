@@ -84,8 +84,6 @@ def export(
     if opset not in OPSETS:
         raise UsageError(f"--opset {opset}: choose one of {OPSETS[0]} to {OPSETS[-1]}")
     form = Form(precision, opset, device)
-    if precision == "bf16" and device == "cpu":
-        raise UsageError("--precision bf16: computes on CUDA alone; leave out --device cpu, or take fp16")
     with committed(out, replace=force) as bundle, undisturbed(source.stamps):
         rows, image, plain = written(source, bundle, form, form.precision.graph if atol is None else atol, say)
         say("compare an image with torch's")  # whose networks are out of memory by now

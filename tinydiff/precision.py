@@ -76,9 +76,9 @@ FP16 = Arithmetic("FLOAT16", COMPUTING | FP16_TOO, MOVING | {"Resize", "Pad"}, 6
 BF16 = Arithmetic("BFLOAT16", COMPUTING, MOVING)
 PRECISIONS = {
     "fp32": Precision("float32", None, 1e-4, 50, 0.999, 1),
-    "fp16": Precision("float16", FP16, 0.1, 40, 0.99, 2),
-    "bf16": Precision("bfloat16", BF16, 0.8, 30, 0.9, 8),
-    "int8": Precision("int8", None, 0.8, 30, 0.9, 8),
+    "fp16": Precision("float16", FP16, 0.1, 30, 0.4, 2),
+    "bf16": Precision("bfloat16", BF16, 0.8, 25, 0.4, 8),
+    "int8": Precision("int8", None, 0.8, 25, 0.4, 8),
 }
 
 
