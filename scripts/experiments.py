@@ -1,9 +1,9 @@
-"""Recipes of the denoiser at equal processor time, each against the default, as a markdown table.
+"""Recipes of the denoiser at equal processor time, each against AdamW, as a markdown table.
 
     python scripts/experiments.py shapes|emoji [--minutes M] [--seeds N] [--count N] [--folder DIR] [NAME ...]
 
-The machine may be shared, so time is the processor's, of one thread. The default gets as many steps as take `--minutes`. A
-variant's step is timed in turn with a step of the default, which tells how many steps it gets; warm-up, decay and averaging
+The machine may be shared, so time is the processor's, of one thread. AdamW gets as many steps as take `--minutes`. A variant's
+step is timed in turn with one of AdamW, which tells how many steps it gets; warm-up, decay and averaging
 follow from them. All variants share one autoencoder (for shapes trained once by the default recipe, for emoji the shipped
 one) and its cached latents. NAMEs choose variants; without them all are run. What is in DIR already is not run again: the
 same command goes on where it was stopped.
@@ -31,7 +31,7 @@ MUON, X0 = ("train.denoiser.optimizer=muon", "lr*2.5"), ("diffusion.prediction=s
 CONTRASTIVE, ALIGNED = "diffusion.contrastive_weight=0.05", "train.denoiser.alignment_weight=0.5"
 FLOW = ("diffusion.schedule=flow", "diffusion.prediction=flow", "diffusion.timestep_density=logit_normal")
 VARIANTS: dict[str, Sequence[str]] = {
-    "default": (),
+    "adamw": (),
     "muon": MUON,
     "muon-same-rate": MUON[:1],
     "adamw-lr*2": ("lr*2",),
@@ -51,6 +51,8 @@ VARIANTS: dict[str, Sequence[str]] = {
 ROOT = Path(__file__).resolve().parents[1]
 # How emoji are drawn before they are distilled: the recipe's own [generate] is for afterwards.
 GUIDED = ["generate.steps=20", "generate.cfg_scale=2.5", "generate.sampler=deis", "generate.spacing=log_snr"]
+# What every recipe is compared with: AdamW at the rate that it wants.
+ADAMW = {"shapes": ["train.denoiser.optimizer=adamw", "train.denoiser.lr=0.001"], "emoji": []}
 RECIPES = {"shapes": ROOT / "tinydiff.toml", "emoji": ROOT / "weights" / "emoji" / "tinydiff.toml"}
 WARMUP, TIMED, ROUNDS = 0.1, 4, 5  # share of a run; steps timed at once; how many times in turn
 
@@ -59,7 +61,7 @@ def settings(data: str, folder: Path, seed: int, changes: Sequence[str], steps: 
     """The configuration of a variant of `steps` steps."""
     from tinydiff import config
 
-    own = config.load(RECIPES[data]).train.stage("denoiser")
+    own = config.load(RECIPES[data], ADAMW[data]).train.stage("denoiser")
     scaled = [change.partition("*") for change in changes if "*" in change]
     changed = [f"train.denoiser.{k}={type(getattr(own, k))(getattr(own, k) * float(by))}" for k, _, by in scaled]
     vae = ROOT / "weights" / "emoji" if data == "emoji" else folder / "autoencoder" / "autoencoder"
@@ -67,7 +69,9 @@ def settings(data: str, folder: Path, seed: int, changes: Sequence[str], steps: 
     fixed += ["train.autoencoder.steps=0", "train.distill.steps=0"]
     fixed += [f"train.denoiser.{k}={steps}" for k in ("steps", "save_every", "sample_every")]
     fixed += [f"train.denoiser.warmup={round(WARMUP * steps)}", f"train.denoiser.ema={1 - 20 / max(steps, 40):.4f}"]
-    return config.load(RECIPES[data], [*fixed, *(change for change in changes if "*" not in change), *changed])
+    return config.load(
+        RECIPES[data], [*ADAMW[data], *fixed, *(change for change in changes if "*" not in change), *changed]
+    )
 
 
 def autoencoder(folder: Path) -> None:
@@ -124,7 +128,7 @@ class Steps:
 
 
 def cost(data: str, folder: Path, changes: Sequence[str]) -> tuple[float, float]:
-    """Processor time of a step of the default, in seconds, and of a variant's as a multiple of it."""
+    """Processor time of a step of AdamW, in seconds, and of a variant's as a multiple of it."""
     both = [Steps(settings(data, folder, 0, each), directory(folder, 0, "timed")) for each in ((), changes)]
     for each in both:
         each.seconds()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -76,8 +77,9 @@ def replaced(path: Path) -> None:
 
 
 def through_a_map(path: Path) -> None:
-    with open(path, "r+b") as file:
-        file.write(b"x")
+    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as data:
+        data[:1] = b"x"
+        data.flush()
 
 
 @pytest.mark.parametrize("change", [rewritten, rewritten_and_dated_back, replaced, through_a_map])

@@ -83,7 +83,7 @@ class Buffers:
         key = tuple((name, array.shape) for name, array in feed.items())
         if key not in self.bound:
             self.made += 1
-            graph = self.made if self.graphs else PLAIN
+            graph = self.made if self.graphs and self.made <= MOST else PLAIN  # onnxruntime never forgets one
             self.bound[key] = Bound(self.session, self.device, feed, results, self.kept, graph)
             if len(self.bound) > MOST:
                 self.bound.popitem(last=False)

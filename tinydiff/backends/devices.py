@@ -41,14 +41,15 @@ def plugin(name: str) -> Any:
 
     A plugin is the package onnxruntime-ep-NAME, whose module says where its library is and how its providers are called.
     """
+    package = f"onnxruntime_ep_{name.replace('-', '_')}"
     try:
-        module = importlib.import_module(f"onnxruntime_ep_{name.replace('-', '_')}")
+        module, _ = importlib.import_module(package), ort.InferenceSession.get_provider_graph_assignment_info
         ort.register_execution_provider_library(f"tinydiff-{name}", module.get_library_path())
         devices = [each for each in ort.get_ep_devices() if each.ep_name in module.get_ep_names()]
-    except ModuleNotFoundError as error:
-        fix = f"pip install onnxruntime-ep-{name}"
-        raise ResourceError(f"--device {shown(name)}: its plugin is not installed; {fix}") from error
-    except Exception as error:  # onnxruntime's exceptions share no other base; before 1.23 it had no plugins
+    except Exception as error:  # onnxruntime's exceptions share no other base; older ones have no plugins
+        if isinstance(error, ModuleNotFoundError) and error.name == package.partition(".")[0]:
+            fix = f"pip install onnxruntime-ep-{name}"
+            raise ResourceError(f"--device {shown(name)}: its plugin is not installed; {fix}") from error
         fix = f"pip install --upgrade onnxruntime-ep-{name} onnxruntime"
         raise ResourceError(f"--device {name}: its plugin cannot be loaded ({shown(error)}); {fix}") from error
     if not devices:

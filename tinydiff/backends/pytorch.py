@@ -20,6 +20,7 @@ from tinydiff.checkpoints.source import Source
 from tinydiff.condition import Condition, joined
 from tinydiff.errors import UsageError
 from tinydiff.networks.network import HIDDEN, named
+from tinydiff.progress import note
 from tinydiff.text.labels import one_hot
 
 
@@ -71,6 +72,7 @@ class TorchBackend:
         named = {k: x if isinstance(x, Tensor) else self.tensor(x, dtype) for k, x in more.items()}
         answer = getattr(network, method)(*told, **named)
         if dtype == torch.float16 and not all(x.isfinite().all() for x in tree_leaves(answer)):
+            note(f"{type(network).__name__} overflows in fp16, and is computed in float32")
             network.float()
             return self.ask(network, method, *arrays, **more)
         return answer
