@@ -112,6 +112,7 @@ def stepwise(graph: bytes, folder: Path) -> ort.InferenceSession:
     options.log_severity_level, options.graph_optimization_level = 4, Level.ORT_DISABLE_ALL
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     options.add_session_config_entry("session.disable_prepacking", "1")
+    options.enable_cpu_mem_arena = False  # what is cast of a large model is given back after its use
     try:
         return ort.InferenceSession(graph, options, [CPU])
     except Exception as error:  # onnxruntime's exceptions share no other base
