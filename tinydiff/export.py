@@ -26,6 +26,7 @@ from tinydiff.backends.sessions import called, open_session, stepwise
 from tinydiff.checkpoints import folder
 from tinydiff.checkpoints.folder import Model, save_tensors, write_description, write_json
 from tinydiff.checkpoints.source import Source
+from tinydiff.checkpoints.weights import INT8
 from tinydiff.condition import Condition
 from tinydiff.errors import ModelError, UsageError
 from tinydiff.files import committed, shown, undisturbed
@@ -59,7 +60,6 @@ class Size:
 MOST = 128  # pixels a side of the image that is compared: a large model takes minutes for a larger one
 TRACED = Size(2, 2, 3, 0)
 CHECKED = (Size(3, 4, 2, 1), Size(1, 1, 5, 0))
-INT8 = "int8.safetensors"  # no other program takes it for the weights
 
 
 def export(

@@ -105,7 +105,7 @@ def of_source(source: Source, width: int | None = None, height: int | None = Non
     d = source.description if VAE in configs else None
     parts = contents(source)
     index = configs["model_index"]
-    graphs = [str(part["file"]).endswith((".onnx", "/int8.safetensors")) for part in parts.values()]
+    graphs = [str(part["file"]).endswith((".onnx", f"/{weights.INT8}")) for part in parts.values()]
     form = "onnx" if graphs and all(graphs) else "diffusers"
     form = form if not file else "single file" if d else "DiT weights"
     tokens, (encoder, *_) = tokenizer(source), text_encoders(configs).values()
@@ -271,5 +271,5 @@ def weight_files(folder: Path) -> list[Path]:
     except ModelError:
         if any(folder.glob("*.safetensors.index*.json")):
             raise
-    alone = [path for name in ("int8.safetensors", "model.onnx") if (path := folder / name).is_file()]
+    alone = [path for name in (weights.INT8, "model.onnx") if (path := folder / name).is_file()]
     return alone[:1]

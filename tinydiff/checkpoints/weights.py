@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 STEMS = ("diffusion_pytorch_model", "model")
+INT8 = "int8.safetensors"  # bytes, of a graph alone: no program takes them for the weights
 
 
 def files(folder: Path) -> list[Path]:
@@ -35,7 +36,7 @@ def files(folder: Path) -> list[Path]:
                 return _shards(index)
     if pickles := sorted(p for p in folder.glob("*") if p.suffix in PICKLES):
         header(pickles[0])  # raises ModelError with the command to convert it
-    bytes_alone = any(folder.parent.glob("*/int8.safetensors"))
+    bytes_alone = any(folder.parent.glob(f"*/{INT8}"))
     fix = "its graphs' weights are int8; give the model that it is of" if bytes_alone else "copy the whole model folder"
     raise ModelError(f"{shown(folder)}: holds no weights; {fix}")
 
