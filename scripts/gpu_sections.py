@@ -6,6 +6,7 @@ device and kept in the run's folder for the sections after it.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -66,8 +67,18 @@ class Place:
         return Request(g.steps, g.cfg_scale, g.sampler, g.spacing, side, side)
 
     def memory(self) -> int:
-        """Bytes in use: of the device, whoever took them, or the most that this process has had of a CPU's."""
+        """Bytes in use: of the device, by this process where its driver tells, or the most that it has had of a CPU's."""
         if self.device == "cuda":
+            with contextlib.suppress(Exception):  # nvidia-ml-py is not there, or the driver does not tell
+                import pynvml  # pyright: ignore[reportMissingImports]
+
+                pynvml.nvmlInit()
+                card = pynvml.nvmlDeviceGetHandleByIndex(0)
+                return next(
+                    int(each.usedGpuMemory)
+                    for each in pynvml.nvmlDeviceGetComputeRunningProcesses(card)
+                    if each.pid == os.getpid()
+                )
             free, total = torch.cuda.mem_get_info()
             return total - free
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -164,16 +175,19 @@ def parity(at: Place, runtime: str) -> Iterator[Row]:
 
 
 def timed(at: Place, call: Callable[[], object], seconds: float = 2.0) -> list[float]:
-    """Seconds a call, sorted, after three that warm up."""
+    """Seconds a call, sorted, after three that warm up; of runs that share a folder, one is timed at once."""
     for _ in range(1 if at.tiny else 3):
         call()
-    at.sync()
-    times, end = list[float](), time.perf_counter() + (0.05 if at.tiny else seconds)
-    while len(times) < 3 or (time.perf_counter() < end and len(times) < 100):
-        begun = time.perf_counter()
+    with open(at.folder / "timing.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         call()
         at.sync()
-        times.append(time.perf_counter() - begun)
+        times, end = list[float](), time.perf_counter() + (0.05 if at.tiny else seconds)
+        while len(times) < 3 or (time.perf_counter() < end and len(times) < 100):
+            begun = time.perf_counter()
+            call()
+            at.sync()
+            times.append(time.perf_counter() - begun)
     return sorted(times)
 
 
