@@ -46,6 +46,8 @@ VARIANTS: dict[str, Sequence[str]] = {
     "compiled": ("train.compile=true",),
     "muon-batch*2": (*MUON, "batch_size*2"),
     "muon-qk-contrastive": (*MUON, CONTRASTIVE, "unet.qk_norm=true"),
+    "muon-flow": (*MUON, *FLOW, "diffusion.logit_mean=0.5"),
+    "muon-flow-aligned": (*MUON, *FLOW, "diffusion.logit_mean=0.5", ALIGNED),
     "all": (*MUON, CONTRASTIVE, ALIGNED, "unet.qk_norm=true"),
 }
 ROOT = Path(__file__).resolve().parents[1]

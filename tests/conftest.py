@@ -37,6 +37,7 @@ def pytest_unconfigure() -> None:
 
 
 if TYPE_CHECKING:
+    import onnx
     from tiny_stable_diffusion import Model
     from torch import Tensor
 
@@ -160,6 +161,26 @@ def gpu() -> str:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device")
     return device
+
+
+@pytest.fixture(scope="session")
+def on_card(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, bool], onnx.ModelProto]:
+    """What onnxruntime makes of a graph for CUDA, as calls that can be recorded or not: on libraries that stand in for a card."""
+    import cuda_stand_in
+    import onnx
+
+    provider, libraries = cuda_stand_in.provider(), tmp_path_factory.mktemp("cuda")
+    if provider is None:
+        pytest.skip("there is no onnxruntime with CUDA, or no C compiler")
+    cuda_stand_in.build(provider, libraries)
+
+    def made(graph: Path, recorded: bool = False) -> onnx.ModelProto:
+        out = tmp_path_factory.mktemp("made") / "graph"
+        done = cuda_stand_in.opened(graph, recorded, libraries, out)
+        assert done.returncode == 0, done.stderr
+        return onnx.load(out / "model.onnx", load_external_data=False)
+
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -342,12 +342,50 @@ def test_operators_of_cuda_give_what_torch_gives(name: str, precision: str, near
     assert "InstanceNormalization" not in found and (
         name == "text_encoder" or (found["GroupNorm"] and found["SkipGroupNorm"])
     )
+    biased = [n for n in proto.graph.node if n.op_type == "SkipGroupNorm" and len(n.input) == 5]
+    assert biased or name == "text_encoder"  # the biases of the convolutions before them
     packed = [n for n in proto.graph.node if n.op_type == "MultiHeadAttention" and len([i for i in n.input if i]) <= 2]
     assert len(packed) >= found["MultiHeadAttention"] > 0 or name.startswith("vae")
     for size in export.CHECKED:
         inputs = export.examples(name, model, size)
         got = evaluator.run(None, {k: v.numpy() for k, v in inputs.items()})
         assert export.difference(name, model, inputs, got) < near
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_card_runs_a_graph_without_transposes(name: str, precision: str, on_card: Any) -> None:
+    """The layout of convolutions is the graph's, from its first value to its last; and the denoiser's calls can be recorded, for
+    which nothing may be copied to the host or from it."""
+    found = Counter(
+        n.op_type for n in on_card(bundle(precision, "cuda") / name / "model.onnx", name == "unet").graph.node
+    )
+    assert not {"Conv", *(["MemcpyToHost", "MemcpyFromHost"] if name == "unet" else [])} & found.keys()
+    assert found["Transpose"] <= (0 if name == "text_encoder" else 2) and (found["NhwcConv"] or name == "text_encoder")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_a_card_can_record_every_precision(precision: str, on_card: Any) -> None:
+    on_card(bundle(precision, "cuda") / "unet" / "model.onnx", True)
+
+
+@pytest.mark.parametrize(("precision", "near"), [("fp32", 2e-5), ("fp16", 3e-2)])
+def test_biases_of_wide_layers_are_added_with_what_follows(precision: str, near: float, tmp_path: Path) -> None:
+    """By the two operators that have kernels for Stable Diffusion's widths alone."""
+    wide = ["unet.block_out_channels=[320]", 'unet.down_block_types=["CrossAttnDownBlock2D"]']
+    cfg = config.load(None, [*TINY, *wide])
+    tokenizer = Tokenizer.train(["red heart", "blue circle"], 514, cfg.text_encoder.max_position_embeddings)
+    model, generator = folder.build(cfg, tokenizer), torch.Generator().manual_seed(1)
+    for p in model.networks["unet"].parameters():
+        p.data += torch.randn(p.shape, generator=generator) / (p[0].numel() if p.ndim > 1 else 25) ** 0.5
+    (tmp_path / "unet").mkdir()
+    export.write_graph("unet", model, tmp_path, export.Form(precision, device="cuda"), [])
+    proto = onnx.load(tmp_path / "unet" / "model.onnx")
+    found, blocks = Counter(n.op_type for n in proto.graph.node), 4  # two on the way up
+    assert (found["BiasSplitGelu"], found["BiasAdd"], found["Gelu"]) == (blocks, 3 * blocks, 0)
+    evaluator, inputs = ReferenceEvaluator(proto, new_ops=OPERATORS), export.examples("unet", model, export.CHECKED[0])
+    got = evaluator.run(None, {k: v.numpy() for k, v in inputs.items()})
+    assert export.difference("unet", model, inputs, got) < near
 
 
 def test_bytes_are_the_weights_to_half_a_step() -> None:

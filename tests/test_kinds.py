@@ -346,10 +346,22 @@ def test_operators_of_cuda_give_what_torch_gives(name, bundle, random):
         attentions = [n for n in proto.graph.node if n.op_type == "MultiHeadAttention"]
         packed = [n for n in attentions if len([i for i in n.input[:3] if i]) < 3]
         assert len(packed) == len(attentions) > 0
+        fused = {n.op_type for n in proto.graph.node} & {"Gelu", "FastGelu"}
+        assert fused == (
+            {"Gelu"} if part == "text_encoder" else {"FastGelu"}
+        )  # of a product without a bias, and with one
         for size in export.CHECKED:
             inputs = export.examples(part, model, size)
             got = ReferenceEvaluator(proto, new_ops=OPERATORS).run(None, {k: v.numpy() for k, v in inputs.items()})
             assert export.difference(part, model, inputs, got) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["dit+t5", "dit+class"])
+def test_a_card_can_record_the_calls_of_a_transformer(name, bundle, on_card):
+    found = {
+        node.op_type for node in on_card(bundle(name, "fp32", "cuda") / "transformer" / "model.onnx", True).graph.node
+    }
+    assert "NhwcConv" in found and not {"MemcpyToHost", "MemcpyFromHost"} & found
 
 
 def test_bundles_draw_without_torch(bundle, tmp_path):

@@ -1,21 +1,26 @@
 """Operators of onnxruntime that only CUDA has, in place of several that every provider runs: norms of groups with what is around
-them, and the projections of attention as one product.
+them, the projections of attention as one product, biases with what follows them, and convolutions with their channels last.
 
 Each pass finds one form that `graphs` writes and leaves what differs from it. It knows operators and shapes, and no network.
+The layout is the graph's own, since a session that onnxruntime lays out anew (`prefer_nhwc`) computes sizes on the card,
+copies them back in every call, and cannot be recorded as a CUDA graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tinydiff.nodes import MICROSOFT, inserted, is_linear, made, numbers, source
+from tinydiff.nodes import MICROSOFT, inserted, is_linear, made, numbers, perm_of, skip_transposes, source
 
 if TYPE_CHECKING:
-    from onnx_ir import Graph, Node, Value
+    from onnx_ir import Graph, Node, Shape, Value
     from onnx_ir import Model as IrModel
 
 LAST, FIRST = [0, 2, 3, 1], [0, 3, 1, 2]  # channels
+TURNED = [0, 2, 1]  # (B, C, h w) and (B, h w, C)
+GATED = (2560, 5120, 10240)  # widths, with both halves, that BiasSplitGelu has kernels for
+BIASED = (320, 640, 1280)  # and BiasAdd
 
 
 def fuse(model: IrModel, largest: dict[str, float]) -> None:
@@ -23,18 +28,19 @@ def fuse(model: IrModel, largest: dict[str, float]) -> None:
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     passes = {"BatchNormalization": fuse_norm, "MultiHeadAttention": fuse_projections}
+    passes |= {"Mul": fuse_gate, "Gelu": fuse_gelu, "Add": fuse_residual}
     for node in list(model.graph):
         if node.op_type in passes:
             passes[node.op_type](model.graph, node, largest)
     model.graph.opset_imports[MICROSOFT] = 1
     RemoveUnusedNodesPass()(model)
+    lay_out(model.graph, largest)
+    skip_transposes(model.graph)
+    RemoveUnusedNodesPass()(model)
 
 
 def fuse_norm(graph: Graph, affine: Node, largest: dict[str, float]) -> None:
-    """A group norm, the sum before it and the SiLU after it as one operator over channels that come last.
-
-    onnxruntime moves the transposes around it out of the way, up to convolutions that it runs channels last too.
-    """
+    """A group norm, the sum before it and the SiLU after it as one operator over channels that come last."""
     reshape = source(affine.inputs[0], "Reshape")
     norm = source(reshape.inputs[0], "InstanceNormalization") if reshape else None
     groups = source(norm.inputs[0], "Reshape") if norm else None
@@ -48,8 +54,9 @@ def fuse_norm(graph: Graph, affine: Node, largest: dict[str, float]) -> None:
     options = {"epsilon": norm.attributes.get_float("epsilon", 1e-5), "groups": int(sizes[1]), "channels_last": 1}
     options |= {"activation": int(silu is not None)}
     pair = summands(x, groups, affine)
-    given = [made(graph, affine, "Transpose", [value], perm=LAST) for value in pair or (x,)]
-    inputs = [given[0], *affine.inputs[1:3], *given[1:]]
+    bias = bias_of(pair[0]) if pair else None
+    given = [channels_last(graph, affine, value, largest) for value in pair or (x,)]
+    inputs = [given[0], *affine.inputs[1:3], *given[1:], *([] if bias is None else [bias])]
     fused = inserted(graph, affine, "SkipGroupNorm" if pair else "GroupNorm", inputs, **options)
     if pair:
         total = made(graph, affine, "Transpose", [fused.outputs[1]], like=x, perm=FIRST)
@@ -60,8 +67,28 @@ def fuse_norm(graph: Graph, affine: Node, largest: dict[str, float]) -> None:
     result = made(graph, affine, "Transpose", [fused.outputs[0]], like=x, perm=FIRST)
     before.replace_all_uses_with(result)
     same(largest, before, result, fused.outputs[0])
-    for value, turned in zip(pair or (x,), given, strict=True):
-        same(largest, value, turned)
+
+
+def channels_last(graph: Graph, before: Node, value: Value, largest: dict[str, float]) -> Value:
+    """(B, C, H, W) as (B, H, W, C): what it is a transpose of, if it is one."""
+    if perm_of(source(value, "Transpose")) == FIRST and value.producer().inputs[0]:  # type: ignore[union-attr]
+        return value.producer().inputs[0]  # type: ignore[union-attr,return-value]
+    if value.shape is not None and list(value.shape[2:]) == [1, 1]:
+        turned = made(graph, before, "Reshape", [value, numbers(graph, before, 0, 1, 1, -1)])
+    else:
+        turned = made(graph, before, "Transpose", [value], perm=LAST)
+    same(largest, value, turned)
+    return turned
+
+
+def bias_of(value: Value) -> Value | None:
+    """The bias of the convolution that a value comes from, if it is used but once; the convolution loses it."""
+    conv = source(value, "Conv")
+    if conv is None or len(conv.inputs) < 3 or len(value.uses()) != 1:
+        return None
+    bias = conv.inputs[2]
+    conv.replace_input_with(2, None)
+    return bias
 
 
 def same(largest: dict[str, float], known: Value, *others: Value) -> None:
@@ -149,3 +176,151 @@ def packed_product(graph: Graph, before: Node, parts: Sequence[Projection], head
     sizes = [*parts[0].sizes, numbers(graph, before, heads, count, out // heads)]
     shape = made(graph, before, "Concat", sizes, "INT64", axis=0)
     return made(graph, before, "Reshape", [made(graph, before, "Gemm", given, transB=1), shape])
+
+
+def fuse_gate(graph: Graph, product: Node, largest: dict[str, float]) -> None:
+    """The first half of a product's columns, times GELU of the second (GEGLU), its bias with them."""
+    for value, gate in (product.inputs, product.inputs[::-1]):
+        gelu, split = source(gate, "Gelu"), source(value, "Split")
+        if gelu is None or split is None or gelu.attributes.get_string("approximate", "none") != "none":
+            continue
+        once = all(len(each.uses()) == 1 for each in (*split.outputs, *gelu.outputs))
+        if (
+            list(split.outputs) != [value, gelu.inputs[0]]
+            or not once
+            or split.attributes.get_int("axis", 0) not in (-1, 2)
+        ):
+            continue
+        if (found := biased(graph, product, split.inputs[0], GATED)) is not None:
+            fused = made(graph, product, "BiasSplitGelu", found, like=product.outputs[0])
+            same(largest, product.outputs[0], fused)
+            return product.outputs[0].replace_all_uses_with(fused)
+
+
+def fuse_gelu(graph: Graph, gelu: Node, largest: dict[str, float]) -> None:
+    """The tanh form of GELU, with the bias of the product that it is of."""
+    tanh, result = gelu.attributes.get_string("approximate", "none") == "tanh", gelu.outputs[0]
+    if tanh and (found := biased(graph, gelu, gelu.inputs[0])) is not None:
+        fused = made(graph, gelu, "FastGelu", found, like=result)
+        same(largest, result, fused)
+        result.replace_all_uses_with(fused)
+
+
+def fuse_residual(graph: Graph, total: Node, largest: dict[str, float]) -> None:
+    """A product, its bias, and what it is added to."""
+    result = total.outputs[0]
+    for branch, skip in (total.inputs, total.inputs[::-1]):
+        equal = branch is not None and skip is not None and branch.shape == skip.shape == result.shape
+        if equal and not result.is_graph_output() and (found := biased(graph, total, branch, BIASED)) is not None:
+            fused = made(graph, total, "BiasAdd", [*found, skip], like=result)
+            same(largest, result, fused)
+            return result.replace_all_uses_with(fused)
+
+
+def biased(graph: Graph, before: Node, value: Value | None, widths: Sequence[int] = ()) -> list[Value] | None:
+    """A (B, T, D), of one of some widths, without its bias, and the bias, where it is a product's that nothing else uses."""
+    reshape = source(value, "Reshape")
+    gemm = source(reshape.inputs[0], "Gemm") if reshape else None
+    if value is None or reshape is None or gemm is None or not is_linear(gemm) or len(gemm.inputs) != 3:
+        return None
+    if value.shape is None or len(value.shape) != 3 or gemm.inputs[2] is None:
+        return None
+    if widths and value.shape[-1] not in widths:
+        return None
+    if len(value.uses()) != 1 or len(gemm.outputs[0].uses()) != 1:
+        return None
+    rows = made(graph, before, "Gemm", gemm.inputs[:2], like=gemm.outputs[0], transB=1)
+    return [made(graph, before, "Reshape", [rows, reshape.inputs[1]], like=value), gemm.inputs[2]]
+
+
+def lay_out(graph: Graph, largest: dict[str, float]) -> None:
+    """Convolutions with their channels last, and so all that lies between them: sums, joins, resizing, and pixels that become
+    tokens and tokens pixels without a copy."""
+    passes = {"Conv": convolve, "Add": add, "Concat": join, "Resize": resize, "Reshape": from_tokens}
+    for node in list(graph):
+        if node.op_type == "Transpose" and perm_of(node) == TURNED:
+            to_tokens(graph, node, largest)
+        elif node.op_type in passes and (made_last := passes[node.op_type](graph, node, largest)) is not None:
+            result = node.outputs[0]
+            turned = made(graph, node, "Transpose", [made_last], like=result, perm=FIRST)
+            same(largest, result, made_last, turned)
+            made_last.shape = permuted(result.shape)
+            result.replace_all_uses_with(turned, replace_graph_outputs=True)
+
+
+def permuted(shape: Shape | None) -> Shape | None:
+    """The shape of (B, C, H, W) with its channels last."""
+    import onnx_ir as ir
+
+    return ir.Shape([shape[i] for i in LAST]) if shape is not None else None
+
+
+def are_last(values: Sequence[Value | None]) -> list[Value] | None:
+    """Values whose channels come last, where all of these are transposes of such."""
+    nodes = [source(value, "Transpose") for value in values]
+    found = [node.inputs[0] for node in nodes if node is not None and perm_of(node) == FIRST]
+    return [value for value in found if value is not None] if len(found) == len(values) else None
+
+
+def convolve(graph: Graph, conv: Node, largest: dict[str, float]) -> Value | None:
+    (x, weight), bias = conv.inputs[:2], [each for each in conv.inputs[2:] if each is not None]
+    if x is None or weight is None or weight.shape is None or len(weight.shape) != 4:
+        return None
+    if conv.attributes.get_int("group", 1) != 1:
+        return None
+    filters = made(graph, conv, "Transpose", [weight], perm=LAST)
+    given = [channels_last(graph, conv, x, largest), filters, *bias]
+    attributes: dict[str, Any] = {**conv.attributes}
+    node = inserted(graph, conv, "NhwcConv", given, **attributes)
+    node.metadata_props.update(conv.metadata_props)  # which say where it is
+    return node.outputs[0]
+
+
+def add(graph: Graph, node: Node, largest: dict[str, float]) -> Value | None:
+    first, second = node.inputs
+    parts = are_last(node.inputs) if first and second and first.shape == second.shape else None
+    return made(graph, node, "Add", parts) if parts else None
+
+
+def join(graph: Graph, node: Node, largest: dict[str, float]) -> Value | None:
+    parts = are_last(node.inputs) if node.attributes.get_int("axis", 0) == 1 else None
+    return made(graph, node, "Concat", parts, axis=3) if parts else None
+
+
+def resize(graph: Graph, node: Node, largest: dict[str, float]) -> Value | None:
+    x, parts = node.inputs[0], are_last(node.inputs[:1])
+    scales = node.inputs[2].const_value if len(node.inputs) == 3 and node.inputs[2] is not None else None
+    if x is None or not parts or scales is None or node.inputs[1] is not None or len(scales.numpy()) != 4:
+        return None
+    by = made(graph, node, "Constant", [], value_floats=[float(scales.numpy()[i]) for i in LAST])
+    attributes: dict[str, Any] = {**node.attributes}
+    return made(graph, node, "Resize", [*parts, None, by], **attributes)
+
+
+def to_tokens(graph: Graph, turn: Node, largest: dict[str, float]) -> None:
+    """(B, C, H, W) to (B, h w, C), from channels that are last."""
+    reshape = source(turn.inputs[0], "Reshape")
+    x, result = reshape.inputs[0] if reshape else None, turn.outputs[0]
+    parts, flat = are_last([x]), reshape.outputs[0].shape if reshape else None
+    if not parts or x is None or x.shape is None or flat is None or len(flat) != 3 or flat[1] != x.shape[1]:
+        return
+    if isinstance(width := flat[1], int):
+        tokens = made(graph, turn, "Reshape", [*parts, numbers(graph, turn, 0, -1, width)], like=result)
+        same(largest, result, tokens)
+        result.replace_all_uses_with(tokens)
+
+
+def from_tokens(graph: Graph, reshape: Node, largest: dict[str, float]) -> Value | None:
+    """(B, h w, C) to (B, H, W, C), where it became (B, C, H, W)."""
+    turn, sizes, shape = (
+        source(reshape.inputs[0], "Transpose"),
+        source(reshape.inputs[1], "Concat"),
+        reshape.outputs[0].shape,
+    )
+    x = turn.inputs[0] if turn is not None and perm_of(turn) == TURNED else None
+    if x is None or x.shape is None or shape is None or len(shape) != 4 or sizes is None or len(sizes.inputs) != 4:
+        return None
+    if not isinstance(shape[1], int) or x.shape[-1] != shape[1]:
+        return None
+    order = made(graph, reshape, "Concat", [sizes.inputs[i] for i in LAST], "INT64", axis=0)
+    return made(graph, reshape, "Reshape", [x, order])

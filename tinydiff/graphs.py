@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tinydiff.checkpoints.header import Stored, header
+from tinydiff.nodes import skip_transposes
 from tinydiff.precision import of_time_alone
 from tinydiff.quantisation import dequantise
 
@@ -138,16 +139,6 @@ def share_shapes(graph: IrGraph) -> None:
         dims = tuple(str(d) for d in node.inputs[0].shape[start:end])
         if "None" not in dims:
             node.outputs[0].replace_all_uses_with(first.setdefault(dims, node.outputs[0]))
-
-
-def skip_transposes(graph: IrGraph) -> None:
-    """Two transposes that undo each other are gone."""
-    for node in graph:
-        source = node.inputs[0].producer() if node.op_type == "Transpose" and node.inputs[0] is not None else None
-        if source is not None and source.op_type == "Transpose" and source.inputs[0] is not None:
-            first, then = (list(n.attributes.get_ints("perm", [])) for n in (source, node))
-            if first and [first[i] for i in then] == sorted(first):
-                node.outputs[0].replace_all_uses_with(source.inputs[0])
 
 
 def skip_reshapes(graph: IrGraph) -> None:

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from onnx_ir import Graph, Node, Value
 
 MICROSOFT = "com.microsoft"
-OURS = {"GroupNorm", "SkipGroupNorm"}  # operators of onnxruntime that passes write
+OURS = frozenset("GroupNorm SkipGroupNorm NhwcConv BiasSplitGelu BiasAdd FastGelu".split())  # onnxruntime's own
 KINDS = {"MatMulInteger": "INT32"}  # of what operators give; else float32
 SEVERAL = {"DynamicQuantizeLinear": ("UINT8", "FLOAT", "UINT8"), "SkipGroupNorm": ("FLOAT", "FLOAT")}
 
@@ -58,3 +58,17 @@ def source(value: Value | None, operator: str) -> Node | None:
     """What makes a value, if it is this operator."""
     node = value.producer() if value is not None else None
     return node if node is not None and node.op_type == operator else None
+
+
+def perm_of(transpose: Node | None) -> list[int]:
+    """The order of axes that a transpose makes; none where it is not said, or there is no transpose."""
+    return list(transpose.attributes.get_ints("perm", [])) if transpose is not None else []
+
+
+def skip_transposes(graph: Graph) -> None:
+    """Two transposes that undo each other are gone."""
+    for node in graph:
+        before = source(node.inputs[0], "Transpose") if node.op_type == "Transpose" else None
+        first, then = perm_of(before), perm_of(node)
+        if before is not None and before.inputs[0] is not None and first and [first[i] for i in then] == sorted(first):
+            node.outputs[0].replace_all_uses_with(before.inputs[0])

@@ -40,6 +40,7 @@ MOVING = frozenset(
 )
 COMPUTING = frozenset(("Gemm", "MatMul", "MultiHeadAttention", "Add", "Sub", "Mul", "Div"))  # CUDA has them in bf16 too
 FP16_TOO = frozenset(("Conv", "LayerNormalization", "Gelu", "Sigmoid", "GroupNorm", "SkipGroupNorm"))
+FP16_TOO |= {"NhwcConv", "BiasSplitGelu", "BiasAdd", "FastGelu"}
 FULL_INPUTS = {"GroupNorm": (1, 2), "SkipGroupNorm": (1, 2), "Resize": (1, 2)}  # that are float32 beside half values
 MASK = 5  # which input of an attention is added to its scores
 MARGIN = 4.0  # how much larger values may be than in the calibration run

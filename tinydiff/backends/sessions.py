@@ -87,12 +87,9 @@ def created(
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
     if metadata.get("tinydiff.precision") == "int8":
         options.add_session_config_entry("session.disable_quant_qdq", "1")  # weights are dequantised once, at opening
-    last = str(
-        int(metadata.get("tinydiff.device") == "cuda")
-    )  # channels: norms of such a graph have them there already
     providers: dict[str, list[Any]] = {
         "cpu": [CPU],
-        "cuda": [(CUDA, CUDA_OPTIONS | {"enable_cuda_graph": str(int(recorded)), "prefer_nhwc": last}), CPU],
+        "cuda": [(CUDA, CUDA_OPTIONS | {"enable_cuda_graph": str(int(recorded))}), CPU],
     }
     try:
         if device not in providers:

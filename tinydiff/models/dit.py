@@ -31,7 +31,9 @@ def positions(h: int, w: int, base: int, width: int, device: torch.device) -> Te
     rates = 10000 ** (torch.arange(width // 4, dtype=torch.float32, device=device) * (-4 / width))
 
     def along(n: int) -> Tensor:
-        places = torch.arange(n, dtype=torch.float32, device=device) / (n / base)  # on the square that was trained on
+        # The size is read off the numbers themselves: as a float it would be copied to the card in every call of a graph.
+        places = torch.arange(n, device=device).float()
+        places = places / ((places[-1:] + 1) / base)  # on the square that was trained on
         angles = places[:, None] * rates
         return torch.cat([angles.sin(), angles.cos()], dim=-1)  # (n, D/2)
 
