@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from onnx_ir import Graph, Node, Value
 
 MICROSOFT = "com.microsoft"
-OURS = frozenset("GroupNorm SkipGroupNorm NhwcConv BiasSplitGelu BiasAdd FastGelu".split())  # onnxruntime's own
+OURS = frozenset(
+    ["GroupNorm", "SkipGroupNorm", "NhwcConv", "BiasSplitGelu", "BiasAdd", "FastGelu"]
+)  # onnxruntime's own
 KINDS = {"MatMulInteger": "INT32"}  # of what operators give; else float32
 SEVERAL = {"DynamicQuantizeLinear": ("UINT8", "FLOAT", "UINT8"), "SkipGroupNorm": ("FLOAT", "FLOAT")}
 
