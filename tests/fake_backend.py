@@ -41,7 +41,7 @@ CONDITIONS = {"encoder_hidden_states": Array(("batch", "sequence", 2), of=HIDDEN
 class Fake:
     """A backend that has learnt one flat image for each text: a hundredth of its length, and says what it was asked."""
 
-    name, tokenizers = "fake", {"text_encoder": Words()}
+    name, tokenizers, at_once = "fake", {"text_encoder": Words()}, 1
 
     def __init__(self, scaling_factor=0.5):
         self.description = Description(Path("fake"), SCHEDULER, 3, 3, 2, 4, scaling_factor, 8, Generate(), CONDITIONS)

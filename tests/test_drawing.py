@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,10 @@ import pytest
 from fake_backend import REQUEST, Fake
 from PIL import Image
 
-from tinydiff.drawing import Drawn, Job, Reel, Sink, draw
+from tinydiff import pipeline
+from tinydiff.backends import find_model, open_backend
+from tinydiff.checkpoints.source import Source
+from tinydiff.drawing import Drawn, Job, Reel, Sink, draw, in_turn
 from tinydiff.errors import ResourceError, UsageError
 
 PIXELS = np.zeros((4, 4, 3), np.uint8)
@@ -172,3 +177,58 @@ def test_settings_that_were_used_are_those_in_the_image() -> None:
     assert (image.settings["prompt"], image.settings["negative"]) == ("(a:1.0)", "(bb:1.0)")
     (plain,) = draw(Fake(), iter([Job(0, "a", 1)]), "bb", replace(REQUEST, cfg_scale=2.0), 1)
     assert (image.pixels == plain.pixels).all()
+
+
+def test_batches_in_flight_come_in_turn() -> None:
+    """Two at once, in order; a short batch, after which nobody knows when more comes, keeps nothing back."""
+    gate, begun, reached = threading.Event(), list[int](), list[list[int]]()
+
+    def work(batch: list[Job], is_next: Callable[[], bool]) -> list[int]:
+        begun.append(batch[0].index)
+        if batch[0].index == 0:
+            assert is_next() and gate.wait(10)  # until the one after it has ended
+        elif batch[0].index == 2:
+            assert not is_next()
+            gate.set()
+        return [job.index for job in batch]
+
+    def given() -> Iterator[list[Job]]:
+        jobs = [Job(i, "x", i) for i in range(7)]
+        yield from (jobs[:2], jobs[2:4], jobs[4:6])
+        reached.append(sorted(begun))
+        yield []
+        assert [done for part in seen for done in part] == [0, 1, 2, 3, 4, 5]
+        yield jobs[6:]
+        assert len(seen) == 4
+
+    seen = list[list[int]]()
+    for result in in_turn(work, given(), 2, 2):
+        seen.append(result)
+    assert seen == [[0, 1], [2, 3], [4, 5], [6]] and set(reached[0]) >= {0, 2}
+
+
+def test_an_error_ends_what_is_in_flight() -> None:
+    begun = list[int]()
+
+    def work(batch: list[Job], is_next: Callable[[], bool]) -> list[int]:
+        begun.append(batch[0].index)
+        raise OSError("no")
+
+    with pytest.raises(OSError, match="no"):
+        list(in_turn(work, iter([[Job(i, "x", i)] for i in range(100)]), 1, 2))
+    assert len(begun) <= 5
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_images_in_flight_are_those_of_one_after_another(size: int) -> None:
+    backend = open_backend(Source(find_model(None)), "onnx", "cpu")
+    assert backend.at_once == 2
+    d = backend.description
+    request = pipeline.Request(2, 1.0, "ddim", "trailing", d.multiple * 4, d.multiple * 4)
+    jobs = [Job(i, f"red heart {i}", i, line=i + 1) for i in range(8)]
+    there = list(draw(backend, iter([*jobs[:5], None, *jobs[5:]]), "", request, size))
+    backend.at_once = 1
+    here = list(draw(backend, iter([*jobs[:5], None, *jobs[5:]]), "", request, size))
+    assert [each.index for each in there] == [*range(8)]
+    for one, other in zip(there, here, strict=True):
+        assert one.settings == other.settings and np.array_equal(one.pixels, other.pixels)

@@ -15,10 +15,12 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -33,6 +35,7 @@ from tinydiff.reading import Line, Reader, clean, understood
 from tinydiff.system import named, one_line, shown
 
 NUMBERED = ("%04d", ".png")  # what comes after the folder
+T = TypeVar("T")
 PATTERN = re.compile(r"%0?(?:1?[1-9]|[12]0)?d")
 
 
@@ -215,11 +218,11 @@ def frames(prompt: str, toward: str | None, seeds: Sequence[int], count: int) ->
 
 
 def batches(items: Iterator[Job | None], size: int) -> Iterator[list[Job]]:
-    """Up to `size` jobs at once, fewer when no more are waiting."""
+    """Up to `size` jobs at once, fewer when no more are waiting, which may be none."""
     batch: list[Job] = []
     for job in itertools.chain(items, [None]):
         batch += [job] if job else []
-        if batch and (len(batch) == size or job is None):
+        if len(batch) == size or job is None:
             yield batch
             batch = []
 
@@ -229,7 +232,7 @@ def shares(items: Iterator[Job | None], size: int) -> Iterator[list[Job]]:
     if processes.world() == 1:
         yield from batches(items, size)
         return
-    full = batches((job for job in items if job), size)
+    full = filter(None, batches((job for job in items if job), size))
     for data in processes.dealt(json.dumps([asdict(job) for job in batch]).encode() for batch in full):
         yield [job_of(values) for values in json.loads(data)]
 
@@ -261,17 +264,49 @@ def draw(
     if edit and not edit.steps(request.steps):
         note(f"--strength {edit.strength:g} is less than one of {request.steps} steps: nothing is drawn")
 
-    def attempt(batch: list[Job]) -> Iterator[Drawn]:
+    def attempt(batch: list[Job], is_next: Callable[[], bool]) -> list[Drawn | tuple[Job, UserError]]:
         try:
-            yield from drawn(backend, batch, negative, request, edit)
+            return list(drawn(backend, batch, negative, request, edit, is_next))
         except (UsageError, DivergedError) as error:
             if len(batch) == 1 or not batch[0].line:
-                mistakes.add(batch[0], error)
-            else:  # whichever it is, the others are drawn
-                yield from itertools.chain.from_iterable(attempt([job]) for job in batch)
+                return [(batch[0], error)]
+            return [each for job in batch for each in attempt([job], is_next)]  # whichever it is, the others are drawn
 
-    for batch in shares(readable(items, reader, mistakes), size):
-        yield from attempt(batch)
+    count = backend.at_once if processes.world() == 1 else 1
+    for image in itertools.chain.from_iterable(
+        in_turn(attempt, shares(readable(items, reader, mistakes), size), size, count)
+    ):
+        if isinstance(image, Drawn):
+            yield image
+        else:
+            mistakes.add(*image)
+
+
+def in_turn(
+    work: Callable[[list[Job], Callable[[], bool]], list[T]],
+    given: Iterator[list[Job]],
+    size: int,
+    count: int,
+) -> Iterator[list[T]]:
+    """What `work` makes of batches, in their order, `count` of them at once.
+
+    It is given a function that says whether its batch is the next that is waited for. A batch of fewer than `size` says that
+    no more may come for a while: nothing is kept back then.
+    """
+    if count == 1:
+        yield from (work(batch, lambda: True) for batch in given if batch)
+        return
+    flying, done, pool = deque[Future[list[T]]](), 0, ThreadPoolExecutor(count)
+    try:
+        for batch in itertools.chain(given, [[]]):
+            if batch:
+                number = done + len(flying)
+                flying.append(pool.submit(work, batch, lambda number=number: number == done))  # noqa: B023  as it is then
+            while flying and (len(flying) > count or len(batch) < size):
+                yield flying.popleft().result()
+                done += 1
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # nobody waits for what is drawn yet when there is an error
 
 
 def readable(items: Iterator[Job | None], reader: Reader, mistakes: Mistakes) -> Iterator[Job | None]:
@@ -290,13 +325,23 @@ def readable(items: Iterator[Job | None], reader: Reader, mistakes: Mistakes) ->
 
 
 def drawn(
-    backend: Backend, batch: Sequence[Job], negative: str, request: Request, edit: Edit | None
+    backend: Backend,
+    batch: Sequence[Job],
+    negative: str,
+    request: Request,
+    edit: Edit | None,
+    is_next: Callable[[], bool],
 ) -> Iterator[Drawn]:
-    """The images of one batch."""
+    """The images of one batch, whose progress is shown while it is the next that is waited for."""
     prompts = [understood(job.prompt, job.toward, job.share) for job in batch]
     last = f" to {batch[-1].index + 1}" if len(batch) > 1 else ""
     bar = Progress(f"image {batch[0].index + 1}{last}", request.steps)
-    on_step = bar.update if bar.bar and processes.rank() == 0 else lambda step: None
+    visible = bar.bar and processes.rank() == 0
+
+    def on_step(step: int) -> None:
+        if visible and is_next():
+            bar.update(step)
+
     begun, seeds, negatives = time.monotonic(), [job.seed for job in batch], [understood(negative)] * len(batch)
     pixels = pipeline.generate(backend, prompts, seeds, request, negatives, on_step, edit)
     seconds = (time.monotonic() - begun) / len(batch)

@@ -34,6 +34,7 @@ class Backend(Protocol):
 
     name: str
     description: Description
+    at_once: int  # how many batches are drawn fastest at once, by threads
 
     @property
     def tokenizers(self) -> Mapping[str, Tokens]:

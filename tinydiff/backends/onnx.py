@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from tinydiff.backends import optimised
 from tinydiff.backends.binding import PLAIN, Buffers, as_graph
 from tinydiff.backends.devices import choose_device, is_recorded, say_share
 from tinydiff.backends.graph import RESTORE
@@ -45,6 +46,9 @@ class OnnxBackend:
     def __init__(self, source: Source, device: str = "auto", wait: bool = True):
         self.path, self.stamps, self.device = source.path, source.stamps, choose_device(device)
         self.buffers = dict[str, Buffers]()
+        # One call leaves processors idle between its operators; those of a large model are long, and need the memory.
+        small = self.device == "cpu" and optimised.size(self.path / source.denoiser) <= optimised.LARGEST
+        self.at_once = 2 if small else 1
         self.pool = ThreadPoolExecutor(4)  # neither opening a graph nor hashing a file needs Python
         self.memory = Memory(source.anew)
         self.checks = self.pool.submit(verify, self.path, (*DRAWING, source.denoiser), self.memory.sha256)

@@ -27,7 +27,7 @@ from tinydiff.text.labels import one_hot
 class TorchBackend:
     """Networks as they stand, on the device where they are."""
 
-    name = "torch"
+    name, at_once = "torch", 1
 
     def __init__(self, model: folder.Model):
         self.model, self.description, self.tokenizers = model, model.description, model.tokenizers
