@@ -30,7 +30,7 @@ SIDE = 16
 class Painter:
     """A backend whose "network" remembers pictures by caption: latents are pixels, 3 channels, factor 1."""
 
-    name = "painter"
+    name, at_once = "painter", 1
 
     def __init__(self, pictures: dict[str, np.ndarray], side: int = SIDE, error: float = 0.0):
         self.pictures, self.error, self.asked = pictures, error, []

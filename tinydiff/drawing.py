@@ -16,7 +16,7 @@ import secrets
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -35,7 +35,9 @@ from tinydiff.reading import Line, Reader, clean, understood
 from tinydiff.system import named, one_line, shown
 
 NUMBERED = ("%04d", ".png")  # what comes after the folder
+B = TypeVar("B", bound=Sequence[Any])
 T = TypeVar("T")
+FEW = 2**21  # pixels of a batch
 PATTERN = re.compile(r"%0?(?:1?[1-9]|[12]0)?d")
 
 
@@ -272,22 +274,21 @@ def draw(
                 return [(batch[0], error)]
             return [each for job in batch for each in attempt([job], is_next)]  # whichever it is, the others are drawn
 
-    count = backend.at_once if processes.world() == 1 else 1
-    for image in itertools.chain.from_iterable(
-        in_turn(attempt, shares(readable(items, reader, mistakes), size), size, count)
-    ):
+    given = shares(readable(items, reader, mistakes), size)
+    for image in itertools.chain.from_iterable(in_turn(attempt, given, size, at_once(backend, request, size))):
         if isinstance(image, Drawn):
             yield image
         else:
             mistakes.add(*image)
 
 
-def in_turn(
-    work: Callable[[list[Job], Callable[[], bool]], list[T]],
-    given: Iterator[list[Job]],
-    size: int,
-    count: int,
-) -> Iterator[list[T]]:
+def at_once(backend: Backend, request: Request, size: int) -> int:
+    """How many batches of a size are drawn at once: one where it is large, for its memory, or where there are other processes."""
+    few = size * request.width * request.height <= FEW and processes.world() == 1
+    return backend.at_once if few else 1
+
+
+def in_turn(work: Callable[[B, Callable[[], bool]], T], given: Iterable[B], size: int, count: int) -> Iterator[T]:
     """What `work` makes of batches, in their order, `count` of them at once.
 
     It is given a function that says whether its batch is the next that is waited for. A batch of fewer than `size` says that
@@ -296,9 +297,9 @@ def in_turn(
     if count == 1:
         yield from (work(batch, lambda: True) for batch in given if batch)
         return
-    flying, done, pool = deque[Future[list[T]]](), 0, ThreadPoolExecutor(count)
+    flying, done, pool = deque[Future[T]](), 0, ThreadPoolExecutor(count)
     try:
-        for batch in itertools.chain(given, [[]]):
+        for batch in itertools.chain(given, [()]):
             if batch:
                 number = done + len(flying)
                 flying.append(pool.submit(work, batch, lambda number=number: number == done))  # noqa: B023  as it is then

@@ -17,6 +17,7 @@ import numpy as np
 
 from tinydiff import config, pipeline
 from tinydiff.data.dataset import Source, open_source
+from tinydiff.drawing import at_once, in_turn
 from tinydiff.errors import UsageError
 from tinydiff.measure.oracle import READINGS, Read
 from tinydiff.measure.quality import LEAST, View, real_vectors
@@ -81,13 +82,17 @@ def evaluate(
     fits = open_fits(backend, [subject.captions for subject in subjects])
     total, done = sum(len(subject.captions) for subject in subjects), 0
     for i, (subject, seen) in enumerate(zip(subjects, views, strict=True)):
-        for start in range(0, len(subject.captions), batch_size):
-            captions = subject.captions[start : start + batch_size]
-            seeds = range(seed + start, seed + start + len(captions))
-            drawn = pipeline.generate(backend, captions, seeds, request)
+        starts = range(0, len(subject.captions), batch_size)
+        batches = [range(start, min(start + batch_size, len(subject.captions))) for start in starts]
+
+        def draw(rows: range, is_next: object, captions: Sequence[str] = subject.captions) -> tuple[int, np.ndarray]:
+            seeds = [seed + row for row in rows]
+            return rows[0], pipeline.generate(backend, [captions[row] for row in rows], seeds, request)
+
+        for start, drawn in in_turn(draw, batches, batch_size, at_once(backend, request, batch_size)):
             for taker in (subject, *seen, *fits[i : i + 1]):
                 taker.add(start, drawn)
-            done += len(captions)
+            done += len(drawn)
             progress(done, total)
     compare([subject for subject in subjects if isinstance(subject, Retrieved)])
     for network, *seen in zip(networks, *views, strict=True):

@@ -48,7 +48,7 @@ class OnnxBackend:
         self.buffers = dict[str, Buffers]()
         # One call leaves processors idle between its operators; those of a large model are long, and need the memory.
         small = self.device == "cpu" and optimised.size(self.path / source.denoiser) <= optimised.LARGEST
-        self.at_once = 2 if small else 1
+        self.at_once = 4 if small else 1
         self.pool = ThreadPoolExecutor(4)  # neither opening a graph nor hashing a file needs Python
         self.memory = Memory(source.anew)
         self.checks = self.pool.submit(verify, self.path, (*DRAWING, source.denoiser), self.memory.sha256)
