@@ -95,20 +95,36 @@ def written(
     """All of a bundle, its graphs verified: their rows, an image that torch draws, and what `write_graph` returns."""
     model = folder.load(source)
     check_weights(model, form, source.path)
-    write_description(bundle, model.configs, model.tokenizers, source.path)
+    say("draw with torch")
+    image, calls = recorded(model)
+    plain = write(model, source.path, bundle, form, calls, say)
+    say("compare with torch")
+    return verify_graphs(bundle, model, atol, plain, form), image, plain
+
+
+def write(
+    model: Model,
+    path: Path,
+    bundle: Path,
+    form: Form,
+    calls: Mapping[str, Calls],
+    say: Callable[[str], Any] = lambda text: None,
+) -> dict[str, bytes]:
+    """All files of a bundle, from a model that was read from `path` and calls of its graphs that show which values are large.
+
+    Nothing is compared. Returns what `write_graph` returns, of all graphs.
+    """
+    write_description(bundle, model.configs, model.tokenizers, path)
     for name, part in model.networks.items():
         (bundle / name).mkdir()
         write_json(bundle / name / "config.json", model.configs[name])
         if form.name != "int8":
             save_tensors(part.state_dict(), bundle / name / network_of(name, model.configs[name]).file, form.stored)
-    say("draw with torch")
-    image, calls = recorded(model)
     plain = dict[str, bytes]()
     for name in graphs(model.configs):
         say(f"export {name}")
         plain |= write_graph(name, model, bundle, form, calls[name])
-    say("compare with torch")
-    return verify_graphs(bundle, model, atol, plain, form), image, plain
+    return plain
 
 
 class Drawn(NamedTuple):
