@@ -312,7 +312,7 @@ def test_a_value_beyond_half_is_an_island_of_float32(tmp_path: Path, monkeypatch
     evaluator = ReferenceEvaluator(onnx.load(tmp_path / "cuda" / "vae_decoder" / "model.onnx"), new_ops=OPERATORS)
     latents = export.examples("vae_decoder", model, export.CHECKED[0])
     got = evaluator.run(None, {k: v.numpy() for k, v in latents.items()})
-    assert export.difference("vae_decoder", model, latents, got) < 3e-2
+    assert export.furthest(export.answers("vae_decoder", model, latents), got) < 3e-2
     monkeypatch.setattr(export, "magnitudes", lambda *_: {})
     with pytest.raises(ModelError, match=r"^vae_decoder: differs from torch by nan"):
         export.export(Source(tmp_path / "model"), tmp_path / "black", "fp16")
@@ -349,7 +349,7 @@ def test_operators_of_cuda_give_what_torch_gives(name: str, precision: str, near
     for size in export.CHECKED:
         inputs = export.examples(name, model, size)
         got = evaluator.run(None, {k: v.numpy() for k, v in inputs.items()})
-        assert export.difference(name, model, inputs, got) < near
+        assert export.furthest(export.answers(name, model, inputs), got) < near
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -385,7 +385,7 @@ def test_biases_of_wide_layers_are_added_with_what_follows(precision: str, near:
     assert (found["BiasSplitGelu"], found["BiasAdd"], found["Gelu"]) == (blocks, 3 * blocks, 0)
     evaluator, inputs = ReferenceEvaluator(proto, new_ops=OPERATORS), export.examples("unet", model, export.CHECKED[0])
     got = evaluator.run(None, {k: v.numpy() for k, v in inputs.items()})
-    assert export.difference("unet", model, inputs, got) < near
+    assert export.furthest(export.answers("unet", model, inputs), got) < near
 
 
 def test_bytes_are_the_weights_to_half_a_step() -> None:
@@ -515,8 +515,10 @@ def test_nan_of_one_output_is_no_agreement() -> None:
     inputs = export.examples("text_encoder", model, export.CHECKED[0])
     with torch.inference_mode():
         vectors, pooled = (w.numpy() for w in model.networks["text_encoder"](**inputs))
-    assert export.difference("text_encoder", model, inputs, (vectors, pooled)) == 0
-    assert np.isnan(export.difference("text_encoder", model, inputs, (vectors, pooled * np.float32("nan"))))
+    assert export.furthest(export.answers("text_encoder", model, inputs), (vectors, pooled)) == 0
+    assert np.isnan(
+        export.furthest(export.answers("text_encoder", model, inputs), (vectors, pooled * np.float32("nan")))
+    )
     assert np.isnan(export.relative(x, x * np.float32("nan"))) and export.relative(zeros, zeros) == 0
 
 

@@ -323,13 +323,13 @@ def verify_graphs(
         if name in plain:
             onnx.checker.check_model(bundle / name / "model.onnx", full_check=True)
             forms += [{}] if form.name != "bf16" and form.device == "any" else []
-        worst = 0.0
+        asked = [examples(name, model, size) for size in CHECKED]
+        worst, wanted = 0.0, [answers(name, model, inputs) for inputs in asked]
         for each in forms:
             session = checked_session(bundle, name, graph, each)
-            for size in CHECKED:
-                inputs = examples(name, model, size)
+            for inputs, right in zip(asked, wanted, strict=True):
                 got = called(session, None, {k: v.numpy() for k, v in inputs.items()})
-                worst = float(np.maximum(worst, difference(name, model, inputs, got)))  # keeps NaN, as max does not
+                worst = float(np.maximum(worst, furthest(right, got)))  # keeps NaN, as max does not
             del session  # and its memory
         if not worst <= atol:
             raise ModelError(f"{name}: differs from torch by {worst:.1e} of its deviation, more than --atol {atol:.1e}")
@@ -374,12 +374,16 @@ def verify_image(bundle: Path, image: Drawn, precision: Precision, plain: Mappin
     return row
 
 
-def difference(name: str, model: Model, inputs: Mapping[str, Tensor], got: Any) -> float:
-    """Largest difference of any output from torch's, in standard deviations of torch's."""
+def answers(name: str, model: Model, inputs: Mapping[str, Tensor]) -> list[np.ndarray]:
+    """What torch's network gives."""
     network = model.networks[part_of(name, model)]
     with torch.inference_mode():
         outputs = getattr(network, graphs(model.configs)[name].method)(**inputs)
-    wanted = [w.numpy() for w in (outputs if isinstance(outputs, tuple) else (outputs,))]
+    return [w.numpy() for w in (outputs if isinstance(outputs, tuple) else (outputs,))]
+
+
+def furthest(wanted: Iterable[np.ndarray], got: Iterable[np.ndarray]) -> float:
+    """Largest difference of any output from the wanted one, in standard deviations of that."""
     return float(np.max([relative(w, g) for w, g in zip(wanted, got, strict=True)]))
 
 
