@@ -22,13 +22,14 @@ ACTIVE = {
     "cudaGetDevice": "int cudaGetDevice(int *n) { *n = 0; return 0; }",
     "cudaDriverGetVersion": "int cudaDriverGetVersion(int *n) { *n = 13000; return 0; }",
     "cudaRuntimeGetVersion": "int cudaRuntimeGetVersion(int *n) { *n = 13000; return 0; }",
-    "cudaGetDeviceProperties": "int cudaGetDeviceProperties(char *p) { memset(p, 0, 1008); p[360] = 9; return 0; }",
     "cudaMemGetInfo": "int cudaMemGetInfo(size_t *a, size_t *b) { *a = *b = 1ul << 36; return 0; }",
     "cudaMemcpy": "int cudaMemcpy(void *to, void *from, size_t n, int k) { memcpy(to, from, n); return 0; }",
     "cudaMemcpyAsync": "int cudaMemcpyAsync(void *to, void *from, size_t n) { memcpy(to, from, n); return 0; }",
     "__cudaRegisterFatBinary": "void **__cudaRegisterFatBinary(void *f) { static void *x; return &x; }",
     "__cudaPushCallConfiguration": "unsigned __cudaPushCallConfiguration() { return 1; }",
 }
+PROPERTIES = "int {0}(char *p) {{ memset(p, 0, 1008); p[360] = 9; return 0; }}"
+ACTIVE |= {name: PROPERTIES.format(name) for name in ("cudaGetDeviceProperties", "cudaGetDeviceProperties_v2")}
 ALLOCATED = "int {0}(void **p, size_t n) {{ *p = aligned_alloc(256, (n / 256 + 1) * 256); return 0; }}"
 ACTIVE |= {name: ALLOCATED.format(name) for name in ("cudaMalloc", "cudaMallocHost", "cudaHostAlloc")}
 ACTIVE |= {name: f"int {name}(void *p) {{ free(p); return 0; }}" for name in ("cudaFree", "cudaFreeHost")}
