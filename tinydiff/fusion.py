@@ -71,8 +71,8 @@ def fuse_norm(graph: Graph, affine: Node, largest: dict[str, float]) -> None:
 
 def channels_last(graph: Graph, before: Node, value: Value, largest: dict[str, float]) -> Value:
     """(B, C, H, W) as (B, H, W, C): what it is a transpose of, if it is one."""
-    if perm_of(source(value, "Transpose")) == FIRST and value.producer().inputs[0]:  # type: ignore[union-attr]
-        return value.producer().inputs[0]  # type: ignore[union-attr,return-value]
+    if parts := are_last([value]):
+        return parts[0]
     if value.shape is not None and list(value.shape[2:]) == [1, 1]:
         turned = made(graph, before, "Reshape", [value, numbers(graph, before, 0, 1, 1, -1)])
     else:
@@ -312,11 +312,8 @@ def to_tokens(graph: Graph, turn: Node, largest: dict[str, float]) -> None:
 
 def from_tokens(graph: Graph, reshape: Node, largest: dict[str, float]) -> Value | None:
     """(B, h w, C) to (B, H, W, C), where it became (B, C, H, W)."""
-    turn, sizes, shape = (
-        source(reshape.inputs[0], "Transpose"),
-        source(reshape.inputs[1], "Concat"),
-        reshape.outputs[0].shape,
-    )
+    turn, sizes = source(reshape.inputs[0], "Transpose"), source(reshape.inputs[1], "Concat")
+    shape = reshape.outputs[0].shape
     x = turn.inputs[0] if turn is not None and perm_of(turn) == TURNED else None
     if x is None or x.shape is None or shape is None or len(shape) != 4 or sizes is None or len(sizes.inputs) != 4:
         return None
