@@ -57,15 +57,20 @@ TINY = [
 SCRATCH = tempfile.TemporaryDirectory()
 
 
-@functools.cache
-def model_dir() -> Path:
-    """A model folder whose weights are all random: fresh ones end in zeros, with which any two graphs agree."""
-    cfg = config.load(None, TINY)
+def random_model(*changes: str) -> tuple[folder.Model, config.Config]:
+    cfg = config.load(None, [*TINY, *changes])
     tokenizer = Tokenizer.train(["red heart", "blue circle"], 514, cfg.text_encoder.max_position_embeddings)
     model, generator = folder.build(cfg, tokenizer), torch.Generator().manual_seed(1)
     for part in model.networks.values():
         for p in part.parameters():
             p.data += torch.randn(p.shape, generator=generator) / (p[0].numel() if p.ndim > 1 else 25) ** 0.5
+    return model, cfg
+
+
+@functools.cache
+def model_dir() -> Path:
+    """A model folder whose weights are all random: fresh ones end in zeros, with which any two graphs agree."""
+    model, cfg = random_model()
     path = Path(SCRATCH.name) / "model"
     folder.save(path, model, cfg)
     return path
@@ -373,11 +378,7 @@ def test_a_card_can_record_every_precision(precision: str, on_card: Any) -> None
 def test_biases_of_wide_layers_are_added_with_what_follows(precision: str, near: float, tmp_path: Path) -> None:
     """By the two operators that have kernels for Stable Diffusion's widths alone."""
     wide = ["unet.block_out_channels=[320]", 'unet.down_block_types=["CrossAttnDownBlock2D"]']
-    cfg = config.load(None, [*TINY, *wide])
-    tokenizer = Tokenizer.train(["red heart", "blue circle"], 514, cfg.text_encoder.max_position_embeddings)
-    model, generator = folder.build(cfg, tokenizer), torch.Generator().manual_seed(1)
-    for p in model.networks["unet"].parameters():
-        p.data += torch.randn(p.shape, generator=generator) / (p[0].numel() if p.ndim > 1 else 25) ** 0.5
+    model, _ = random_model(*wide)
     (tmp_path / "unet").mkdir()
     export.write_graph("unet", model, tmp_path, export.Form(precision, device="cuda"), [])
     proto = onnx.load(tmp_path / "unet" / "model.onnx")

@@ -45,10 +45,10 @@ BAD = [
 
 @pytest.mark.parametrize(("key", "value"), BAD)
 def test_values_out_of_range_are_refused_by_name(key, value):
-    start = time.process_time()
+    start = time.perf_counter()
     with pytest.raises(ValueError, match=r".") as caught:
         scheduler.read({"_class_name": "DDIMScheduler", **NOISE, key: value}, {} if key == "steps_offset" else STABLE)
-    assert time.process_time() - start < 0.5
+    assert time.perf_counter() - start < 0.5
     said = str(caught.value)
     assert len(said) < 200 and len(said.splitlines()) == 1
     assert key in said or "num_train_timesteps and betas" in said

@@ -178,6 +178,14 @@ def packed_product(graph: Graph, before: Node, parts: Sequence[Projection], head
     return made(graph, before, "Reshape", [made(graph, before, "Gemm", given, transB=1), shape])
 
 
+def put(graph: Graph, node: Node, operator: str, inputs: Sequence[Value | None], largest: dict[str, float]) -> None:
+    """An operator in place of another, whose output it gives."""
+    result = node.outputs[0]
+    instead = made(graph, node, operator, inputs, like=result)
+    same(largest, result, instead)
+    result.replace_all_uses_with(instead)
+
+
 def fuse_gate(graph: Graph, product: Node, largest: dict[str, float]) -> None:
     """The first half of a product's columns, times GELU of the second (GEGLU), its bias with them."""
     for value, gate in (product.inputs, product.inputs[::-1]):
@@ -192,18 +200,14 @@ def fuse_gate(graph: Graph, product: Node, largest: dict[str, float]) -> None:
         ):
             continue
         if (found := biased(graph, product, split.inputs[0], GATED)) is not None:
-            fused = made(graph, product, "BiasSplitGelu", found, like=product.outputs[0])
-            same(largest, product.outputs[0], fused)
-            return product.outputs[0].replace_all_uses_with(fused)
+            return put(graph, product, "BiasSplitGelu", found, largest)
 
 
 def fuse_gelu(graph: Graph, gelu: Node, largest: dict[str, float]) -> None:
     """The tanh form of GELU, with the bias of the product that it is of."""
-    tanh, result = gelu.attributes.get_string("approximate", "none") == "tanh", gelu.outputs[0]
+    tanh = gelu.attributes.get_string("approximate", "none") == "tanh"
     if tanh and (found := biased(graph, gelu, gelu.inputs[0])) is not None:
-        fused = made(graph, gelu, "FastGelu", found, like=result)
-        same(largest, result, fused)
-        result.replace_all_uses_with(fused)
+        put(graph, gelu, "FastGelu", found, largest)
 
 
 def fuse_residual(graph: Graph, total: Node, largest: dict[str, float]) -> None:
@@ -212,9 +216,7 @@ def fuse_residual(graph: Graph, total: Node, largest: dict[str, float]) -> None:
     for branch, skip in (total.inputs, total.inputs[::-1]):
         equal = branch is not None and skip is not None and branch.shape == skip.shape == result.shape
         if equal and not result.is_graph_output() and (found := biased(graph, total, branch, BIASED)) is not None:
-            fused = made(graph, total, "BiasAdd", [*found, skip], like=result)
-            same(largest, result, fused)
-            return result.replace_all_uses_with(fused)
+            return put(graph, total, "BiasAdd", [*found, skip], largest)
 
 
 def biased(graph: Graph, before: Node, value: Value | None, widths: Sequence[int] = ()) -> list[Value] | None:
@@ -300,14 +302,12 @@ def resize(graph: Graph, node: Node, largest: dict[str, float]) -> Value | None:
 def to_tokens(graph: Graph, turn: Node, largest: dict[str, float]) -> None:
     """(B, C, H, W) to (B, h w, C), from channels that are last."""
     reshape = source(turn.inputs[0], "Reshape")
-    x, result = reshape.inputs[0] if reshape else None, turn.outputs[0]
+    x = reshape.inputs[0] if reshape else None
     parts, flat = are_last([x]), reshape.outputs[0].shape if reshape else None
     if not parts or x is None or x.shape is None or flat is None or len(flat) != 3 or flat[1] != x.shape[1]:
         return
     if isinstance(width := flat[1], int):
-        tokens = made(graph, turn, "Reshape", [*parts, numbers(graph, turn, 0, -1, width)], like=result)
-        same(largest, result, tokens)
-        result.replace_all_uses_with(tokens)
+        put(graph, turn, "Reshape", [*parts, numbers(graph, turn, 0, -1, width)], largest)
 
 
 def from_tokens(graph: Graph, reshape: Node, largest: dict[str, float]) -> Value | None:
