@@ -6,7 +6,7 @@ of is `networks.unet.plan`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from tinydiff.models.attention import Transformer2DModel
 from tinydiff.models.layers import Downsample2D, ResnetBlock2D, TimestepEmbedding, Upsample2D, timestep_embedding, zero
 from tinydiff.networks.network import Table, pick
+from tinydiff.networks.unet import MIDDLE, SKIP, plan
 from tinydiff.networks.unet import UNet as Config
-from tinydiff.networks.unet import plan
 
 
 class Block(nn.Module):
@@ -75,25 +75,29 @@ class MidBlock(nn.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x, time), context), time)
 
 
-class UNet(nn.Module):
-    """Denoiser over latents of `channels` channels, conditioned on time and on text vectors of width `context_dim`."""
+def makers(config: Config, context_dim: int) -> tuple[Callable[[int, int], nn.Module], Callable[[int, int], Any]]:
+    """What makes a U-Net's residual blocks, of (channels, out), and of (heads, depth) what makes its transformers."""
+    time, groups, linear = config.block_out_channels[0] * 4, config.norm_num_groups, config.use_linear_projection
 
-    def __init__(self, config: Config, channels: int, context_dim: int, extra: int = 0):
+    def resnet(c: int, out: int) -> ResnetBlock2D:
+        block = ResnetBlock2D(c, out, time, groups, 1e-5)
+        zero(block.conv2)
+        return block
+
+    def transformer(heads: int, depth: int) -> Any:
+        return depth and (lambda c: Transformer2DModel(c, heads, depth, context_dim, groups, linear, config.qk_norm))
+
+    return resnet, transformer
+
+
+class Descent(nn.Module):
+    """What a U-Net and a network that controls it share: time, the way down, and the middle."""
+
+    def __init__(self, config: Config, channels: int, context_dim: int):
         super().__init__()
-        levels, groups, linear = plan(config), config.norm_num_groups, config.use_linear_projection
-        first, lowest = levels[0].width, levels[-1]
-
-        def resnet(c: int, out: int) -> ResnetBlock2D:
-            block = ResnetBlock2D(c, out, first * 4, groups, 1e-5)
-            zero(block.conv2)
-            return block
-
-        def transformer(heads: int, depth: int) -> Any:
-            return depth and (
-                lambda c: Transformer2DModel(c, heads, depth, context_dim, groups, linear, config.qk_norm)
-            )
-
-        self.conv_in = nn.Conv2d(channels + extra, first, 3, padding=1)  # `extra`: 5 in Stable Diffusion's inpainting
+        levels, first = plan(config), config.block_out_channels[0]
+        resnet, transformer = makers(config, context_dim)
+        self.conv_in = nn.Conv2d(channels, first, 3, padding=1)
         self.time_embedding = TimestepEmbedding(first, first * 4)
         self.down_blocks = nn.ModuleList()
         for level in levels:
@@ -101,15 +105,44 @@ class UNet(nn.Module):
             if not level.last:
                 block.downsamplers = nn.ModuleList([Downsample2D(level.width, 1)])
             self.down_blocks.append(block)
-        middle = transformer(lowest.heads, config.transformer_layers_per_block)
-        self.mid_block = MidBlock(lowest.width, resnet, middle)
+        middle = transformer(levels[-1].heads, config.transformer_layers_per_block)
+        self.mid_block = MidBlock(levels[-1].width, resnet, middle)
+
+    def embedded(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """Time as the blocks are told it: (B, 4 C0)."""
+        time = timestep_embedding(timestep.reshape(-1).expand(sample.shape[0]), self.conv_in.out_channels)
+        return self.time_embedding(time.to(sample.dtype))
+
+    def down(
+        self, sample: Tensor, time: Tensor, context: Tensor, control: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The features of the lowest level, and the skips: `conv_in`'s, each block's and each halving's.
+
+        `control` (B, C0, h, w) is added to what `conv_in` gives.
+        """
+        x = self.conv_in(sample)
+        x = x if control is None else x + control
+        skips = [x]
+        for block in self.down_blocks:
+            x, more = block(x, time, context)
+            skips += more
+        return x, skips
+
+
+class UNet(Descent):
+    """Denoiser over latents of `channels` channels, conditioned on time and on text vectors of width `context_dim`."""
+
+    def __init__(self, config: Config, channels: int, context_dim: int, extra: int = 0):
+        super().__init__(config, channels + extra, context_dim)  # `extra`: 5 in Stable Diffusion's inpainting
+        levels, first = plan(config), config.block_out_channels[0]
+        resnet, transformer = makers(config, context_dim)
         self.up_blocks = nn.ModuleList()
         for i, level in reversed(list(enumerate(levels))):
             block = UpBlock(level.up, resnet, transformer(level.heads, level.depth))
             if i > 0:
                 block.upsamplers = nn.ModuleList([Upsample2D(level.width)])
             self.up_blocks.append(block)
-        self.conv_norm_out = nn.GroupNorm(groups, first, 1e-5)
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, first, 1e-5)
         self.conv_out = zero(nn.Conv2d(first, channels, 3, padding=1))
 
     @classmethod
@@ -119,21 +152,15 @@ class UNet(nn.Module):
         extra = int(table["in_channels"]) - channels
         return cls(pick(Config, table), channels, table["cross_attention_dim"], extra)
 
-    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        time = timestep_embedding(timestep.reshape(-1).expand(sample.shape[0]), self.conv_in.out_channels)
-        time = self.time_embedding(time.to(sample.dtype))  # (B, 4 C0)
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **residuals: Tensor) -> Tensor:
+        """`residuals`: all or none of `networks.unet.residuals`, which are added to the skips and to the middle's output."""
+        time = self.embedded(sample, timestep)
         x, skips = self.down(sample, time, encoder_hidden_states)
         x = self.mid_block(x, time, encoder_hidden_states)
+        if residuals:
+            x = x + residuals[MIDDLE]
+            skips = [skip + residuals[f"{SKIP}{i}"] for i, skip in enumerate(skips)]
         return self.up(x, skips, time, encoder_hidden_states)
-
-    def down(self, sample: Tensor, time: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The features of the lowest level, and the skips: `conv_in`'s, each block's and each halving's."""
-        x = self.conv_in(sample)
-        skips = [x]
-        for block in self.down_blocks:
-            x, more = block(x, time, context)
-            skips += more
-        return x, skips
 
     def up(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
         """The output, from the lowest level's features and `down`'s skips, the last of which is taken first."""

@@ -10,12 +10,14 @@ from typing import Any
 
 from tinydiff.networks.autoencoder import AUTOENCODERS as AUTOENCODERS
 from tinydiff.networks.autoencoder import autoencoder_of
+from tinydiff.networks.control import ControlNetwork
 from tinydiff.networks.dit import DiTNetwork
 from tinydiff.networks.network import Denoiser, Graph, Network, Table, TextEncoder
 from tinydiff.networks.text import TEXT_ENCODERS
 from tinydiff.networks.unet import UNetNetwork
 
 DENOISERS: dict[str, Denoiser] = {"unet": UNetNetwork(), "dit": DiTNetwork()}  # by `denoiser.kind`
+CONTROL = ControlNetwork()  # several of a model are in controlnet, controlnet_1, ...
 VAE, TEXT, LABELS = "vae", "text_encoder", "labels"  # folders; a model of classes has labels for a text encoder
 
 
@@ -31,6 +33,8 @@ def network_of(folder: str, table: Table) -> Network:
         return next((row for row in denoisers if row.library[1] == table.get("_class_name")), denoisers[0])
     if folder == VAE:
         return autoencoder_of(table)
+    if folder.startswith(CONTROL.folder):
+        return CONTROL
     if folder == LABELS:
         return TEXT_ENCODERS["class"]
     if not folder.startswith(TEXT):
@@ -61,7 +65,8 @@ def tokenizer_folder(text_encoder: str) -> str:
 
 def graphs(configs: Mapping[str, Table]) -> dict[str, Graph]:
     """The graphs of a model's bundle by folder, in the order in which they are used; a DiT alone has no autoencoder."""
-    folders = (*text_encoders(configs), denoiser_in(configs), *([VAE] if VAE in configs else []))
+    controls = (name for name in configs if name.startswith(CONTROL.folder))
+    folders = (*text_encoders(configs), *controls, denoiser_in(configs), *([VAE] if VAE in configs else []))
     tables = ((folder, configs.get(folder, {})) for folder in folders)
     rows = ((folder, network_of(folder, table), table) for folder, table in tables)
     return {k: graph for folder, row, table in rows for k, graph in row.graphs(folder, row.complete(table)).items()}

@@ -31,7 +31,8 @@ HIDDEN, POOLED = "last_hidden_state", "pooler_output"  # of every text encoder: 
 
 @dataclass(frozen=True)
 class Array:
-    """An input or output of a network. Its axes have a name where their size varies, and a size where it is fixed.
+    """An input or output of a network. Its axes have a name where their size varies ("height", or "height/2" where it is that
+    divided), and a size where it is fixed.
 
     `values`: what an example holds (`normal`, `pixels`, `tokens` or `time`). `of`: where a condition comes from, either the
     output of this name of the text encoders, or a function (height, width) in pixels -> the row of every such image.
@@ -43,7 +44,8 @@ class Array:
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Its shape where the axes that vary have these sizes."""
-        return tuple(sizes[axis] if isinstance(axis, str) else axis for axis in self.axes)
+        parts = (axis.partition("/") if isinstance(axis, str) else axis for axis in self.axes)
+        return tuple(sizes[p[0]] // int(p[2] or 1) if isinstance(p, tuple) else p for p in parts)
 
 
 @dataclass(frozen=True)

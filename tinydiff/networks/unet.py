@@ -6,13 +6,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from tinydiff.networks.network import HIDDEN, SIDE, WIDTH, Denoiser, OtherNetwork, Table, pick
+from tinydiff.networks.network import HIDDEN, SIDE, WIDTH, Array, Denoiser, Graph, OtherNetwork, Table, pick
 from tinydiff.schema import Key, brief, key
 
 if TYPE_CHECKING:
     from tinydiff.config import Config
 
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
+SKIP, MIDDLE = "down_block_additional_residuals_", "mid_block_additional_residual"  # diffusers' names, and a number
+CONTROLLED = "_controlled"  # in a bundle's config.json: whether its graph takes residuals; diffusers reads no such keys
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,16 @@ def plan(settings: UNet) -> list[Level]:
         up = tuple((c + skip, width) for c, skip in zip(enters, skips, strict=True))
         levels.append(Level(width, settings.heads()[i], depth, down, up, last=i == len(widths) - 1))
     return levels
+
+
+def residuals(settings: UNet) -> dict[str, Array]:
+    """What control networks give and a U-Net adds to its skips, in their order, and to its middle's output."""
+    levels = plan(settings)
+    skips = [(levels[0].width, 1)]  # channels, and how many latents along a side are one
+    for i, level in enumerate(levels):
+        skips += [(level.width, 2**i)] * len(level.down) + ([] if level.last else [(level.width, 2 ** (i + 1))])
+    named = {f"{SKIP}{i}": skip for i, skip in enumerate(skips)} | {MIDDLE: skips[-1]}
+    return {name: Array(("batch", c, f"height/{n}", f"width/{n}")) for name, (c, n) in named.items()}
 
 
 class UNetNetwork(Denoiser):
@@ -133,6 +145,12 @@ class UNetNetwork(Denoiser):
             "conv_out.weight": (table["out_channels"], widths[0], 3, 3),
             middle: (widths[-1], table["cross_attention_dim"]),
         }
+
+    def graphs(self, folder: str, table: Table) -> dict[str, Graph]:
+        made = super().graphs(folder, table)
+        if table.get(CONTROLLED):
+            made[folder].inputs.update(residuals(pick(UNet, table)))
+        return made
 
     def reduction(self, table: Table) -> int:
         return 2 ** (len(table["block_out_channels"]) - 1)
