@@ -61,6 +61,7 @@ def called(kind: str, batch: int, runtime: str) -> str:
 
 def speeds(kind: str, runtime: str) -> Section:
     rows = dict.fromkeys((called(kind, batch, runtime) for batch in BATCHES), "")
+    rows |= {f"{called(kind, BATCHES[0], runtime)}, kernels": ""}
     slow = "compiled" in runtime or "onnx" in runtime
     return Section(partial(of.speed, kind=kind, runtime=runtime), rows, 0.25 if slow else 0.1)
 
@@ -69,7 +70,11 @@ def one(run: Callable[..., Iterator[Row]], row: str, goal: str = "", most: float
     return Section(partial(run, **given), {row: goal}, most)
 
 
-TRAIN = "training DiT-L/2, bf16, batch 128"
+def trains(end: str, most: float, **given: object) -> Section:
+    row = f"training DiT-L/2, bf16, batch 128{end}"
+    return Section(partial(of.training, **given), {row: "≥ 50 % of the card's peak", f"{row}, kernels": ""}, most)
+
+
 ALL = {f"{kind} {runtime}": speeds(kind, runtime) for kind in KINDS for runtime in RUNTIMES}
 ALL |= {f"parity {r}": one(of.parity, f"parity, {r}", runtime=r) for r in PARITY}
 ALL |= {
@@ -84,8 +89,9 @@ ALL |= {
 }
 ALL |= {
     "matrix product": Section(of.products, {"matrix product, fp16": "", "matrix product, bf16": ""}),
-    "training": one(of.training, TRAIN, "≥ 50 % of the card's peak", 0.15, compiled=False),
-    "training compiled": one(of.training, f"{TRAIN}, compiled", "≥ 50 % of the card's peak", 0.2, compiled=True),
+    "training": trains("", 0.15, compiled=False),
+    "training compiled": trains(", compiled", 0.2, compiled=True),
+    "training muon": trains(", compiled, Muon", 0.2, compiled=True, changed=of.MUON, name=", Muon"),
     "nccl": one(of.nccl, "nccl in a world of one", "as a lone process"),
     "tests": one(of.tests, "pytest -m gpu", "all pass", 1.0),
 }

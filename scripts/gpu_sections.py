@@ -6,10 +6,10 @@ device and kept in the run's folder for the sections after it.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
+import re
 import resource
 import socket
 import statistics
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,9 +34,15 @@ TWO = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "layers_per_
 TWO |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "block_out_channels": (32, 64)}
 NARROW = {kind: TWO | {"cross_attention_dim": 32, "sample_size": 8} for kind in ("sd15", "sd21")}
 NARROW["dit-xl"] = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "sample_size": 8}
+# How names of kernels tell what they do; the first that fits.
+WORDS = {"attention": "flash|fmha|mha|attention|sdpa|softmax", "copies": "memcpy|memset|transpose|nchw|nhwctonchw|copy"}
+WORDS |= {"convolutions": "conv|fprop|dgrad|wgrad|implicit", "products": "gemm|nvjet|cutlass|cublas|splitk|mm"}
+WORDS |= {"norms": "norm", "optimizer": "adam|multi_tensor|foreach|lerp", "generated": "triton"}
 PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s, NVIDIA's data sheets
 DIT_L = ["denoiser.kind=dit", "text_encoder.kind=class", "autoencoder.latent_channels=4", "train.precision=bf16"]
 DIT_L += ["autoencoder.block_out_channels=[32,32,32,32]", "autoencoder.norm_num_groups=32"]
+DIT_L += ["train.denoiser.optimizer=adamw", "train.denoiser.lr=0.0001"]  # as Peebles & Xie 2023 train them
+MUON = ["train.denoiser.optimizer=muon"]
 LARGE = ["dit.size=L", "data.resolution=256", "train.denoiser.batch_size=128"]
 SMALL = ["dit.size=custom", "dit.num_layers=1", "dit.num_attention_heads=2", "dit.attention_head_dim=8"]
 SMALL += ["data.resolution=32", "train.denoiser.batch_size=2"]
@@ -68,18 +74,8 @@ class Place:
         return Request(g.steps, g.cfg_scale, g.sampler, g.spacing, side, side)
 
     def memory(self) -> int:
-        """Bytes in use: of the device, by this process where its driver tells, or the most that it has had of a CPU's."""
+        """Bytes in use: all of the card's, whoever has them, or the most that this process has had of a CPU's."""
         if self.device == "cuda":
-            with contextlib.suppress(Exception):  # nvidia-ml-py is not there, or the driver does not tell
-                import pynvml  # pyright: ignore[reportMissingImports]
-
-                pynvml.nvmlInit()
-                card = pynvml.nvmlDeviceGetHandleByIndex(0)
-                return next(
-                    int(each.usedGpuMemory)
-                    for each in pynvml.nvmlDeviceGetComputeRunningProcesses(card)
-                    if each.pid == os.getpid()
-                )
             free, total = torch.cuda.mem_get_info()
             return total - free
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -205,6 +201,25 @@ def spoken(times: list[float]) -> str:
     return f"{statistics.median(times) * 1e3:.2f} ms ({times[0] * 1e3:.2f} to {times[-1] * 1e3:.2f})"
 
 
+def kernels(at: Place, row: str, call: Callable[[], object]) -> Row:
+    """What the device computes in a call, and for how long: sums over its kernels by torch's profiler, mean of three calls."""
+    from torch.profiler import ProfilerActivity, profile
+
+    kind = ProfilerActivity.CUDA if at.device == "cuda" else ProfilerActivity.CPU
+    with profile(activities=[kind]) as seen:
+        for _ in range(3):
+            call()
+        at.sync()
+    sums = defaultdict[str, float](float)
+    for each in seen.key_averages():
+        spent = each.self_device_time_total if at.device == "cuda" else each.self_cpu_time_total
+        sums[next((name for name, words in WORDS.items() if re.search(words, each.key, re.IGNORECASE)), "others")] += (
+            spent
+        )
+    parts = ", ".join(f"{name} {us / 3e3:.2f}" for name, us in sorted(sums.items(), key=lambda item: -item[1]) if us)
+    return f"{row}, kernels", sum(sums.values()), f"{sum(sums.values()) / 3e3:.2f} ms: {parts}"
+
+
 def ceiling(at: Place, dtype: torch.dtype = torch.float16) -> float:
     """FLOP/s of a large matrix product."""
     n = 256 if at.tiny else 8192
@@ -235,10 +250,13 @@ def speed(at: Place, kind: str, runtime: str) -> Iterator[Row]:
         arrays = {k: a for k, a in graphs(source.configs)[name].inputs.items() if k != "timestep"}
         inputs = {k: rng.standard_normal(a.shape(sizes)).astype(np.float32) for k, a in arrays.items()}
         torch._dynamo.reset()  # each batch is compiled for itself
-        times = timed(at, asked(inputs))
+        call = asked(inputs)
+        times = timed(at, call)
         middle, used = statistics.median(times), (at.memory() - before) / 1e9
         told = f"{spoken(times)}, {batch * flops / middle / most:.1%} of the matrix product, {used:.2f} GB"
         yield f"{KINDS[kind]}, batch {batch}, {runtime}", middle, told
+        if batch == BATCHES[0]:
+            yield kernels(at, f"{KINDS[kind]}, batch {batch}, {runtime}", call)
 
 
 def ours(at: Place, kind: str, runtime: str) -> Callable[[dict[str, np.ndarray]], Callable[[], object]]:
@@ -315,7 +333,7 @@ def first_image(at: Place, kind: str, runtime: str) -> Iterator[Row]:
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def training(at: Place, compiled: bool) -> Iterator[Row]:
+def training(at: Place, compiled: bool, changed: Sequence[str] = (), name: str = "") -> Iterator[Row]:
     """Steps of the training loop on DiT-L/2, three times the forward pass's FLOPs each."""
     from bench import prepared
 
@@ -323,20 +341,23 @@ def training(at: Place, compiled: bool) -> Iterator[Row]:
     from tinydiff.training.loop import parts_of, step
     from tinydiff.training.saver import Ahead
 
-    changes = [*DIT_L, *(SMALL if at.tiny else LARGE), f"train.device={at.device}"]
+    changes = [*DIT_L, *changed, *(SMALL if at.tiny else LARGE), f"train.device={at.device}"]
     changes += [f"train.compile={str(compiled and not at.tiny).lower()}"]
     with prepared(None, *changes) as (run, task, state):
         table, batch = run.model.configs["transformer"], task.settings.batch_size
         flops = 3 * batch * costs({"transformer": table}, *[table["sample_size"]] * 2, 1)["transformer"]["flops"]
         coming = iter(Ahead(partial(parts_of, task), range(10**6), 600))
         most = ceiling(at, torch.bfloat16)
-        times = timed(at, lambda: step(run, task, state, *next(coming)), 8.0)
+        call = lambda: step(run, task, state, *next(coming))  # noqa: E731
+        times = timed(at, call, 6.0)
+        computed = kernels(at, f"training DiT-L/2, bf16, batch 128{', compiled' * compiled}{name}", call)
     speed = flops / statistics.median(times)
     card = torch.cuda.get_device_name() if at.device == "cuda" else ""
     peak = next((peak for name, peak in PEAKS.items() if all(word in card for word in name.split())), None)
     told = f"{spoken(times)}, {speed / 1e12:.4g} TFLOP/s, {speed / most:.1%} of the matrix product"
     told += f", {speed / peak:.1%} of the card's peak" if peak else ""
-    yield f"training DiT-L/2, bf16, batch 128{', compiled' * compiled}", speed / (peak or most), told
+    yield computed[0].removesuffix(", kernels"), speed / (peak or most), told
+    yield computed
 
 
 def nccl(at: Place) -> Iterator[Row]:

@@ -78,10 +78,12 @@ def test_sections_are_measured_on_a_cpu(tmp_path: Path) -> None:
     ran = {name for name, row in rows.items() if not row[0].startswith("not run")}
     batches = {f"DiT-XL/2, batch {n}, {r}" for n in (2, 8) for r in ("torch fp16", "diffusers", "diffusers compiled")}
     ratios = {f"DiT-XL/2, batch {n}, torch fp16 / diffusers compiled" for n in (2, 8)}
-    steps = {f"training DiT-L/2, bf16, batch 128{more}" for more in ("", ", compiled")}
+    steps = {f"training DiT-L/2, bf16, batch 128{more}" for more in ("", ", compiled", ", compiled, Muon")}
+    sums = {f"DiT-XL/2, batch 8, {r}, kernels" for r in ("torch fp16", "diffusers", "diffusers compiled")}
+    sums |= {f"{step}, kernels" for step in steps}
     single = {"parity, torch fp32", "parity, onnx fp32", "shipped model, batch 64, onnx fp32", "nccl in a world of one"}
     single |= {"first image, shipped model, onnx fp16", "matrix product, fp16", "matrix product, bf16"}
-    assert ran == {*batches, *ratios, *steps, *single}
+    assert ran == {*batches, *ratios, *steps, *sums, *single}
     assert "image equal, 100.00% of pixels" in rows["parity, torch fp32"][0]
     denoiser = re.search(r"denoiser (\S+),", rows["parity, onnx fp32"][0])
     assert denoiser and 0 < float(denoiser[1]) < 1e-4

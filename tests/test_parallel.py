@@ -104,6 +104,32 @@ def test_blocks_computed_twice_give_the_same_bits(parallel_config, alone, tmp_pa
     assert digests(tmp_path) == digests(alone)
 
 
+class Block(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x).relu()
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's own imports
+def test_blocks_of_many_sizes_are_all_compiled(parallel_config, monkeypatch):
+    from torch._dynamo.utils import counters
+
+    def compiled(block: nn.Module) -> None:
+        block._compiled_call_impl = torch.compile(block._call_impl, backend="eager")
+
+    monkeypatch.setattr(nn.Module, "compile", compiled)
+    sizes = range(1, 14)
+    network = nn.ModuleList([nn.ModuleList([Block(n) for n in sizes])])
+    counters.clear()
+    loop.spread(network, [], World(torch.device("cpu"), 1), replace(parallel_config.train, compile=True), None)
+    for n, block in zip(sizes, network[0], strict=True):
+        block(torch.zeros(2, n))
+    assert counters["stats"]["unique_graphs"] == len(sizes)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of torch's own imports
 def test_compiled_blocks_train_alike(parallel_config, alone, tmp_path):

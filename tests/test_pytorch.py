@@ -13,7 +13,7 @@ from interpreters import run_without
 from typer.testing import CliRunner
 
 from tinydiff import cli
-from tinydiff.backends import find_model, open_backend, pytorch
+from tinydiff.backends import find_model, open_backend, pytorch, replayed
 from tinydiff.backends.pytorch import TorchBackend
 from tinydiff.checkpoints import convert
 from tinydiff.checkpoints.folder import PRECISIONS
@@ -82,7 +82,7 @@ def test_halves_are_as_near_to_the_truth_as_those_of_diffusers(
     calls = given(backend)
     with pytest.MonkeyPatch.context() as patch:  # what each network of ours was given
 
-        def ask(network: Any, method: str, *arrays: np.ndarray, **more: Any) -> torch.Tensor:
+        def ask(network: Any, call: Any, *arrays: np.ndarray, **more: Any) -> torch.Tensor:
             taken["given"] = [torch.from_numpy(x) for x in arrays], more
             raise StopIteration
 
@@ -92,11 +92,11 @@ def test_halves_are_as_near_to_the_truth_as_those_of_diffusers(
             with pytest.raises(StopIteration):
                 call(half)
             inputs[name] = taken["given"]
-    x, told = inputs["denoiser"]
-    context = torch.from_numpy(told["encoder_hidden_states"]).to(dtype)
+    told = inputs["denoiser"][1]
+    x, context = (torch.from_numpy(told[name]).to(dtype) for name in ("sample", "encoder_hidden_states"))
     theirs = {
         "text": text(inputs["text"][0][0]).last_hidden_state,
-        "denoiser": unet(x[0].to(dtype), told["timestep"], context).sample,
+        "denoiser": unet(x, told["timestep"], context).sample,
         "encoder": vae.encode(inputs["encoder"][0][0].to(dtype)).latent_dist.parameters,
         "decoder": vae.decode(inputs["decoder"][0][0].to(dtype)).sample,
     }
@@ -202,6 +202,49 @@ def test_a_compiled_denoiser_draws_the_same(tiny_model: Path, backend: TorchBack
     assert np.abs(ours - exact).max() <= 1
 
 
+class Tape:
+    """Stands in for CUDA's recording: what was called is called again, and its answer put where the first one is."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, refuses: bool = False):
+        self.refuses, self.made, self.replayed = refuses, 0, 0
+        monkeypatch.setattr(replayed, "captured", self.captured)
+
+    def captured(self, call: Callable[[], torch.Tensor], pool: object) -> tuple:
+        if self.refuses:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        answer, self.made = torch.zeros_like(call()), self.made + 1  # nothing is computed while it is recorded
+
+        def replay() -> None:
+            self.replayed += 1
+            answer.copy_(call())
+
+        return answer, replay, pool
+
+
+def test_recorded_calls_are_what_plain_ones_are(monkeypatch: pytest.MonkeyPatch, backend: TorchBackend) -> None:
+    tape, network = Tape(monkeypatch), backend.model.denoiser
+    width = backend.model.configs["unet"]["cross_attention_dim"]
+    again, rng = replayed.Replayed(network), np.random.default_rng(0)
+    given = [torch.from_numpy(rng.standard_normal((rows, 4, 8, 8)).astype(np.float32)) for rows in (2, 1, 2, 1, 2, 2)]
+    with torch.inference_mode():
+        for i, x in enumerate(given):
+            told = torch.full((len(x), 3, width), float(i))
+            inputs = {"sample": x, "timestep": torch.tensor(100.0 * i), "encoder_hidden_states": told}
+            assert torch.equal(again(**inputs), network(**inputs))
+    assert (tape.made, tape.replayed) == (2, 4)
+
+
+def test_what_cannot_be_recorded_stays_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    tape, network = Tape(monkeypatch, refuses=True), torch.nn.Identity()
+    plain = replayed.Replayed(network)
+    assert [float(plain(input=torch.tensor(float(i)))) for i in range(4)] == [0, 1, 2, 3]
+    tape.refuses, many = False, replayed.Replayed(network)
+    for rows in range(2 * replayed.MOST):
+        for i in range(3):
+            assert many(input=torch.full((rows,), float(i))).tolist() == [i] * rows
+    assert tape.made == replayed.MOST and tape.replayed == 2 * replayed.MOST
+
+
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
 
 
@@ -216,6 +259,18 @@ def test_float32_on_a_gpu_is_that_of_the_cpu(gpu: str, tiny_model: Path, backend
     kernel = there.model.vae.decoder.conv_in.weight
     assert there.device.type == gpu
     assert gpu == "cpu" or kernel.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_draw_what_plain_calls_draw(gpu: str, tiny_model: Path, backend: TorchBackend) -> None:
+    there, rng = TorchBackend.open(Source(tiny_model), gpu), np.random.default_rng(0)
+    for rows in (2, 1, 2):
+        x = rng.standard_normal((rows, 4, 8, 8)).astype(np.float32)
+        told = backend.encode_text({name: t.encode(["a square"] * rows) for name, t in backend.tokenizers.items()})
+        for step in range(4):
+            args = x + step, 100.0 * step, told
+            assert apart(there.denoise(*args), backend.denoise(*args)) < 1e-4
+    assert gpu == "cpu" or there.predict.made == 2  # type: ignore[attr-defined]
 
 
 @pytest.mark.gpu

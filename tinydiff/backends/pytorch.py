@@ -6,7 +6,7 @@ sines in float32, and what goes in and out is float32.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from tinydiff.backends.replayed import Replayed
 from tinydiff.checkpoints import folder
 from tinydiff.checkpoints.folder import PRECISIONS
 from tinydiff.checkpoints.source import Source
@@ -31,6 +32,7 @@ class TorchBackend:
 
     def __init__(self, model: folder.Model):
         self.model, self.description, self.tokenizers = model, model.description, model.tokenizers
+        self.predict: Callable[..., Tensor] = model.denoiser
 
     @classmethod
     def open(
@@ -52,7 +54,10 @@ class TorchBackend:
                 part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if compiled:
             model.denoiser.compile()
-        return cls(model)
+        backend = cls(model)
+        if chosen.type == "cuda":
+            backend.predict = Replayed(model.denoiser)
+        return backend
 
     @property
     def device(self) -> torch.device:
@@ -62,19 +67,19 @@ class TorchBackend:
         return torch.from_numpy(np.ascontiguousarray(x)).to(self.device, dtype)
 
     @torch.inference_mode()
-    def ask(self, network: nn.Module, method: str, *arrays: np.ndarray, **more: Any) -> Any:
-        """What a network's method says to float arrays as its weights' type, to others, and to tensors, as they are.
+    def ask(self, network: nn.Module, call: Callable[..., Any], *arrays: np.ndarray, **more: Any) -> Any:
+        """What a network, by a call of it, says to float arrays as its weights' type, to others, and to tensors, as they are.
 
         A network of half precision whose answer overflows is float32 from then on, and asked again.
         """
         dtype = next(network.parameters()).dtype
         told = [self.tensor(x, dtype if x.dtype.kind == "f" else None) for x in arrays]
         named = {k: x if isinstance(x, Tensor) else self.tensor(x, dtype) for k, x in more.items()}
-        answer = getattr(network, method)(*told, **named)
+        answer = call(*told, **named)
         if dtype == torch.float16 and not all(x.isfinite().all() for x in tree_leaves(answer)):
             note(f"{type(network).__name__} overflows in fp16, and is computed in float32")
             network.float()
-            return self.ask(network, method, *arrays, **more)
+            return self.ask(network, call, *arrays, **more)
         return answer
 
     def encode_text(self, ids: Mapping[str, np.ndarray]) -> Condition:
@@ -84,18 +89,19 @@ class TorchBackend:
     def read(self, name: str, ids: np.ndarray) -> dict[str, Tensor]:
         """The outputs of one text encoder."""
         if name in self.model.networks:
-            return named(self.ask(self.model.networks[name], "__call__", ids))
+            network = self.model.networks[name]
+            return named(self.ask(network, network, ids))
         return {HIDDEN: self.tensor(one_hot(ids, self.tokenizers[name].vocab_size))}
 
     def denoise(self, x: np.ndarray, t: float, condition: Condition) -> np.ndarray:
         time = torch.tensor(t, device=self.device)  # bfloat16 knows none between 512 and 514
-        return to_numpy(self.ask(self.model.denoiser, "__call__", x, timestep=time, **condition))
+        return to_numpy(self.ask(self.model.denoiser, self.predict, sample=x, timestep=time, **condition))
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
-        return to_numpy(self.ask(self.model.vae, "encode", pixels))
+        return to_numpy(self.ask(self.model.vae, self.model.vae.encode, pixels))
 
     def decode(self, z: np.ndarray) -> np.ndarray:
-        return to_numpy(self.ask(self.model.vae, "decode", z))
+        return to_numpy(self.ask(self.model.vae, self.model.vae.decode, z))
 
 
 def to_numpy(x: Tensor) -> np.ndarray:

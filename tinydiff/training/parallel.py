@@ -26,6 +26,8 @@ from tinydiff import processes
 from tinydiff.config import Train
 from tinydiff.errors import ResourceError, UsageError
 
+FORMS = 64  # in which the code of one class is compiled: by its sizes, in training or not; torch would stop at 8
+
 
 class World:
     """The processes of a run, and this one's place: `rank` of `size`. Groups of `tensor` share matrices and read equal rows."""
@@ -166,6 +168,8 @@ def spread(
     if divided and world.tensor > 1:
         for part in parts:
             share_matrices(part, world)
+    if cfg.compile:
+        torch._dynamo.config.recompile_limit = FORMS  # pyright: ignore[reportAttributeAccessIssue]
     for block in blocks(network):
         if cfg.gradient_checkpointing:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
