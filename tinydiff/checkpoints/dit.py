@@ -96,6 +96,16 @@ def published(tensors: Mapping[str, Any]) -> dict[str, Any]:
     return result | {name: tensor for name, tensor in left.items() if name not in taken}
 
 
+def shapes(stored: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a published file's matrices under our names, from those that it stores."""
+    found = dict[str, tuple[int, ...]]()
+    for theirs, ours in pairs(depth(stored)):
+        if shape := stored.get(f"{theirs}.weight"):
+            kinds = [ours.replace("to_qkv", f"to_{part}") for part in "qkv"] if "to_qkv" in ours else [ours]
+            found |= {f"{kind}.weight": (shape[0] // len(kinds), *shape[1:]) for kind in kinds}
+    return found
+
+
 def pairs(blocks: int) -> Iterator[tuple[str, str]]:
     """NAMES with every block's number; what all blocks share is repeated for each."""
     for theirs, ours in NAMES.items():

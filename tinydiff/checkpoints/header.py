@@ -64,12 +64,17 @@ class Header:
     metadata: dict[str, str]
 
     def values(self, name: str) -> np.ndarray:
-        """A tensor as float64, without torch. Raises KeyError if it is missing or not of a floating-point type."""
-        dtype, _, start, end = self.tensors[name]
+        """A tensor's numbers as float64. Raises as `array`."""
+        return self.array(name).reshape(-1).astype(float)
+
+    def array(self, name: str) -> np.ndarray:
+        """A tensor without torch, in a longer type where numpy lacks its own. Raises KeyError if it is missing or not of a
+        floating-point type."""
+        dtype, shape, start, end = self.tensors[name]
         with open(self.path, "rb") as file:
             file.seek(start)
             data = np.frombuffer(file.read(end - start), NUMPY[dtype])
-        return decoded(data, dtype).astype(float)
+        return decoded(data, dtype).reshape(shape)
 
 
 def decoded(data: np.ndarray, dtype: str) -> np.ndarray:

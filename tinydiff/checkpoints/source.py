@@ -13,6 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from tinydiff.adapters import lora
+from tinydiff.adapters.lora import Lora
 from tinydiff.checkpoints import agreement, dit, weights
 from tinydiff.checkpoints.description import Description, describe
 from tinydiff.checkpoints.header import Header, header
@@ -71,7 +75,8 @@ class Source:
     shards: dict[str, list[Path]] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stamps", {path: stamp(path) for path in (self.path, self.vae) if path})
+        paths = (self.path, self.vae, *(each.path for each in self.adapters))
+        object.__setattr__(self, "stamps", {path: stamp(path) for path in paths if path})
 
     def header(self, path: Path) -> Header:
         """The header of one of the model's files."""
@@ -126,8 +131,8 @@ class Source:
 
     def found(self) -> Configs:
         """The JSON files as they are."""
-        if self.adapters or self.controls or self.words:
-            raise ModelError(f"{shown(self.path)}: adapters, control networks and learnt words are not supported yet")
+        if self.controls or self.words:
+            raise ModelError(f"{shown(self.path)}: control networks and learnt words are not supported yet")
         theirs = next((name for name, ours in PREDICTION_TYPES.items() if ours == self.prediction), None)
         if self.file and not self.published:
             from tinydiff.checkpoints import single_file
@@ -240,7 +245,54 @@ class Source:
         return table if end is None else table | {"eos_token_id": end}  # files of Stable Diffusion 1 name another one
 
     def tensors(self, name: str) -> Mapping[str, Tensor]:
-        """A network's tensors under our names: as stored, mapped, not copied."""
+        """A network's tensors under our names: as stored, mapped, not copied, but for those that adapters change."""
+        from torch import float32, from_numpy
+
+        tensors = dict(self.stored(name))
+        for weight in self.changed(name):
+            stored = tensors[weight]
+            whole = self.merged(name, weight, stored.float().numpy())
+            tensors[weight] = from_numpy(whole).to(stored.dtype if stored.itemsize > 1 else float32)
+        return tensors
+
+    @cached_property
+    def loras(self) -> tuple[Lora, ...]:
+        """The adapters' files, opened for this model. Each is valid, and of this model."""
+        if not self.adapters:
+            return ()
+        networks = {
+            name: self.shapes(name) for name in (self.denoiser, *text_encoders(self.partial)) if name in self.partial
+        }
+        row, table = network_of(self.denoiser, self.partial[self.denoiser]), self.partial[self.denoiser]
+        unet = row.complete(table) if row.single_file else None
+        return tuple(lora.opened(self.header(each.path), networks, unet) for each in self.adapters)
+
+    def changed(self, name: str) -> set[str]:
+        """The weights of a network that adapters change."""
+        layers = {layer for each in self.loras for layer in each.places if layer.startswith(f"{name}.")}
+        return {f"{layer.removeprefix(f'{name}.')}.weight" for layer in layers}
+
+    def merged(self, name: str, weight: str, stored: np.ndarray) -> np.ndarray:
+        """A weight of a network after the adapters' changes, one after the other: float32."""
+        layer, whole = f"{name}.{weight.removesuffix('.weight')}", stored.astype(np.float32)
+        for each, adapter in zip(self.loras, self.adapters, strict=True):
+            if layer in each.places:
+                whole = each.layer(layer).merged(whole, adapter.strength)
+        return whole
+
+    def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        """The shapes of a network's tensors under our names, by headers alone."""
+        if self.file and not self.published:
+            return self.parts[name].shapes
+        if self.file:
+            return dit.shapes({k: stored.shape for k, stored in self.file.tensors.items()})
+        stored = {k: v for path in self.files(name) for k, v in self.header(path).tensors.items()}
+        named: Mapping[str, Any] = network_of(name, self.partial[name]).renamed(stored)  # type: ignore[arg-type]
+        shapes = {k: each.shape for k, each in named.items()}
+        return dit.shapes(shapes) if dit.is_published(shapes) else shapes
+
+    def stored(self, name: str) -> Mapping[str, Tensor]:
+        """The same before any change."""
         from tinydiff.checkpoints import single_file
 
         if name == VAE and self.vae:
@@ -256,6 +308,7 @@ class Source:
     def check(self) -> None:
         """Refuse, before torch is imported, all that can be told from JSON files and headers."""
         tables, shapes = dict[str, Table](), dict[str, dict[str, tuple[int, ...]]]()
+        _ = self.loras
         for name, table in networks(self.configs).items():
             try:
                 tables[name] = network_of(name, table).read(table)
