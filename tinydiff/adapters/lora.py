@@ -148,7 +148,11 @@ class Lora:
         """By PEFT's settings in the metadata; without any the change is up @ down."""
         network, _, module = layer.partition(".")
         told = {k.removeprefix(f"{network}."): v for k, v in self.settings.items() if k.startswith(f"{network}.")}
-        own = (a for k, a in (told.get("alpha_pattern") or {}).items() if f".{module}".endswith(f".{k.lstrip('^')}"))
+        own = (
+            a
+            for k, a in (told.get("alpha_pattern") or {}).items()
+            if f"^.{module}".endswith(f".{k}".replace(".^", "^."))
+        )
         alpha = float(next(own, told.get("lora_alpha") or rank))
         return alpha * rank**0.5 if told.get("use_rslora") else alpha
 
@@ -237,7 +241,7 @@ def write(path: Path, layers: Mapping[str, LowRank], style: str = STYLES[0], for
     from safetensors.numpy import save
 
     tensors, metadata = WRITERS[style](layers)
-    tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    tensors = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     write_file(path, save(tensors, {"format": "pt", **metadata}), force=force)
 
 
@@ -251,23 +255,20 @@ def of_diffusers(layers: Mapping[str, LowRank]) -> tuple[dict[str, np.ndarray], 
                 f"{mids[0]}: diffusers has no layer with a matrix between up and down; write kohya's style"
             )
         (rank, alpha), *_ = Counter((len(each.down), each.alpha) for each in own.values()).most_common(1)[0]
-        told: dict[str, Any] = {
-            "peft_type": "LORA",
-            "r": rank,
-            "lora_alpha": number(alpha),
-            "target_modules": sorted(own),
-        }
+        targets = sorted(module.removeprefix("text_model.") for module in own)  # transformers 5 has no text_model
+        told: dict[str, Any] = {"peft_type": "LORA", "r": rank, "lora_alpha": number(alpha), "target_modules": targets}
         told |= {"use_dora": any(each.magnitude is not None for each in own.values())}
-        told["rank_pattern"] = {f"^{k}": len(each.down) for k, each in own.items() if len(each.down) != rank}
-        told["alpha_pattern"] = {f"^{k}": number(each.alpha) for k, each in own.items() if each.alpha != alpha}
+        told["rank_pattern"] = {pattern(k): len(each.down) for k, each in own.items() if len(each.down) != rank}
+        told["alpha_pattern"] = {pattern(k): number(each.alpha) for k, each in own.items() if each.alpha != alpha}
         settings |= {f"{network}.{key}": value for key, value in told.items()}
         for module, change in own.items():
-            parts = {
-                "lora_A.weight": change.down,
-                "lora_B.weight": change.up,
-                "lora_magnitude_vector": change.magnitude,
+            tensors |= {
+                f"{network}.{module}.lora_A.weight": change.down,
+                f"{network}.{module}.lora_B.weight": change.up,
             }
-            tensors |= {f"{network}.{module}.{k}": array for k, array in parts.items() if array is not None}
+            if change.magnitude is not None:
+                shape = (1, -1, 1, 1) if change.down.ndim == 4 else (-1,)
+                tensors[f"{network}.{module}.lora_magnitude_vector"] = change.magnitude.reshape(shape)
     return tensors, {METADATA: json.dumps(settings, sort_keys=True)}
 
 
@@ -285,9 +286,14 @@ def of_kohya(layers: Mapping[str, LowRank]) -> tuple[dict[str, np.ndarray], dict
     return tensors, {}
 
 
+def pattern(module: str) -> str:
+    """PEFT's pattern for one module: its whole name, or with `text_model` optional the end of it."""
+    return module.removeprefix("text_model.") if module.startswith("text_model.") else f"^{module}"
+
+
 def number(value: float) -> float:
     """A whole number as one."""
     return int(value) if value == int(value) else value
 
 
-WRITERS = dict(zip(STYLES, (of_diffusers, of_kohya), strict=True))
+WRITERS: dict[str, Any] = dict(zip(STYLES, (of_diffusers, of_kohya), strict=True))

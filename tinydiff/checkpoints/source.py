@@ -280,7 +280,7 @@ class Source:
                 whole = each.layer(layer).merged(whole, adapter.strength)
         return whole
 
-    def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+    def shapes(self, name: str) -> Mapping[str, tuple[int, ...]]:
         """The shapes of a network's tensors under our names, by headers alone."""
         if self.file and not self.published:
             return self.parts[name].shapes
@@ -288,7 +288,7 @@ class Source:
             return dit.shapes({k: stored.shape for k, stored in self.file.tensors.items()})
         stored = {k: v for path in self.files(name) for k, v in self.header(path).tensors.items()}
         named: Mapping[str, Any] = network_of(name, self.partial[name]).renamed(stored)  # type: ignore[arg-type]
-        shapes = {k: each.shape for k, each in named.items()}
+        shapes: dict[str, tuple[int, ...]] = {k: each.shape for k, each in named.items()}
         return dit.shapes(shapes) if dit.is_published(shapes) else shapes
 
     def stored(self, name: str) -> Mapping[str, Tensor]:
