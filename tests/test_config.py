@@ -37,6 +37,9 @@ FITTED = {
     "image_channels",
     "levels",
     "calls",
+    "base",
+    "learn",
+    "adapter",
     "size",
 }  # keys that have to fit another key: left at their default
 

@@ -17,7 +17,7 @@ from tinydiff.checkpoints.dit import NAMES, is_published, published
 from tinydiff.errors import ModelError
 from tinydiff.models.dit import DiT, DiTBlock, positions
 from tinydiff.networks import DENOISERS
-from tinydiff.networks.dit import SIZES, is_shared, settings_of
+from tinydiff.networks.dit import SIZES, DiTNetwork, is_shared
 from tinydiff.networks.dit import DiT as DiTSettings
 from tinydiff.schema import build
 
@@ -177,7 +177,7 @@ def test_sizes_are_read_off_shapes(name):
     shapes |= {"x_embedder.proj.weight": (dim, 4, 8, 8), "pos_embed": (1, 16, dim)}
     shapes |= {"final_layer.linear.weight": (256, dim), "y_embedder.embedding_table.weight": (1001, dim)}
     found = dit.configs(shapes)["transformer"]
-    assert settings_of(found) == DiTSettings(name, 8)
+    assert DiTNetwork().settings_of(found) == DiTSettings(name, 8)
     told = ("in_channels", "out_channels", "sample_size", "num_embeds_ada_norm", "norm_eps", "freq_shift")
     assert [found[key] for key in told] == [4, 4, 32, 1000, 1e-6, 0]
 
@@ -185,7 +185,7 @@ def test_sizes_are_read_off_shapes(name):
 def test_other_widths_have_heads_of_64():
     shapes = {k: tuple(v.shape) for k, v in published_weights(3, 192, 4).items()}
     found = dit.configs(shapes)["transformer"]
-    assert settings_of(found) == DiTSettings("custom", 4, 3, 3, 64)
+    assert DiTNetwork().settings_of(found) == DiTSettings("custom", 4, 3, 3, 64)
     assert (found["in_channels"], found["out_channels"]) == (4, 8)
 
 
@@ -334,8 +334,8 @@ def test_named_sizes_are_found_by_name():
         table = {"num_layers": layers, "num_attention_heads": heads, "attention_head_dim": width // heads}
         return table | {"patch_size": 2}
 
-    assert settings_of(sizes(28, 16, 1152)) == DiTSettings("XL", 2)
-    assert settings_of(sizes(28, 18, 1152)).shape == (28, 18, 64)
+    assert DiTNetwork().settings_of(sizes(28, 16, 1152)) == DiTSettings("XL", 2)
+    assert DiTNetwork().settings_of(sizes(28, 18, 1152)).shape == (28, 18, 64)
 
 
 # ---- ONNX --------------------------------------------------------------------------------------------------------------

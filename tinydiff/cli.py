@@ -24,7 +24,7 @@ from tinydiff.diffusion.schedules import SPACINGS
 from tinydiff.endings import one_line_errors
 from tinydiff.errors import UsageError
 from tinydiff.progress import note
-from tinydiff.stages import STAGES
+from tinydiff.stages import ADAPTERS, STAGES, trained
 from tinydiff.system import shown
 
 if TYPE_CHECKING:
@@ -116,6 +116,13 @@ def train(
     config: ConfigFile = None,
     run_dir: Annotated[Path | None, flag("Where the run lives; runs/NAME by default.", parser=path)] = None,
     set_: Annotated[list[str], flag("Change a key, such as train.seed=1.", "--set", metavar="KEY=VALUE")] = [],  # noqa: B006
+    from_: Annotated[
+        str | None,
+        flag("Begin with this model: folder, .safetensors file, run or shipped name.", "--from", parser=name),
+    ] = None,
+    adapter: Annotated[
+        str | None, flag(f"Train this, and leave the model of --from as it is: {' | '.join(ADAPTERS)}.")
+    ] = None,
     stage: Annotated[str | None, flag(f"Stop after this stage: {' | '.join(STAGES)}.")] = None,
     fresh: Annotated[bool, flag("Start over in a new run directory.", "--fresh")] = False,
     accept_changes: Annotated[
@@ -129,13 +136,20 @@ def train(
     """Train a model. The same command again goes on where the last one stopped."""
     from tinydiff import config as configuration
     from tinydiff.schema import to_toml
+    from tinydiff.start import tables
 
     path = config or (Path("tinydiff.toml") if Path("tinydiff.toml").exists() else None)
-    cfg = configuration.load(path, set_, note)
+    if adapter is not None:
+        flags.choose("--adapter", adapter, ADAPTERS)
+    begun = {"train.base": from_, "train.adapter": adapter}
+    given = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in begun.items() if value is not None]
+    cfg = configuration.load(path, [*set_, *given], note, model=tables)
     if stage is not None:
         flags.choose("--stage", stage, tuple(STAGES))
-        if not cfg.train.stage(stage).steps:
-            raise UsageError(f"--stage: train.{stage}.steps is 0, which leaves it out; set train.{stage}.steps")
+        if stage not in trained(cfg.train):
+            problem = f"train.{stage}.steps is 0, which leaves it out; set train.{stage}.steps"
+            others = f"this run does not train {stage}; give {' or '.join(trained(cfg.train))}"
+            raise UsageError(f"--stage: {others if cfg.train.stage(stage).steps else problem}")
     if dry_run:
         print(to_toml(cfg), end="")
         return

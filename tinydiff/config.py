@@ -24,10 +24,11 @@ from tinydiff.networks.contrastive import NETWORK as CONTRASTIVE
 from tinydiff.networks.text import TextEncoder
 from tinydiff.networks.unet import UNet
 from tinydiff.schema import build, extended, key, merge, read_toml, section, set_key, to_dict
-from tinydiff.stages import STAGES, Stage, trained
+from tinydiff.stages import ADAPTERS, NONE, STAGES, Stage, trained
 from tinydiff.system import shown
 
 Say = Callable[[str], object]
+Table = dict[str, Any]
 DENSITIES, PRECISIONS = ("uniform", "high_noise", "logit_normal"), ("auto", "fp32", "bf16", "fp16")
 
 
@@ -73,6 +74,9 @@ class Diffusion:
 @dataclass(frozen=True)
 class Train:
     seed: int = key(0, "key of all randomness", 0, 2**63 - 1)
+    base: str = key("", "begin with this model, which then says its networks, noise levels and prediction")
+    learn: str = key("all", "what of that learns: all, denoiser, attention, or parts of parameters' names, with commas")
+    adapter: str = key(NONE, "what is trained beside that instead", choices=(NONE, *ADAPTERS))
     precision: str = key("auto", "arithmetic; auto is bf16 where the hardware has it", choices=PRECISIONS)
     device: str = key("auto", "where to train", choices=("auto", "cpu", "cuda"))
     threads: int = key(0, "CPU threads; 0 is torch's choice", 0, 1024)
@@ -182,22 +186,32 @@ def make(**tables: Any) -> Config:
 
 
 def load(
-    path: Path | None = None, overrides: Sequence[str] = (), say: Say = lambda text: None, stored: bool = False
+    path: Path | None = None,
+    overrides: Sequence[str] = (),
+    say: Say = lambda text: None,
+    stored: bool = False,
+    model: Callable[[Train], tuple[Table, Table]] | None = None,
 ) -> Config:
     """Configuration from a TOML file (the defaults without one) and `section.key=value` overrides.
 
     `say` hears how an old file should be written today. A given autoencoder says its keys, unless the file is `stored` by a
-    run or with a model: then it has them as they were, whatever the autoencoder has become since. Raises UsageError naming
+    run or with a model: then it has them as they were, whatever the autoencoder has become since. `model` gives of the model
+    that `train.base` names keys that nobody has to say, and keys that are its own whatever is said. Raises UsageError naming
     every wrong key, type and range at once, with file, key path and the nearest valid name.
     """
     problems: list[str] = []
-    config = build(whole(), modern(read_toml(path), str(path), say) if path else {}, "", problems)
+    table = modern(read_toml(path), str(path), say) if path else {}
+    config = build(whole(), table, "", problems)
     if problems:
         raise UsageError(f"{shown(path)}: " + "; ".join(problems))
-    table: dict[str, Any] = {}
+    over: Table = {}
     for text in overrides:
-        set_key(table, text, problems)
-    config = build(whole(), merge(to_dict(config), modern(table, "--set", say)), "", problems) if overrides else config
+        set_key(over, text, problems)
+    over = modern(over, "--set", say)
+    config = build(whole(), merge(to_dict(config), over), "", problems) if overrides else config
+    if not problems and config.train.base and model:
+        usual, its = model(config.train)
+        config = build(whole(), merge(merge(merge(usual, table), over), its), "", problems)
     if not problems and not stored:
         config = replace(config, autoencoder=config.autoencoder_network.completed(config))
     problems += list(conflicts(config)) if not problems else []
@@ -252,7 +266,8 @@ def conflicts(config: Config) -> Iterator[str]:
         yield f"train.tensor_parallel: {processes} does not divide {heads} attention heads"
     if config.train.validation_samples == 1:
         yield "train.validation_samples: one image has no spread to compare; set 2 or more, or 0 for none"
-    if not (config.train.stage("autoencoder").steps or config.autoencoder.path):
+    yield from _of_start(config)
+    if not (config.train.base or config.train.stage("autoencoder").steps or config.autoencoder.path):
         nothing = "with 0 there is nothing to make latents and images with"
         yield f"train.autoencoder.steps: {nothing}; set 1 or more, or name an autoencoder by autoencoder.path"
     yield from _of_distillation(config)
@@ -266,6 +281,23 @@ def conflicts(config: Config) -> Iterator[str]:
             yield f"train.{name}.accumulate: {stage.accumulate} does not divide batch_size {stage.batch_size}"
 
 
+def _of_start(config: Config) -> Iterator[str]:
+    """Of the model that a run begins with."""
+    train = config.train
+    if not train.base:
+        for name in (name for name in ("learn", "adapter") if getattr(train, name) != getattr(Train, name)):
+            yield f"train.{name}: of a model to begin with, and there is none; give --from MODEL"
+        return
+    if config.autoencoder.path:
+        yield "autoencoder.path: a run that begins with a model keeps its autoencoder; leave it out"
+    if train.adapter != NONE and train.learn != Train.learn:
+        yield f"train.learn: with train.adapter {train.adapter} nothing of the model learns; leave it out"
+    if train.adapter != NONE and train.tensor_parallel > 1:
+        yield f"train.tensor_parallel: matrices that {train.adapter} changes are not shared; set 1"
+    if not trained(train):
+        yield f"train.{'denoiser' if train.adapter == NONE else train.adapter}.steps: with 0 nothing learns; set 1 or more"
+
+
 def _of_distillation(config: Config) -> Iterator[str]:
     """Of the stage that makes of a trained denoiser one that draws from its noisiest level in few calls."""
     if "distill" not in trained(config.train):
@@ -277,7 +309,7 @@ def _of_distillation(config: Config) -> Iterator[str]:
         yield f"train.distill.levels: {stage.levels} is no multiple of {stage.calls} calls, whose levels must be learnt; {fix}"
     if stage.levels > most:
         yield f"train.distill.levels: {stage.levels} are more than the {most} of diffusion.num_train_timesteps; {fix}"
-    if "denoiser" not in trained(config.train):
+    if "denoiser" not in trained(config.train) and not config.train.base:
         yield "train.distill.steps: there is no denoiser to distil with train.denoiser.steps 0"
     if config.diffusion.prediction == "epsilon":
         yield "train.distill.steps: of pure noise, where few calls begin, epsilon says nothing; set diffusion.prediction=v"

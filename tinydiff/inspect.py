@@ -138,7 +138,7 @@ def made_by(file: Header | None, index: dict[str, Any]) -> dict[str, str]:
     else:
         name = str(index.get("_name_or_path") or "")
         local = PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute()
-        said = {"tinydiff": index.get("_tinydiff_version"), "diffusers": index.get("_diffusers_version")}
+        said = {"tinydiff": index.get(new.VERSION), "diffusers": index.get("_diffusers_version")}
         said |= {"name": None if local else name}
     return {key: str(value) for key, value in said.items() if value}
 

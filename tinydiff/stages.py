@@ -86,6 +86,8 @@ class Row:
     halves: tuple[str, str] | None = None  # what stands above and below in a picture
     loss: str = "loss"  # which measure of an update is compared with the same of held-out images
     divided: bool = False  # whether fsdp divides its network among processes
+    follows: bool = False  # whether it goes on from a model that is opened
+    adapter: bool = False  # whether it trains what changes a model that itself stays as it is
 
 
 STAGES: dict[str, Row] = {
@@ -132,6 +134,7 @@ STAGES: dict[str, Row] = {
         "tinydiff.training.denoiser:DenoiserTask",
         "generated from these captions, row by row",
         divided=True,
+        follows=True,
     ),
     "distill": Row(
         DistillStage,
@@ -139,10 +142,22 @@ STAGES: dict[str, Row] = {
         "tinydiff.training.distill:DistillTask",
         "generated from these captions in few calls, row by row",
         divided=True,
+        follows=True,
     ),
 }
+NONE = "none"
+ADAPTERS = tuple(name for name, row in STAGES.items() if row.adapter)
 
 
 def trained(train: Any) -> dict[str, Row]:
-    """The stages of a [train] table that have steps; the others are left out."""
-    return {name: row for name, row in STAGES.items() if train.stage(name).steps}
+    """The stages of a [train] table that have steps; the others are left out.
+
+    Of a run that trains an adapter there is that one alone, of one that begins with a model those that go on from it.
+    """
+
+    def wanted(name: str, row: Row) -> bool:
+        if row.adapter or train.adapter != NONE:
+            return name == train.adapter
+        return row.follows or not train.base
+
+    return {name: row for name, row in STAGES.items() if train.stage(name).steps and wanted(name, row)}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tinydiff import config
+from tinydiff.checkpoints.new import VERSION
 from tinydiff.checkpoints.scheduler import Scheduler, read
 from tinydiff.diffusion.schedules import Levels
 from tinydiff.errors import ModelError
@@ -66,7 +67,7 @@ def describe(
         network: Any = network_of(denoiser, model[denoiser])
         pixels: Any = network_of(VAE, model[VAE])
         autoencoder, table = pixels.complete(model[VAE]), network.complete(model[denoiser])
-        scheduler = _scheduler(model, path, own is not None)
+        scheduler = _scheduler(model, path, own is not None and VERSION in model.get("model_index", {}))
         factor, steps = pixels.factor(autoencoder), min(50, scheduler.most)
         return Description(
             path=path,

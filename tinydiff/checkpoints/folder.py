@@ -121,7 +121,7 @@ def save(
             write_json(folder / name / "config.json", table)
         for other in beside:
             shutil.copytree(other, folder / other.name, ignore=shutil.ignore_patterns(MANIFEST, "tinydiff.toml"))
-        write_description(folder, model.configs, model.tokenizers)
+        write_description(folder, model.configs, model.tokenizers, model.path if model.path.parts else None)
         if cfg:
             (folder / "tinydiff.toml").write_text(to_toml(cfg), encoding="utf-8")
 
@@ -155,7 +155,8 @@ def write_description(
         shutil.copyfile(source / "tinydiff.toml", folder / "tinydiff.toml")
     (folder / "scheduler").mkdir()
     write_json(folder / "scheduler" / "scheduler_config.json", configs["scheduler"])
-    write_json(folder / "model_index.json", configs["model_index"])
+    absent = {k: none for k, none in new.ABSENT.items() if k in configs["model_index"] and not (folder / k).is_dir()}
+    write_json(folder / "model_index.json", configs["model_index"] | absent)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None) -> None:

@@ -12,6 +12,7 @@ from tinydiff.networks import TEXT, VAE, Table
 from tinydiff.networks.network import HIDDEN, POOLED
 from tinydiff.text.labels import LEAST
 
+VERSION = "_tinydiff_version"  # a key of model_index.json
 ABSENT = {key: [None, None] for key in ("feature_extractor", "image_encoder", "safety_checker")}
 # What a pipeline of diffusers has besides, so that it opens the folder.
 EXTRAS = {"StableDiffusionPipeline": ABSENT | {"requires_safety_checker": False}}
@@ -34,7 +35,7 @@ def index(cfg: Config, tokenizer: Any, tables: Mapping[str, Table]) -> dict[str,
     reason = text.no_form or reason
     if text.labels and tokenizer.pad != LEAST:
         reason = f"its null label is number {tokenizer.pad}, and {LEAST} in diffusers"
-    table = {"_class_name": pipeline, "_tinydiff_version": __version__}
+    table = {"_class_name": pipeline, VERSION: __version__}
     table |= {"scheduler": ["diffusers", scheduler.write(cfg)["_class_name"]], VAE: list(autoencoder.library)}
     table |= {denoiser.folder: [denoiser.library[0], tables[denoiser.folder]["_class_name"]]}
     if text.module:

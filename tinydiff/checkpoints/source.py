@@ -7,6 +7,8 @@ refused before.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,6 +27,7 @@ from tinydiff.errors import ModelError
 from tinydiff.files import RESTORE, read_json, shown, stamp
 from tinydiff.networks import TEXT, VAE, denoiser_in, network_of, networks, text_encoders, tokenizer_folder
 from tinydiff.networks.network import Table, TextEncoder
+from tinydiff.verified import Memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -304,6 +307,18 @@ class Source:
         paths = [self.path] if self.file else self.files(name)
         tensors = network_of(name, self.configs[name]).renamed(weights.tensors(paths, self.header))
         return dit.published(tensors) if dit.is_published(tensors) else tensors
+
+    def digest(self) -> str:
+        """SHA-256 of all that it is: JSON files, weights, tokenizers."""
+        memory, folders = (
+            Memory(self.anew),
+            [self.path / tokenizer_folder(name) for name in text_encoders(self.configs)],
+        )
+        paths = [self.path] if self.file else [path for name in networks(self.configs) for path in self.files(name)]
+        paths += [path for folder in folders for path in sorted(folder.glob("*.*"))] + ([self.vae] if self.vae else [])
+        said = json.dumps([self.configs, *map(memory.sha256, paths)], sort_keys=True)
+        memory.save()
+        return hashlib.sha256(said.encode()).hexdigest()
 
     def check(self) -> None:
         """Refuse, before torch is imported, all that can be told from JSON files and headers."""

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from tinydiff.models.attention import Attention, FeedForward, tokens
 from tinydiff.models.layers import TimestepEmbedding, embedding, timestep_embedding
 from tinydiff.networks.dit import DiT as Config
-from tinydiff.networks.dit import DiTNetwork, is_shared, settings_of
+from tinydiff.networks.dit import DiTNetwork, is_shared
 from tinydiff.networks.network import Table
 
 FREQUENCIES = 256  # sines and cosines of time, at any width
@@ -167,7 +167,7 @@ class DiT(nn.Module):
         """The network of a `config.json`. `tensors` that are to be its weights tell whether its blocks share an embedding."""
         channels = table["in_channels"]
         return cls(
-            settings_of(table),
+            DiTNetwork().settings_of(table),
             channels,
             table["sample_size"],
             classes=DiTNetwork().classes(table),

@@ -99,6 +99,14 @@ class DiTNetwork(Denoiser):
             table |= own | {"interpolation_scale": 1}
         return table | cfg.latents | ({"qk_norm": True} if settings.qk_norm else {})
 
+    def settings_of(self, table: Table) -> DiT:
+        """The settings of a table's sizes, by the paper's name where it has one."""
+        sizes = table["num_layers"], table["num_attention_heads"], table["attention_head_dim"]
+        name, norm = next((name for name, known in SIZES.items() if known == sizes), None), table.get("qk_norm", False)
+        return (
+            DiT(name, table["patch_size"], qk_norm=norm) if name else DiT("custom", table["patch_size"], *sizes, norm)
+        )
+
     def conflicts(self, cfg: Config) -> Iterator[str]:
         s: DiT = cfg.network
         _, heads, width = s.shape
@@ -108,13 +116,6 @@ class DiTNetwork(Denoiser):
             yield f"patch_size: {s.patch_size} does not divide the latents' side {cfg.latents['sample_size']}"
         if heads * width % 4:
             yield f"attention_head_dim: {heads} heads × {width} must be a multiple of 4, for the 2-D sinusoidal positions"
-
-
-def settings_of(table: Table) -> DiT:
-    """The settings of a table's sizes, by the paper's name where it has one."""
-    sizes = table["num_layers"], table["num_attention_heads"], table["attention_head_dim"]
-    name, norm = next((name for name, known in SIZES.items() if known == sizes), None), table.get("qk_norm", False)
-    return DiT(name, table["patch_size"], qk_norm=norm) if name else DiT("custom", table["patch_size"], *sizes, norm)
 
 
 def is_shared(tensors: Mapping[str, Any]) -> bool:

@@ -233,6 +233,10 @@ class Denoiser(Network):
         """The table of the network that a configuration asks for; `widths`: the size of a vector of each text output."""
         raise NotImplementedError
 
+    def settings_of(self, table: Table) -> Any:
+        """The settings of a table, which `read` has completed."""
+        return pick(self.settings, table)  # type: ignore[arg-type]
+
     def pipeline(self, cfg: Config) -> tuple[str, str]:
         """The pipeline of diffusers that a configuration's model goes with, or ours and why it goes with none."""
         if getattr(cfg.network, "qk_norm", False):

@@ -97,14 +97,19 @@ def _of_stages(cfg: config.Config, usual: config.Config) -> Iterator[tuple[list[
     """The same of keys of stages: those of a stage that is left out, and of losses that are."""
     changed = {name: _changed(f"train.{name}", cfg, usual) for name in STAGES}
     for name in (name for name in STAGES if name not in trained(cfg.train)):
-        yield [key for key in changed[name] if not key.endswith(".steps")], f"train.{name}.steps is 0"
+        yield [key for key in changed[name] if not key.endswith(".steps")], _left_out(name, cfg)
     kind, others = cfg.autoencoder.kind, {"kl": ("codebook", "commitment_weight"), "vq": ("kl_weight",)}
     unread = [k for k in _changed("autoencoder", cfg, usual) if kind == "kl" and k.endswith(".num_vq_embeddings")]
-    if (stage := cfg.train.stage("autoencoder")).steps:
+    if "autoencoder" in trained(cfg.train):
+        stage = cfg.train.stage("autoencoder")
         for weight in (weight for weight in WEIGHED if not getattr(stage, weight)):
             yield _named(changed["autoencoder"], WEIGHED[weight]), f"train.autoencoder.{weight} is 0"
         unread = _named(changed["autoencoder"], others[kind]) + unread
     yield unread, f"autoencoder.kind is {kind}"
+
+
+def _left_out(name: str, cfg: config.Config) -> str:
+    return f"this run does not train {name}" if cfg.train.stage(name).steps else f"train.{name}.steps is 0"
 
 
 def _named(keys: list[str], names: Sequence[str]) -> list[str]:
@@ -117,8 +122,8 @@ def _changed(table: str, cfg: config.Config, usual: config.Config) -> list[str]:
     return [f"{table}.{key}" for key in ours if ours[key] != theirs[key]]
 
 
-def of_captions(source: Source, tokenizers: Sequence[Any]) -> str:
-    """How many captions are longer than what the model reads of them; "" for none."""
+def of_captions(source: Source, tokenizers: Sequence[Any], opened: bool = False) -> str:
+    """How many captions are longer than what the model, which may have been `opened`, reads of them; "" for none."""
     tokenizer = next((each for each in tokenizers if hasattr(each, "ids")), None)
     if tokenizer is None:
         return ""  # labels
@@ -131,4 +136,5 @@ def of_captions(source: Source, tokenizers: Sequence[Any]) -> str:
     examples = "; ".join(f"{cut(text, 80)!r} without {cut(tokenizer.cut(text), 40)!r}" for text in long[:3])
     most = max(lengths.values()) + tokenizer.max_length - room
     fix = f"all of them are read with text_encoder.max_position_embeddings={most}"
+    fix = "the model reads no more" if opened else fix
     return f"{len(long)} of {len(looked)} captions are longer than the {room} tokens read of one, and are cut: {examples}; {fix}"

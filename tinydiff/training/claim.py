@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tinydiff import config, files
+from tinydiff.checkpoints.source import Source
 from tinydiff.data.dataset import Images, examples
 from tinydiff.errors import DataError, ModelError, UsageError
 from tinydiff.files import shown
@@ -21,12 +22,13 @@ from tinydiff.training.runtime import Runtime
 from tinydiff.training.state import checkpoints
 from tinydiff.verified import verify
 
-CONFIG, DATA = "tinydiff.toml", "data.json"
+CONFIG, DATA, BASE = "tinydiff.toml", "data.json", "base.json"
 FREE = (  # keys that change nothing that is learnt; those of stages ahead are free too
     "generate.",
     *(f"train.{k}" for k in ("threads", "keep", "device", "timeout", "max_skipped", "tensorboard", "parallel")),
     *(f"train.{k}" for k in ("tensor_parallel", "gradient_checkpointing", "compile")),
     "data.path",  # what is there is compared by its content
+    "train.base",  # as is this
     "data.max_bad_fraction",
     "data.held_out",  # as are the images that it keeps
     "data.validation",
@@ -83,6 +85,16 @@ class Claim:
             raise UsageError(f"{shown(self.dir)}: the run was begun with other settings: {what}; {fix}")
         if new != old:
             self.notes[CONFIG] = to_toml(cfg).encode()
+
+    def base(self, source: Source) -> None:
+        """Refuse another model to begin with than the run was begun with, unless it is accepted."""
+        path, now = self.dir / BASE, {"sha256": source.digest()}
+        begun = files.read_json(path) if self.begun and path.exists() else None
+        if self.begun and begun != now and not self.accept:
+            fix = "put that back, or use --accept-changes to go on with this, or --fresh to start over"
+            raise ModelError(f"{shown(source.path)}: not the model that the run was begun with; {fix}")
+        if begun != now:
+            self.notes[BASE] = json.dumps(now).encode()
 
     def data(self, images: Images) -> None:
         """Refuse other data for a run that has begun, or on another process."""

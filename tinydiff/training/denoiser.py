@@ -43,7 +43,7 @@ HIDDEN_WIDTH = 512  # of the perceptron that reads features off the denoiser
 
 
 class Denoise(nn.Module):
-    """The denoiser and the text encoders that learn, as one network; frozen encoders are kept outside.
+    """The denoiser and the text encoders, if any of them learns, as one network; else these are kept outside.
 
     `aligned`: channels of features that a perceptron reads off the denoiser's middle, 0 for none. It is in no model folder.
     """
@@ -51,9 +51,11 @@ class Denoise(nn.Module):
     def __init__(self, model: Model, aligned: int = 0):
         super().__init__()
         self.denoiser, self.wanted = model.denoiser, model.description.conditions
-        for name, encoder in model.text_encoders.items():
-            if learns(encoder):
+        if any(map(learns, model.text_encoders.values())):
+            for name, encoder in model.text_encoders.items():
                 self.add_module(name, encoder)
+        norms = [part for part in self.denoiser.modules() if isinstance(part, nn.GroupNorm)]
+        self.through = any(map(learns, norms)) and not all(p.requires_grad for p in self.denoiser.parameters())
         folder = denoiser_in(model.configs)
         row: Any = network_of(folder, model.configs[folder])
         self.middle, width = row.middle(row.complete(model.configs[folder]))
@@ -66,8 +68,10 @@ class Denoise(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The prediction (B, C, h, w), and where features are aligned also what is read of them (B, T, `aligned`).
 
-        `tokens`: ids (B, T) for each text encoder that learns; `condition`: what else the denoiser is told.
+        `tokens`: ids (B, T) for each text encoder that is inside; `condition`: what else the denoiser is told.
         """
+        if self.through:  # torch 2.13 crashes in the backward pass of a group norm that learns and whose input has none
+            sample.requires_grad_()
         said = joined([named(self.get_submodule(name)(ids)) for name, ids in tokens.items()], self.wanted, torch.cat)
         if not hasattr(self, "alignment"):
             return self.denoiser(sample, timestep, **said, **condition)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tinydiff import config
-from tinydiff.checkpoints import folder, scheduler
+from tinydiff.checkpoints import folder
 from tinydiff.condition import Condition, joined
 from tinydiff.data.latents import digest
 from tinydiff.diffusion import guidance
@@ -32,6 +32,7 @@ from tinydiff.training.encoding import learns
 from tinydiff.training.losses import denoising_losses
 from tinydiff.training.parallel import whole
 from tinydiff.training.run import Run
+from tinydiff.training.start import described
 from tinydiff.training.task import Batch, Player, Terms
 
 
@@ -155,10 +156,3 @@ def renewed(run: Run) -> folder.Model:
 def drawn_in(cfg: config.Config, calls: int) -> config.Config:
     """The configuration of a model that is drawn in so many calls, without guidance."""
     return replace(cfg, generate=replace(cfg.generate, steps=calls, cfg_scale=1.0, sampler="lcm", spacing="trailing"))
-
-
-def described(model: folder.Model, cfg: config.Config) -> folder.Model:
-    """The model with its JSON files for the sampler of another configuration."""
-    written = scheduler.write(cfg)
-    index = model.configs["model_index"] | {"scheduler": ["diffusers", written["_class_name"]]}
-    return replace(model, configs=model.configs | {"scheduler": written, "model_index": index}, generate=cfg.generate)

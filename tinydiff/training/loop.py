@@ -23,10 +23,12 @@ from tinydiff.data.dataset import Images, open_source
 from tinydiff.diffusion.noise import keyed
 from tinydiff.errors import DivergedError, ModelError, ResourceError, UsageError, out_of_memory
 from tinydiff.metrics import logged
+from tinydiff.networks import LABELS
 from tinydiff.networks.network import imported
 from tinydiff.progress import Progress
 from tinydiff.schema import to_toml
 from tinydiff.stages import trained
+from tinydiff.start import source_of
 from tinydiff.training import advice, claim, state
 from tinydiff.training.metrics import Metrics, writer
 from tinydiff.training.optim import clip, learning_rate
@@ -34,6 +36,7 @@ from tinydiff.training.parallel import divides, norm, spread, synced
 from tinydiff.training.run import Run
 from tinydiff.training.runtime import SIGNALS, Interrupted, Runtime
 from tinydiff.training.saver import Ahead, Saver
+from tinydiff.training.start import opened
 from tinydiff.training.state import Learner, Snapshot, Training
 from tinydiff.training.task import Batch, Task, counted, moved, pinned
 from tinydiff.training.validation import Looks, held_out
@@ -68,13 +71,12 @@ def run(cfg: config.Config, run_dir: Path, last: str | None = None, accept: bool
             )
         if runtime.world.rank == 0:
             state.sweep(run_dir)
-        tokenizer = this.claim.tokenizer(cfg, this.data, *([this.held.images] if this.held else []))
-        this.model = folder.build(cfg, tokenizer, cfg.train.seed)
+        this.model = started(this) if cfg.train.base else built(this)
         for part in this.model.networks.values():
             runtime.placed(part)
         drawable(cfg, this.model)
-        if runtime.world.rank == 0 and (
-            line := advice.of_captions(this.data.source, [*this.model.tokenizers.values()])
+        if line := runtime.world.rank == 0 and advice.of_captions(
+            this.data.source, [*this.model.tokenizers.values()], this.model.opened
         ):
             runtime.say(f"note: {line}")
         for name, row in trained(cfg.train).items():
@@ -89,6 +91,23 @@ def run(cfg: config.Config, run_dir: Path, last: str | None = None, accept: bool
             put_right(this, task)
         this.claim.write()
     return made
+
+
+def built(run: Run) -> folder.Model:
+    """The model that the configuration describes, with the run's tokenizer."""
+    tokenizer = run.claim.tokenizer(run.cfg, run.data, *([run.held.images] if run.held else []))
+    return folder.build(run.cfg, tokenizer, run.cfg.train.seed)
+
+
+def started(run: Run) -> folder.Model:
+    """The model that the run begins with, whose labels the images have, if it is of labels."""
+    source = source_of(run.cfg.train.base)
+    run.claim.base(source)
+    model = opened(source, run.cfg)
+    for labels in (row for name, row in model.tokenizers.items() if name == LABELS):
+        for each in (run.data, *([run.held.images] if run.held else [])):
+            labels.check(each.source.captions(i)[0] for i in range(len(each.source)))
+    return model
 
 
 def drawable(cfg: config.Config, model: folder.Model) -> None:
