@@ -276,7 +276,7 @@ BAD: dict[str, tuple[Callable[[dict[str, np.ndarray]], Any], str]] = {
     "nothing": (lambda t: t.clear(), "changes nothing"),
     "whole numbers": (
         lambda t: t.update({next(iter(t)): next(iter(t.values())).astype(np.int32)}),
-        "only floating point",
+        "only floating-point",
     ),
 }
 

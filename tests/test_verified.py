@@ -152,5 +152,5 @@ def test_verify_reads_a_model_again(tiny_model, monkeypatch, tmp_path, read):
     monkeypatch.setattr(verified, "RECENT", -(10**18))
     for verify_, count in ((False, True), (False, False), (True, True)):
         read.clear()
-        cli.opening(str(tiny_model), "torch", "cpu", verify=verify_)
+        cli.opening(str(tiny_model), "torch", "cpu", anew=verify_)
         assert bool(read) == count

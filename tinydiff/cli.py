@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -83,6 +84,12 @@ def path(text: str) -> Path:
 
 Vae = Annotated[Path | None, flag("Take the autoencoder of this .safetensors file.", parser=path)]
 Predicts = Annotated[str | None, flag("Where a model does not say: " + " | ".join(PREDICTIONS), "--prediction")]
+LoraFiles = Annotated[
+    list[str],
+    flag(
+        "Change the model by this LoRA, of this strength. May be repeated.", "--lora", metavar="FILE[:X]", parser=name
+    ),
+]
 Force = Annotated[bool, flag("Replace what is there.", "--force")]
 ConfigFile = Annotated[
     Path | None, typer.Argument(help="A tinydiff.toml; by default the one here, else the built-in.", parser=path)
@@ -218,6 +225,10 @@ def generate(
         str | None, flag("Extend the image by this many pixels: left,top,right,bottom.", metavar="L,T,R,B")
     ] = None,
     fit: Annotated[bool, flag("Scale and crop image and mask to -W and -H.", "--fit")] = False,
+    lora: LoraFiles = [],  # noqa: B006
+    lora_dir: Annotated[
+        Path | None, flag("Where <lora:NAME:X> of the prompt is looked for, as NAME.safetensors.", parser=path)
+    ] = None,
     vae: Vae = None,
     prediction: Predicts = None,
     backend: BackendName = "auto",
@@ -240,7 +251,10 @@ def generate(
     flags.choose("--backend", backend, BACKENDS)
     flags.device(device)
     processes.own_device()
-    opened = opening(model, backend, device, vae, prediction, precision, compiled, verify)
+    adapters = flags.adapters(lora, lora_dir, prompt, to or "")
+    prompt, to = flags.plain(prompt, lora_dir), to and flags.plain(to, lora_dir)
+    parts = {"vae": vae, "prediction": prediction, "adapters": adapters, "anew": verify}
+    opened = opening(model, backend, device, precision, compiled, **parts)
     from tinydiff import drawing, reading  # imported while the graphs are being opened
 
     given = flags.Flags(
@@ -258,6 +272,7 @@ def generate(
     jobs = flags.way(given) if moving else drawing.jobs(prompts, seed, count)
     mistakes = drawing.Mistakes()
     for drawn in drawing.draw(opened, jobs, negative, request, size, edit, mistakes):
+        drawn = replace(drawn, settings=drawn.settings | flags.named(adapters))
         path = sink.write(drawn, None if no_metadata else drawn.settings)
         say_image(path, drawn, as_json)
     sink.close()
@@ -280,30 +295,26 @@ def opening(
     model: str | None,
     backend: str,
     device: str,
-    vae: Path | None = None,
-    prediction: str | None = None,
     precision: str | None = None,
     compiled: bool = False,
-    verify: bool = False,
+    **parts: Any,
 ) -> Backend:
-    """The model on its runtime, its graphs still being opened."""
+    """The model on its runtime, its graphs still being opened; `parts` are of its `Source`."""
     flags.choose("--precision", "fp32" if precision is None else precision, PRECISIONS)
     from tinydiff.backends import open_backend
     from tinydiff.files import again
 
-    return again(
-        lambda: open_backend(look_up(model, vae, prediction, verify), backend, device, False, precision, compiled)
-    )
+    return again(lambda: open_backend(look_up(model, **parts), backend, device, False, precision, compiled))
 
 
-def look_up(model: str | None, vae: Path | None = None, prediction: str | None = None, verify: bool = True) -> Source:
+def look_up(model: str | None, **parts: Any) -> Source:
     """The model of this name, with what goes with it."""
-    if prediction is not None:
+    if (prediction := parts.get("prediction")) is not None:
         flags.choose("--prediction", prediction, tuple(PREDICTIONS))
     from tinydiff.backends import find_model
     from tinydiff.checkpoints.source import Source
 
-    return Source(find_model(model), vae, prediction, anew=verify)
+    return Source(find_model(model), **parts)
 
 
 @app.command()
@@ -325,6 +336,7 @@ def export(
             "any: graphs that run everywhere; cuda: with operators of onnxruntime on CUDA alone; cpu: arithmetic for a CPU."
         ),
     ] = "any",
+    lora: LoraFiles = [],  # noqa: B006
     vae: Vae = None,
     prediction: Predicts = None,
     opset: Annotated[int | None, flag("ONNX operator set; 20 by default.", min=18, max=23)] = None,
@@ -350,7 +362,7 @@ def export(
             print(text, file=sys.stderr)
 
     def write() -> list[dict[str, Any]]:
-        source = look_up(model, vae, prediction)
+        source = look_up(model, vae=vae, prediction=prediction, adapters=flags.adapters(lora), anew=True)
         with undisturbed(source.stamps):
             source.check()
             for text in source.description.notes if format_ == "single-file" else ():  # which holds no scheduler
@@ -411,7 +423,7 @@ def evaluate(
     from tinydiff.measure.networks import wanted
 
     names = wanted(features)
-    opened = opening(model, backend, device, precision=precision, compiled=compiled, verify=verify)
+    opened = opening(model, backend, device, precision, compiled, anew=verify)
     given = flags.Flags(batch_size=batch_size, steps=steps, cfg_scale=cfg_scale, sampler=sampler, spacing=spacing)
     request, size = flags.complete(opened, given)
     from tinydiff import evaluate as scoring

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinydiff.diffusion.samplers import SAMPLERS
@@ -24,11 +25,11 @@ PLUGINS = (
     "nv-tensorrt-rtx",
     "mlx",
 )  # published as onnxruntime-ep-NAME; others of such names work too
+LORA = re.compile(r"<lora:(?P<name>[^<>:]*)(?::(?P<strength>[^<>]*))?>")
 SCALES = ("cfg_scale", "cfg_max", "cfg_complex", "cfg_rescale")
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from tinydiff.checkpoints.source import Adapter
     from tinydiff.editing import Edit
     from tinydiff.pipeline import Backend, Request
 
@@ -118,6 +119,58 @@ def edited(opened: Backend, request: Request, given: Flags) -> tuple[Request, Ed
     height, width = edit.image.shape[:2]
     check_size(opened.description, width, height)
     return replace(request, width=width, height=height), edit
+
+
+def adapters(given: Sequence[str], folder: Path | None = None, *prompts: str) -> tuple[Adapter, ...]:
+    """The files of --lora, and those that prompts name, to be found in --lora-dir. UsageError for another form or name."""
+    from tinydiff.checkpoints.source import Adapter
+
+    found = [Adapter(*strong(text)) for text in given]
+    if folder is None:
+        return tuple(found)
+    if "-" in prompts:
+        raise UsageError("--lora-dir: all prompts of stdin are drawn by one model; give its files with --lora")
+    known = {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
+    for tag in (tag for prompt in prompts for tag in LORA.finditer(prompt)):
+        if tag["name"] not in known:
+            raise UsageError(f"{shown(tag[0])}: not in {shown(folder)}{nearest(tag['name'][:100], tuple(known))}")
+        found.append(Adapter(known[tag["name"]], strength(tag[0], tag["strength"] or "1")))
+    return tuple(found)
+
+
+def strong(text: str) -> tuple[Path, float]:
+    """ "FILE:0.8" as both; a strength of 1 where none is given. Of a folder its file of diffusers' name."""
+    from tinydiff.adapters.lora import FILE
+
+    file, colon, tail = text.rpartition(":")
+    path, much = (
+        (Path(file), strength(f"--lora {shown(text)}", tail))
+        if colon and not Path(text).exists()
+        else (Path(text), 1.0)
+    )
+    places = (path / FILE, path / "adapter" / FILE)
+    return (next(filter(Path.is_file, places), places[0]) if path.is_dir() else path), much
+
+
+def strength(what: str, text: str) -> float:
+    """A finite number; UsageError for anything else."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UsageError(f"{shown(what)}: {shown(text)!r} is no strength; give a number, such as 0.8")
+    return value
+
+
+def plain(prompt: str, folder: Path | None) -> str:
+    """A prompt without the names of files in --lora-dir."""
+    return LORA.sub(" ", prompt) if folder else prompt
+
+
+def named(adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """What an image's settings say of adapters."""
+    return {"lora": [f"{each.path.name}:{each.strength:g}" for each in adapters]} if adapters else {}
 
 
 def margins(text: str) -> tuple[int, int, int, int]:

@@ -11,19 +11,22 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from tinydiff.adapters import STYLES
-from tinydiff.checkpoints.header import FLOATS, Header
 from tinydiff.errors import ModelError
 from tinydiff.files import RESTORE, shown, write_file
 
+if TYPE_CHECKING:
+    from tinydiff.checkpoints.header import Header
+
 Shapes = Mapping[str, tuple[int, ...]]  # of a network's tensors, under our names
+Blocks = Callable[[str], list[str]]  # a module of the U-Net -> what Stable Diffusion's own code calls it
 METADATA = "lora_adapter_metadata"  # diffusers' key: PEFT's settings of each network, as JSON
 FILE = "pytorch_lora_weights.safetensors"  # diffusers' name of a file in a folder
 ROLES = {  # what ends a tensor's name -> what it is of a layer
@@ -107,10 +110,8 @@ def layers_of(networks: Mapping[str, Shapes]) -> dict[str, tuple[int, ...]]:
     return {k.removesuffix(".weight"): v for k, v in shapes.items() if k.endswith(".weight") and len(v) in (2, 4)}
 
 
-def aliases(layer: str, blocks: Mapping[str, list[str]]) -> Iterator[str]:
-    """All names of a layer in files; `blocks`: the table from our names to those of Stable Diffusion's own code."""
-    from tinydiff.checkpoints.ldm import renamed
-
+def aliases(layer: str, blocks: Blocks) -> Iterator[str]:
+    """All names of a layer in files."""
     network, _, module = layer.partition(".")
     if not network.startswith("text_encoder"):
         yield module
@@ -118,7 +119,7 @@ def aliases(layer: str, blocks: Mapping[str, list[str]]) -> Iterator[str]:
         yield f"{network}.{name}"
         yield from (f"{prefix}_{name}".replace(".", "_") for prefix in KOHYA.get(network, ()))
     if network == "unet":
-        yield from (f"lora_unet_{name}".replace(".", "_") for name in renamed(module, blocks))
+        yield from (f"lora_unet_{name}".replace(".", "_") for name in blocks(module))
 
 
 @dataclass(frozen=True)
@@ -174,15 +175,9 @@ def settings_of(file: Header) -> dict[str, Any]:
     return settings
 
 
-def opened(file: Header, networks: Mapping[str, Shapes], unet: Mapping[str, Any] | None = None) -> Lora:
-    """A file for a model with these tensors; `unet`: that network's `config.json`. No weight is read.
-
-    ModelError for a file of another kind, or of another model.
-    """
-    from tinydiff.checkpoints import ldm  # which imports a tokenizer
-
+def opened(file: Header, networks: Mapping[str, Shapes], blocks: Blocks = lambda module: []) -> Lora:
+    """A file for a model with these tensors. No weight is read. ModelError for a file of another kind, or of another model."""
     weights, where = layers_of(networks), shown(file.path)
-    blocks = ldm.forward(ldm.unet_pairs(dict(unet))) if unet else {}
     names = {alias: layer for layer in weights for alias in aliases(layer, blocks)}
     places, unknown = defaultdict[str, dict[str, str]](dict), list[str]()
     for tensor in file.tensors:
@@ -202,10 +197,6 @@ def opened(file: Header, networks: Mapping[str, Shapes], unet: Mapping[str, Any]
     for layer, roles in lora.places.items():
         if problem := misfit({role: file.tensors[tensor].shape for role, tensor in roles.items()}, weights[layer]):
             raise ModelError(f"{where}: {shown(layer)} {problem}")
-    if other := next((tensor for tensor, stored in file.tensors.items() if stored.dtype not in FLOATS), None):
-        raise ModelError(
-            f"{where}: {shown(other)} is {shown(file.tensors[other].dtype)}; only floating point is supported"
-        )
     settings_of(file)
     return lora
 

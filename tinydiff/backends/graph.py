@@ -84,6 +84,16 @@ def check(path: Path) -> dict[str, str]:
     return work.metadata
 
 
+def weights(path: Path) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """The tensors of a graph whose numbers are in a file beside it, by name: onnx's number of their type, and their shape."""
+    data, found = path.read_bytes(), dict[str, tuple[int, tuple[int, ...]]]()
+    for kind, _, inside in messages(data):
+        if kind == "Tensor" and entries(data, inside, 13):
+            dtype = next(iter(integers(data, inside, 2)), 0)
+            found[first(data, inside, 8).decode()] = dtype, tuple(integers(data, inside, 1))
+    return found
+
+
 def ranges_of(path: Path) -> set[tuple[int, int]]:
     """Where the tensors of a safetensors file are, and their bytes: a graph takes none from in between."""
     return {(tensor.start, tensor.end - tensor.start) for tensor in header(path).tensors.values()}

@@ -17,6 +17,7 @@ import numpy as np
 import onnxruntime as ort
 
 from tinydiff.backends import optimised
+from tinydiff.backends.adapted import Adapted
 from tinydiff.backends.binding import PLAIN, Buffers, as_graph
 from tinydiff.backends.devices import choose_device, is_recorded, say_share
 from tinydiff.backends.graph import RESTORE
@@ -54,6 +55,7 @@ class OnnxBackend:
         self.checks = self.pool.submit(verify, self.path, (*DRAWING, source.denoiser), self.memory.sha256)
         try:
             self.denoiser, self.graphs = source.denoiser, graphs_of(source)
+            self.adapted = {name: Adapted(source, name) for name in self.graphs if source.loras}
             drawing = (name for name in self.graphs if name != ENCODER)  # text to image needs no other
             self.sessions = {name: self.pool.submit(self.open, name) for name in drawing}
             self.ready = self.pool.submit(self.opened)
@@ -73,7 +75,8 @@ class OnnxBackend:
             raise ModelError(f"{shown(self.path / self.denoiser)}: {problem}; copy all folders of one model")
 
     def open(self, name: str) -> ort.InferenceSession:
-        return open_session(self.path, name, self.graphs[name], self.device, self.later, self.memory.sha256)
+        own = self.adapted.get(name)
+        return open_session(self.path, name, self.graphs[name], self.device, self.later, self.memory.sha256, own)
 
     def later(self, work: Callable[[], None]) -> None:
         """Work that nothing waits for but the end of the process."""

@@ -11,9 +11,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import onnxruntime as ort
 
@@ -29,8 +30,11 @@ MOST = 2 * 2**30  # bytes of all that is kept; what was used longest ago goes fi
 LARGEST = 2**29  # bytes of a graph that is kept: its weights are laid out anew, as floats, so each is on the disk again
 
 
-def place(bundle: Path, name: str) -> Path | None:
-    """Where the optimised graph of a bundle belongs; None for a large one, one without hashes, and without a cache folder."""
+def place(bundle: Path, name: str, mark: Sequence[Any] = ()) -> Path | None:
+    """Where the optimised graph of a bundle belongs, its weights changed by what has this `mark`.
+
+    None for a large one, one without hashes, and without a cache folder.
+    """
     folder = lasting("graphs")
     if not folder or size(bundle / name) > LARGEST:
         return None
@@ -38,7 +42,7 @@ def place(bundle: Path, name: str) -> Path | None:
         files = {key: entry for key, entry in entries(bundle).items() if key.startswith(f"{name}/")}
     except UserError:
         return None
-    inputs = json.dumps([FORMAT, ort.__version__, "cpu", processor(), files])
+    inputs = json.dumps([FORMAT, ort.__version__, "cpu", processor(), files, *mark])
     return folder / hashlib.sha256(inputs.encode()).hexdigest()[:32] if files else None
 
 

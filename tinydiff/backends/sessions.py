@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime as ort
 
 from tinydiff.backends import optimised
+from tinydiff.backends.adapted import Adapted
 from tinydiff.backends.devices import CPU, CUDA, use_plugin
 from tinydiff.backends.graph import RESTORE, check
 from tinydiff.errors import ModelError, ResourceError
@@ -38,29 +39,31 @@ def open_session(
     device: str,
     later: Callable[[Callable[[], None]], Any] | None = None,
     digest: Hash = sha256,
+    adapted: Adapted | None = None,
 ) -> ort.InferenceSession:
     """The session of one graph of a bundle on "cpu", "cuda" or a plugin, its inputs and outputs as `graph` has them.
 
     With `later`, what onnxruntime makes of it on the CPU is kept for the next time, by work that it is given; `digest` gives a
-    file's SHA-256. Raises ModelError where the graph is missing, damaged or made for another device, ResourceError where
-    onnxruntime turns from the device to the CPU.
+    file's SHA-256. `adapted`: what adapters make of its weights. Raises ModelError where the graph is missing, damaged or made
+    for another device, ResourceError where onnxruntime turns from the device to the CPU.
     """
     path, convolves = bundle / name / "model.onnx", "sample" in graph.inputs or "latent_sample" in graph.inputs
-    place = optimised.place(bundle, name) if later and device == "cpu" and convolves else None
+    mark = adapted.mark(digest) if adapted else []
+    place = optimised.place(bundle, name, mark) if later and device == "cpu" and convolves else None
     if place and (session := optimised.reopened(place, lambda file: created(file, Level.ORT_DISABLE_ALL), digest)):
         check_io(path, session, graph)
         return session
     metadata = check(path)
-    chosen = level(bundle, name, device, metadata)
     check_device(path, metadata, device)
+    create = partial(
+        created, path, level(bundle, name, device, metadata), metadata, weights=adapted.values if adapted else {}
+    )
     with contextlib.ExitStack() as stack:
-        session = (
-            optimised.saved(place, lambda **save: created(path, chosen, metadata, **save), stack) if place else None
-        )
+        session = optimised.saved(place, create, stack) if place else None
         if device == "cuda" and "timestep" in graph.inputs:  # which is called again and again
             with contextlib.suppress(ModelError):  # where an operator runs on the CPU it cannot be recorded
-                session = created(path, chosen, metadata, device, recorded=True)
-        session = session or created(path, chosen, metadata, device)
+                session = create(device=device, recorded=True)
+        session = session or create(device=device)
         check_io(path, session, graph)
         if later and place:
             later(optimised.finish(place, stack.pop_all()))
@@ -74,8 +77,12 @@ def created(
     device: str = "cpu",
     save: Path | None = None,
     recorded: bool = False,
+    weights: Mapping[str, ort.OrtValue] = MappingProxyType({}),
 ) -> ort.InferenceSession:
-    """A session of a graph, written to the folder `save` as onnxruntime rewrites it; on CUDA its calls are `recorded`."""
+    """A session of a graph, written to the folder `save` as onnxruntime rewrites it; on CUDA its calls are `recorded`.
+
+    `weights`: those that are not the file's, by name.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = level
@@ -85,6 +92,8 @@ def created(
     if save:
         options.optimized_model_filepath = str(save / "model.onnx")
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
+    if weights:
+        options.add_external_initializers(list(weights), list(weights.values()))
     if metadata.get("tinydiff.precision") == "int8":
         options.add_session_config_entry("session.disable_quant_qdq", "1")  # weights are dequantised once, at opening
     providers: dict[str, list[Any]] = {

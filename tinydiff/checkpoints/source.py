@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -266,14 +266,29 @@ class Source:
         networks = {
             name: self.shapes(name) for name in (self.denoiser, *text_encoders(self.partial)) if name in self.partial
         }
+        files = [self.header(each.path) for each in self.adapters]
+        for file in files:
+            refuse(agreement.of_types(file.tensors, shown(file.path)))
+        return tuple(lora.opened(file, networks, self.blocks) for file in files)
+
+    @cached_property
+    def blocks(self) -> Callable[[str], list[str]]:
+        """What Stable Diffusion's own code calls a module of the U-Net."""
+        from tinydiff.checkpoints import ldm  # which imports a tokenizer
+
         row, table = network_of(self.denoiser, self.partial[self.denoiser]), self.partial[self.denoiser]
-        unet = row.complete(table) if row.single_file else None
-        return tuple(lora.opened(self.header(each.path), networks, unet) for each in self.adapters)
+        names = ldm.forward(ldm.unet_pairs(row.complete(table))) if row.single_file else {}
+        return lambda module: ldm.renamed(module, names)
 
     def changed(self, name: str) -> set[str]:
         """The weights of a network that adapters change."""
         layers = {layer for each in self.loras for layer in each.places if layer.startswith(f"{name}.")}
         return {f"{layer.removeprefix(f'{name}.')}.weight" for layer in layers}
+
+    def mark(self, name: str, digest: Callable[[Path], str]) -> list[Any]:
+        """What the changes of a network depend on: SHA-256 of files, and strengths."""
+        pairs = zip(self.loras, self.adapters, strict=True)
+        return [[digest(a.path), a.strength] for each, a in pairs if any(k.startswith(f"{name}.") for k in each.places)]
 
     def merged(self, name: str, weight: str, stored: np.ndarray) -> np.ndarray:
         """A weight of a network after the adapters' changes, one after the other: float32."""

@@ -37,7 +37,11 @@ def files(folder: Path) -> list[Path]:
     if pickles := sorted(p for p in folder.glob("*") if p.suffix in PICKLES):
         header(pickles[0])  # raises ModelError with the command to convert it
     bytes_alone = any(folder.parent.glob(f"*/{INT8}"))
-    fix = "its graphs' weights are int8; give the model that it is of" if bytes_alone else "copy the whole model folder"
+    fix = (
+        "its graphs' weights are int8; give the model that it is of, or export that with --lora"
+        if bytes_alone
+        else "copy the whole model folder"
+    )
     raise ModelError(f"{shown(folder)}: holds no weights; {fix}")
 
 
