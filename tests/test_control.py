@@ -1,18 +1,40 @@
-"""Control networks against diffusers: the network, pictures, files; graphs, refusals."""
+"""Control networks: against diffusers the network, pictures with one and two, folders and files; graphs; what is refused."""
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
-from tensors import noise, randomise, same
+from interpreters import run_without
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tensors import equal, noise, randomise, same
 
+from tinydiff import cli, control, export, images
+from tinydiff.backends import open_backend
+from tinydiff.checkpoints import folder, single_file
+from tinydiff.checkpoints.source import Source
+from tinydiff.diffusion import noise as keyed
+from tinydiff.errors import DataError, ModelError, UsageError, UserError
 from tinydiff.models.unet import UNet
 from tinydiff.networks import CONTROL, DENOISERS
 from tinydiff.networks.network import pick
 from tinydiff.networks.unet import UNet as Settings
 from tinydiff.networks.unet import residuals
+from tinydiff.pipeline import Request, generate
+
+PROMPT, NEGATIVE = "Two blue circles, on a dark-green field!", "blurry, low quality"
+
+
+SIDE = 128
+
 
 SIZES: dict[str, dict[str, Any]] = {
     "sd1": {"block_out_channels": (32, 64), "layers_per_block": 2, "attention_head_dim": 8, "cross_attention_dim": 32},
@@ -72,3 +94,350 @@ def test_a_new_one_begins_as_its_unet_and_as_no_change():
     assert torch.equal(own["conv_in.weight"], theirs["conv_in.weight"][:, :4])
     given = control(noise(1, 4, 8, 8), torch.tensor(3.0), noise(1, 5, 16), noise(1, 3, 32, 32))
     assert all(not each.any() for each in given)
+
+
+# ---- pictures ---------------------------------------------------------------------------------------------------------
+
+
+NOISE: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+}
+NOISE |= {"set_alpha_to_one": False, "steps_offset": 1}
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory) -> dict[str, Path]:
+    """A pipeline's folder as diffusers writes it with a control network inside, and folders of two more."""
+    from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, StableDiffusionControlNetPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    home = tmp_path_factory.mktemp("control")
+    unet, first = of_diffusers("sd1")
+    levels = 4
+    vae = AutoencoderKL(
+        block_out_channels=(32,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        layers_per_block=1,
+        sample_size=SIDE,
+    )
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
+    text = CLIPTextModel(CLIPTextConfig(vocab_size=49408, hidden_act="quick_gelu", projection_dim=32, **sizes))
+    second, other = ControlNetModel.from_unet(unet), of_diffusers("sd2")[1]
+    for seed, network in enumerate((vae, text, second), 7):
+        randomise(network, seed)
+        network.eval()
+    single_file.tokenizer("clip").save(home / "tokenizer")
+    parts = {"unet": unet, "vae": vae, "text_encoder": text, "controlnet": first}
+    parts |= {"tokenizer": CLIPTokenizer.from_pretrained(home / "tokenizer"), "scheduler": DDIMScheduler(**NOISE)}
+    pipe = StableDiffusionControlNetPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    pipe.save_pretrained(home / "model")
+    second.save_pretrained(home / "second")
+    other.save_pretrained(home / "other")
+    for seed, name in enumerate(("edges", "depth")):
+        pixels = np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE // 2, 3), np.uint8)
+        Image.fromarray(pixels).save(home / f"{name}.png")
+    return {each.name: each for each in home.iterdir()}
+
+
+def asked(made: dict[str, Path], *texts: str) -> list[control.Control]:
+    flags = [control.parse(text) for text in texts]
+    return [control.read(f, f"controlnet_{i}" if i else "controlnet", (64, SIDE), False) for i, f in enumerate(flags)]
+
+
+REQUEST = Request(8, 7.5, "ddim", "leading", SIDE // 2, SIDE)
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("ends", [("", ""), (":0.7:0.2,0.9", ":0.4:0,0.5")], ids=["whole", "partly"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_diffusers_draws_the_same_picture(count, ends, made):
+    from diffusers import ControlNetModel, MultiControlNetModel, StableDiffusionControlNetPipeline
+
+    paths = (made["model"] / "controlnet", made["second"])[:count]
+    pictures = [made["edges.png"], made["depth.png"]][:count]
+    controls = asked(made, *(f"x:{picture}{end}" for picture, end in zip(pictures, ends, strict=False)))
+    backend = open_backend(Source(made["model"], controls=paths), "torch", "cpu")
+    ours = generate(backend, [PROMPT], [3], REQUEST, [NEGATIVE], controls=controls)
+    plain = generate(backend, [PROMPT], [3], REQUEST, [NEGATIVE])
+    nets = [ControlNetModel.from_pretrained(path) for path in paths]
+    pipe = StableDiffusionControlNetPipeline.from_pretrained(
+        made["model"], controlnet=MultiControlNetModel(nets) if count > 1 else nets[0], safety_checker=None
+    )
+    pipe.set_progress_bar_config(disable=True)
+
+    def each(values: list[Any]) -> Any:
+        return values if count > 1 else values[0]
+
+    theirs = pipe(
+        PROMPT,
+        image=each([Image.open(picture) for picture in pictures]),
+        negative_prompt=NEGATIVE,
+        latents=torch.from_numpy(keyed.normal([3], (4, SIDE // 8, SIDE // 16)))
+        * backend.description.levels("ddim", 8, "leading")[0].sigma,
+        num_inference_steps=8,
+        controlnet_conditioning_scale=each([c.asked.strength for c in controls]),
+        control_guidance_start=each([c.asked.start for c in controls]),
+        control_guidance_end=each([c.asked.end for c in controls]),
+        output_type="np",
+    ).images
+    assert (np.abs(ours - np.rint(theirs * 255)) <= 1).mean() >= 0.999
+    assert (np.abs(ours.astype(int) - plain) > 1).mean() > 0.3
+
+
+# ---- folders and files ------------------------------------------------------------------------------------------------
+
+
+def command(*words: Any) -> None:
+    cli.app([str(word) for word in words], standalone_mode=False)
+
+
+def tensors(model: Path, network: Path) -> dict[str, torch.Tensor]:
+    source = Source(model, controls=(network,))
+    source.check()
+    return dict(source.tensors("controlnet"))
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")
+def test_folders_and_files_there_and_back(made, tmp_path):
+    from diffusers import ControlNetModel
+
+    model, network = made["model"], made["model"] / "controlnet"
+    one, back, alone, theirs = (
+        tmp_path / name for name in ("one.safetensors", "back", "a.safetensors", "b.safetensors")
+    )
+    command("export", model, "--control", network, "-o", one, "--format", "single-file")
+    command("export", one, "--control", one, "-o", back, "--format", "folder")
+    exact = load_file(network / "diffusion_pytorch_model.safetensors")
+    names = [name for name in load_file(one) if name.startswith("control_model.")]
+    assert len(names) == len(exact)
+    for path in (one, back, back / "controlnet", Path("controlnet")):
+        assert equal(tensors(back, path), exact)
+    for prefix in ("control_model.", ""):  # as the files of ControlNet 1.1 have them, and those for Stable Diffusion 2
+        save_file(
+            {prefix + k.removeprefix("control_model."): v for k, v in load_file(one).items() if k in names}, alone
+        )
+        assert equal(tensors(one, alone), exact)
+    save_file(exact, theirs)  # a folder's file, as it is
+    assert equal(tensors(model, theirs), exact)
+    assert equal(ControlNetModel.from_pretrained(back / "controlnet").state_dict(), exact)
+    save_file({k: v for k, v in load_file(one).items() if k in names}, alone)
+    read = ControlNetModel.from_single_file(str(alone), config=str(network))
+    assert equal(read.state_dict(), exact)
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")
+def test_several_are_written_as_diffusers_opens_them(made, tmp_path):
+    from diffusers import StableDiffusionControlNetPipeline, StableDiffusionPipeline
+
+    first = made["model"] / "controlnet"
+    command(
+        "export",
+        made["model"],
+        "--control",
+        first,
+        "--control",
+        made["second"],
+        "-o",
+        tmp_path / "two",
+        "--format",
+        "folder",
+    )
+    pipe = StableDiffusionControlNetPipeline.from_pretrained(tmp_path / "two")
+    for net, path in zip(pipe.controlnet.nets, (first, made["second"]), strict=True):
+        assert equal(net.state_dict(), load_file(path / "diffusion_pytorch_model.safetensors"))
+    command("export", made["model"], "-o", tmp_path / "none", "--format", "folder")
+    assert not (tmp_path / "none" / "controlnet").exists()
+    StableDiffusionPipeline.from_pretrained(tmp_path / "none")
+    with pytest.raises(ModelError, match="a single file holds one control network"):
+        command(
+            "export",
+            made["model"],
+            "--control",
+            first,
+            "--control",
+            made["second"],
+            "-o",
+            tmp_path / "x.safetensors",
+            "--format",
+            "single-file",
+        )
+
+
+# ---- graphs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def plain(make_model, tiny_config) -> Path:
+    """A model with few transformers, which take the longest to export."""
+    return make_model(replace(tiny_config, unet=replace(tiny_config.unet, down_block_types=("DownBlock2D",) * 2)))
+
+
+@pytest.fixture(scope="session")
+def networks(plain, tmp_path_factory) -> list[Path]:
+    """Two control networks of `plain` with random weights."""
+    table, home = Source(plain).configs["unet"], tmp_path_factory.mktemp("networks")
+    for seed, name in enumerate(("first", "second")):
+        network = CONTROL.build(made := CONTROL.of_base(table, factor=2))
+        randomise(network, seed)
+        (home / name).mkdir()
+        folder.write_json(home / name / "config.json", made)
+        folder.save_tensors(network.state_dict(), home / name / CONTROL.file, None)
+    return [home / "first", home / "second"]
+
+
+@pytest.fixture(scope="session")
+def bundle(plain, networks, tmp_path_factory) -> Path:
+    path, translate, first = tmp_path_factory.mktemp("bundle") / "bundle", export.translate, list[Any]()
+
+    def translated(name: str, *how: Any) -> Any:
+        """The second control network's graph is the first one's."""
+        made = ir.from_proto(first[0]) if name == "controlnet_1" else translate(name, *how)
+        first.extend([ir.to_proto(made)] if name == "controlnet" else [])
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "translate", translated)
+        command("export", plain, *(word for each in networks for word in ("--control", each)), "-o", path)
+    return path
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_the_graphs_draw_what_torch_draws(count, plain, networks, bundle):
+    pictures = [np.random.default_rng(i).integers(0, 256, (24, 16, 3), np.uint8) for i in range(count)]
+    flags = [control.Flag(strength=0.8, end=0.9), control.Flag(start=0.3)]
+    controls = [
+        control.Control(f"controlnet_{i}" if i else "controlnet", *each)
+        for i, each in enumerate(zip(pictures, flags, strict=False))
+    ]
+    inside = (bundle / "controlnet", bundle / "controlnet_1")[:count]
+    request = Request(6, 3.0, "dpmpp_2m", "trailing", 16, 24)
+    opened = [
+        open_backend(Source(bundle, controls=inside), "auto", "cpu"),
+        open_backend(Source(plain, controls=tuple(networks[:count])), "torch", "cpu"),
+    ]
+    ours, theirs = (
+        generate(each, ["a red circle"] * 2, [3, 4], request, controls=controls).astype(int) for each in opened
+    )
+    assert [each.name for each in opened] == ["onnx", "torch"] and (np.abs(ours - theirs) <= 1).mean() >= 0.999
+    alone = generate(opened[1], ["a red circle"] * 2, [3, 4], request)
+    assert ((np.abs(ours - alone) > 1).mean() > 0.3) == bool(count)
+
+
+def test_a_picture_of_a_batch_is_the_one_that_its_seed_gives_alone(plain, networks):
+    backend = open_backend(Source(plain, controls=(networks[0],)), "torch", "cpu")
+    told = [control.Control("controlnet", np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8))]
+    request = Request(4, 3.0, "euler", "trailing", 16, 16)
+    many = generate(backend, ["a red circle", "a blue square AND red"], [3, 4], request, controls=told)
+    alone = generate(backend, ["a blue square AND red"], [4], request, controls=told)
+    assert (np.abs(many[1].astype(int) - alone[0]) <= 1).all()
+
+
+# ---- what is refused --------------------------------------------------------------------------------------------------
+
+
+BAD: dict[str, tuple[str, type[UserError], str]] = {
+    "no image": ("x", UsageError, "--control x: not understood; give FOLDER:IMAGE"),
+    "ends that are turned": ("x:a.png:1:0.9,0.2", UsageError, "0 <= START < END <= 1"),
+    "end above 1": ("x:a.png:1:0,2", UsageError, "0 <= START < END <= 1"),
+    "strength": ("x:a.png:11", UsageError, "a strength is at most 10"),
+    "missing image": ("x:none.png", DataError, "none.png: no such image; give FOLDER:IMAGE"),
+    "image of another size": ("first:wide.png", UsageError, "is 24x16 and the picture 16x16; make"),
+    "missing folder": ("none:a.png", ModelError, "none: no such control network; give a folder"),
+    "a folder without one": (".:a.png", ModelError, "holds no control network; give a folder"),
+    "another network": ("vae:a.png", ModelError, "no control network, this is AutoencoderKL"),
+    "another kind": ("flux:a.png", ModelError, "no control network, this is FluxControlNetModel"),
+    "another base": ("wider:a.png", ModelError, "it has cross_attention_dim 768, and .*_dim 16; give"),
+    "another autoencoder": ("eight:a.png", ModelError, "8 pixels of its image are a latent, and 2 of"),
+    "weights of another": ("mixed:a.png", ModelError, r"asks for conv_in.weight \[16, 4, 3, 3\], and"),
+    "integers": ("int:a.png", ModelError, "conv_in.weight as I8, and only floating-point"),
+    "a LoRA": ("lora.safetensors:a.png", ModelError, "holds no control network, this is a LoRA; give"),
+    "half a file": ("half.safetensors:a.png", ModelError, "its controlnet has zero_convs.0.0.weight; give"),
+}
+
+
+@pytest.fixture(scope="session")
+def bad(plain, networks) -> Path:
+    """A folder of networks that do not go with `plain`, beside those that do."""
+    home, table = networks[0].parent, json.loads((networks[0] / "config.json").read_text())
+    tensors = load_file(networks[0] / CONTROL.file)
+    tables = {
+        "flux": {"_class_name": "FluxControlNetModel"},
+        "wider": table | {"cross_attention_dim": 768},
+        "eight": table | {"conditioning_embedding_out_channels": [16, 32, 96, 256]},
+        "mixed": table,
+        "int": table,
+    }
+    other = {"mixed": torch.zeros(8, 4, 3, 3), "int": torch.zeros(16, 4, 3, 3, dtype=torch.int8)}
+    for name, each in tables.items():
+        (home / name).mkdir()
+        folder.write_json(home / name / "config.json", each)
+        folder.save_tensors(
+            tensors | ({"conv_in.weight": other[name]} if name in other else {}), home / name / CONTROL.file, None
+        )
+    save_file({"unet.down_blocks.0.attentions.0.proj_in.lora_A.weight": torch.zeros(1)}, home / "lora.safetensors")
+    save_file({"zero_convs.0.0.weight": torch.zeros(1)}, home / "half.safetensors")
+    shutil.copytree(plain / "vae", home / "vae")
+    for name, size in {"a": (16, 16), "wide": (24, 16)}.items():
+        Image.new("RGB", size, "red").save(home / f"{name}.png")
+    return home
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_control_that_does_not_fit_is_refused(name, bad, plain, monkeypatch):
+    text, kind, said = BAD[name]
+    monkeypatch.chdir(bad)
+    with pytest.raises(kind, match=said) as caught:
+        command("generate", "red", "-m", plain, "-o", "never.png", "--steps", 2, "--control", text)
+    assert len(str(caught.value).splitlines()) == 1 and not Path("never.png").exists()
+
+
+def test_refusals_need_no_torch(bad, plain):
+    asked = {"wider:a.png": 4, "half.safetensors:a.png": 4, "mixed:a.png": 4, "x:none.png": 3, "x": 2}
+    calls = [["generate", "x", "-m", str(plain), "--control", each] for each in asked]
+    code = f"""
+import os
+from tinydiff import cli
+os.chdir({str(bad)!r})
+for words in {calls!r}:
+    try:
+        cli.app(words, standalone_mode=False)
+    except Exception as error:
+        print(error.code)
+"""
+    assert run_without(code, "torch").split() == [str(exit_) for exit_ in asked.values()]
+
+
+def test_a_control_image_is_fitted(bad, plain, monkeypatch):
+    monkeypatch.chdir(bad)
+    command(
+        "generate",
+        "red",
+        "-m",
+        plain,
+        "-o",
+        "fit.png",
+        "-s",
+        1,
+        "--steps",
+        2,
+        "--control",
+        "first:wide.png:0.5",
+        "--fit",
+    )
+    told = [{"network": "first", "image": "wide.png", "strength": 0.5, "start": 0.0, "end": 1.0}]
+    assert images.read_settings(Path("fit.png"))["control"] == told
+
+
+def test_a_bundle_that_takes_no_control_says_so_and_draws_with_torch(bundle, networks):
+    with pytest.raises(ModelError, match="its graphs take no such control; export the model with --control"):
+        open_backend(Source(bundle, controls=(networks[0],)), "onnx", "cpu")
+    assert open_backend(Source(bundle, controls=(networks[0],)), "auto", "cpu").name == "torch"

@@ -224,11 +224,19 @@ def generate(
     outpaint: Annotated[
         str | None, flag("Extend the image by this many pixels: left,top,right,bottom.", metavar="L,T,R,B")
     ] = None,
-    fit: Annotated[bool, flag("Scale and crop image and mask to -W and -H.", "--fit")] = False,
+    fit: Annotated[bool, flag("Scale and crop images and mask to -W and -H.", "--fit")] = False,
     lora: LoraFiles = [],  # noqa: B006
     lora_dir: Annotated[
         Path | None, flag("Where <lora:NAME:X> of the prompt is looked for, as NAME.safetensors.", parser=path)
     ] = None,
+    control: Annotated[
+        list[str],
+        flag(
+            "Follow an image, as this control network does; how strongly, and over which share of the steps. May be repeated.",
+            metavar="FOLDER:IMAGE[:X[:START,END]]",
+            parser=name,
+        ),
+    ] = [],  # noqa: B006
     vae: Vae = None,
     prediction: Predicts = None,
     backend: BackendName = "auto",
@@ -251,15 +259,16 @@ def generate(
     flags.choose("--backend", backend, BACKENDS)
     flags.device(device)
     processes.own_device()
-    adapters = flags.adapters(lora, lora_dir, prompt, to or "")
+    adapters, controls = flags.adapters(lora, lora_dir, prompt, to or ""), flags.controls(control)
     prompt, to = flags.plain(prompt, lora_dir), to and flags.plain(to, lora_dir)
     parts = {"vae": vae, "prediction": prediction, "adapters": adapters, "anew": verify}
+    parts |= {"controls": flags.networks(controls)}
     opened = opening(model, backend, device, precision, compiled, **parts)
     from tinydiff import drawing, reading  # imported while the graphs are being opened
 
     given = flags.Flags(
         *(prompt, seed, count, to, seed_path, frames, batch_size, steps, cfg_scale, cfg_max, cfg_complex, cfg_interval),
-        *(cfg_rescale, sampler, spacing, width, height, image, strength, mask, outpaint, fit),
+        *(cfg_rescale, sampler, spacing, width, height, image, strength, mask, outpaint, fit, controls),
     )
     moving = to is not None or seed_path is not None
     if frames and not moving:
@@ -269,9 +278,10 @@ def generate(
     prompts = reading.read_prompts(prompt)
     request, size = flags.complete(opened, given)
     request, edit = flags.edited(opened, request, given)
+    told = flags.controlled(request, given)
     jobs = flags.way(given) if moving else drawing.jobs(prompts, seed, count)
     mistakes = drawing.Mistakes()
-    for drawn in drawing.draw(opened, jobs, negative, request, size, edit, mistakes):
+    for drawn in drawing.draw(opened, jobs, negative, request, size, edit, mistakes, told):
         drawn = replace(drawn, settings=drawn.settings | flags.named(adapters))
         path = sink.write(drawn, None if no_metadata else drawn.settings)
         say_image(path, drawn, as_json)
@@ -339,6 +349,12 @@ def export(
     lora: LoraFiles = [],  # noqa: B006
     vae: Vae = None,
     prediction: Predicts = None,
+    control: Annotated[
+        list[Path],
+        flag(
+            "Add this control network, and let the denoiser's graph take what it gives. May be repeated.", parser=path
+        ),
+    ] = [],  # noqa: B006
     opset: Annotated[int | None, flag("ONNX operator set; 20 by default.", min=18, max=23)] = None,
     atol: Annotated[
         float | None,
@@ -362,7 +378,8 @@ def export(
             print(text, file=sys.stderr)
 
     def write() -> list[dict[str, Any]]:
-        source = look_up(model, vae=vae, prediction=prediction, adapters=flags.adapters(lora), anew=True)
+        parts = {"vae": vae, "prediction": prediction, "adapters": flags.adapters(lora)}
+        source = look_up(model, **parts, controls=tuple(dict.fromkeys(control)), anew=True)
         with undisturbed(source.stamps):
             source.check()
             for text in source.description.notes if format_ == "single-file" else ():  # which holds no scheduler

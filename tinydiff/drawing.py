@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from tinydiff import images, pipeline, processes
+from tinydiff.control import Control
 from tinydiff.diffusion.noise import Seed
 from tinydiff.editing import Edit
 from tinydiff.errors import DivergedError, UsageError, UserError
@@ -253,6 +254,7 @@ def draw(
     size: int,
     edit: Edit | None = None,
     mistakes: Mistakes | None = None,
+    controls: Sequence[Control] = (),
 ) -> Iterator[Drawn]:
     """Every job's image, in order; under torchrun only those of rank 0's `items`, each drawn by one of the processes.
 
@@ -268,7 +270,7 @@ def draw(
 
     def attempt(batch: list[Job], is_next: Callable[[], bool]) -> list[Drawn | tuple[Job, UserError]]:
         try:
-            return list(drawn(backend, batch, negative, request, edit, is_next))
+            return list(drawn(backend, batch, negative, request, edit, is_next, controls))
         except (UsageError, DivergedError) as error:
             if len(batch) == 1 or not batch[0].line:
                 return [(batch[0], error)]
@@ -332,6 +334,7 @@ def drawn(
     request: Request,
     edit: Edit | None,
     is_next: Callable[[], bool],
+    controls: Sequence[Control] = (),
 ) -> Iterator[Drawn]:
     """The images of one batch, whose progress is shown while it is the next that is waited for."""
     prompts = [understood(job.prompt, job.toward, job.share) for job in batch]
@@ -344,11 +347,12 @@ def drawn(
             bar.update(step)
 
     begun, seeds, negatives = time.monotonic(), [job.seed for job in batch], [understood(negative)] * len(batch)
-    pixels = pipeline.generate(backend, prompts, seeds, request, negatives, on_step, edit)
+    pixels = pipeline.generate(backend, prompts, seeds, request, negatives, on_step, edit, controls)
     seconds = (time.monotonic() - begun) / len(batch)
     for job, image in zip(batch, pixels, strict=True):
         settings = {"prompt": job.prompt, "negative": negative, "seed": job.seed, **asdict(request)}
         settings |= {"toward": job.toward, "share": job.share} if job.toward is not None else {}
         settings |= {"strength": edit.strength} if edit else {}
+        settings |= {"control": [each.settings for each in controls]} if controls else {}
         settings |= {"model": backend.description.path.name, "backend": backend.name}
         yield Drawn(job.index, image, settings, seconds)

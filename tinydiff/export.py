@@ -10,7 +10,7 @@ sampling; what the graphs are made of is the business of torch's exporter and of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,20 +21,22 @@ from torch import Tensor, nn
 from tinydiff.backends.onnx import ENCODER, OnnxBackend
 from tinydiff.backends.optimised import LARGEST
 from tinydiff.backends.optimised import size as folder_size
-from tinydiff.backends.pytorch import TorchBackend
+from tinydiff.backends.pytorch import TorchBackend, to_numpy
 from tinydiff.backends.sessions import called, open_session, stepwise
 from tinydiff.checkpoints import folder
 from tinydiff.checkpoints.folder import Model, save_tensors, write_description, write_json
 from tinydiff.checkpoints.source import Source
 from tinydiff.checkpoints.weights import INT8
 from tinydiff.condition import Condition
+from tinydiff.control import Control
 from tinydiff.errors import ModelError, UsageError
 from tinydiff.files import committed, shown, undisturbed
 from tinydiff.fusion import fuse
 from tinydiff.graphs import link, name_axes, quiet, simplify, strip, translations
 from tinydiff.images import to_pixels
-from tinydiff.networks import LABELS, graphs, network_of
+from tinydiff.networks import LABELS, controls_of, denoiser_in, graphs, network_of
 from tinydiff.networks.network import Graph
+from tinydiff.networks.unet import CONTROLLED
 from tinydiff.pipeline import Backend, Request, generate
 from tinydiff.precision import PRECISIONS, Arithmetic, Calls, Precision, lower, magnitudes
 from tinydiff.quantisation import quantised
@@ -93,7 +95,7 @@ def written(
     source: Source, bundle: Path, form: Form, atol: float, say: Callable[[str], Any]
 ) -> tuple[list[dict[str, Any]], Drawn, dict[str, bytes]]:
     """All of a bundle, its graphs verified: their rows, an image that torch draws, and what `write_graph` returns."""
-    model = folder.load(source)
+    model = controllable(folder.load(source))
     check_weights(model, form, source.path)
     say("draw with torch")
     image, calls = recorded(model)
@@ -127,11 +129,19 @@ def write(
     return plain
 
 
+def controllable(model: Model) -> Model:
+    """The same model, whose denoiser's graph takes residuals where control networks go with it."""
+    name, takes = denoiser_in(model.configs), {CONTROLLED: True} if controls_of(model.configs) else {}
+    table = {key: value for key, value in model.configs[name].items() if key != CONTROLLED}
+    return replace(model, configs=model.configs | {name: table | takes})
+
+
 class Drawn(NamedTuple):
-    """An image (1, H, W, 3) that torch drew in float32, and the request for it."""
+    """An image (1, H, W, 3) that torch drew in float32, the request for it, and the images that control it."""
 
     pixels: np.ndarray
     request: Request
+    controls: list[Control]
 
 
 @dataclass(frozen=True)
@@ -186,6 +196,10 @@ class Recording(TorchBackend):
         self.calls[self.denoiser].append({"sample": x, "timestep": np.array(t, np.float32), **condition})
         return super().denoise(x, t, condition)
 
+    def control(self, network: str, x: np.ndarray, t: float, condition: Condition) -> Condition:
+        self.calls[network].append({"sample": x, "timestep": np.array(t, np.float32), **condition})
+        return {name: to_numpy(array) for name, array in super().control(network, x, t, condition).items()}
+
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         self.calls[ENCODER].append({"sample": pixels})
         return super().encode_image(pixels)
@@ -201,9 +215,16 @@ def recorded(model: Model) -> tuple[Drawn, dict[str, list[dict[str, np.ndarray]]
     g = (d := backend.description).generate
     side = min(d.size, max(1, MOST // d.multiple) * d.multiple)
     request = Request(min(g.steps, 20, d.scheduler.most), g.cfg_scale, g.sampler, g.spacing, side, side)
-    drawn = generate(backend, [prompt_of(backend)], [0], request)
+    controls = [Control(name, stripes(side)) for name in controls_of(model.configs)]
+    drawn = generate(backend, [prompt_of(backend)], [0], request, controls=controls)
     backend.encode_image(to_pixels(drawn))
-    return Drawn(drawn, request), backend.calls
+    return Drawn(drawn, request, controls), backend.calls
+
+
+def stripes(side: int) -> np.ndarray:
+    """A control image with edges of both directions: uint8 (side, side, 3)."""
+    rows, columns = np.indices((side, side)) * 8 // side % 2
+    return np.repeat((255 * (rows ^ columns)).astype(np.uint8)[..., None], 3, -1)
 
 
 def prompt_of(backend: Backend) -> str:
@@ -300,6 +321,7 @@ def examples(name: str, model: Model, size: Size) -> dict[str, Tensor]:
     kinds: dict[str, Callable[[tuple[int, ...]], Tensor]] = {
         "normal": lambda shape: torch.randn(shape, generator=generator),
         "pixels": lambda shape: torch.rand(shape, generator=generator) * 2 - 1,
+        "unit": lambda shape: torch.rand(shape, generator=generator),
         "tokens": tokens,
         "time": lambda shape: torch.full(shape, 601.0),
     }
@@ -362,8 +384,10 @@ def verify_image(bundle: Path, image: Drawn, precision: Precision, plain: Mappin
     The row: `same` is the share of pixels that are at most `precision.levels` grey levels apart, `psnr` in dB, `steps`. Raises
     ModelError where either is under the precision's bound.
     """
-    backend, request = Checked(Source(bundle), plain), image.request
-    apart = np.abs(generate(backend, [prompt_of(backend)], [0], request).astype(int) - image.pixels)
+    backend = Checked(Source(bundle, controls=tuple(bundle / each.network for each in image.controls)), plain)
+    request = image.request
+    drawn = generate(backend, [prompt_of(backend)], [0], request, controls=image.controls)
+    apart = np.abs(drawn.astype(int) - image.pixels)
     same = float((apart.max(axis=-1) <= precision.levels).mean())
     psnr = min(99.0, float(10 * np.log10(255**2 / max((apart**2).mean(), 1e-9))))
     row = {"graph": "image", "same": same, "psnr": psnr, "steps": request.steps}

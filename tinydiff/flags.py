@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinydiff.diffusion.samplers import SAMPLERS
 from tinydiff.diffusion.schedules import SPACINGS
-from tinydiff.errors import ResourceError, UsageError
+from tinydiff.errors import DataError, ResourceError, UsageError
 from tinydiff.progress import note
 from tinydiff.schema import nearest
 from tinydiff.system import shown
@@ -29,7 +29,9 @@ LORA = re.compile(r"<lora:(?P<name>[^<>:]*)(?::(?P<strength>[^<>]*))?>")
 SCALES = ("cfg_scale", "cfg_max", "cfg_complex", "cfg_rescale")
 
 if TYPE_CHECKING:
+    from tinydiff import control
     from tinydiff.checkpoints.source import Adapter
+    from tinydiff.control import Control
     from tinydiff.editing import Edit
     from tinydiff.pipeline import Backend, Request
 
@@ -60,6 +62,7 @@ class Flags:
     mask: Path | None = None
     outpaint: str | None = None
     fit: bool = False
+    control: tuple[control.Flag, ...] = ()
 
 
 def complete(opened: Backend, given: Flags) -> tuple[Request, int]:
@@ -100,7 +103,7 @@ def unlike(own: Any, request: Request) -> Iterator[str]:
 def edited(opened: Backend, request: Request, given: Flags) -> tuple[Request, Edit | None]:
     """What is to be done to an image, and the request at that image's size. Raises UsageError for flags that do not fit."""
     if not given.image:
-        names = ("strength", "mask", "outpaint", "fit")
+        names = ("strength", "mask", "outpaint", *(() if given.control else ("fit",)))
         if lonely := [f"--{name}" for name in names if getattr(given, name) not in (None, False)]:
             raise UsageError(f"{', '.join(lonely)}: there is no image to change; give one with -i")
         return request, None
@@ -171,6 +174,31 @@ def plain(prompt: str, folder: Path | None) -> str:
 def named(adapters: Sequence[Adapter]) -> dict[str, Any]:
     """What an image's settings say of adapters."""
     return {"lora": [f"{each.path.name}:{each.strength:g}" for each in adapters]} if adapters else {}
+
+
+def controls(text: list[str]) -> tuple[control.Flag, ...]:
+    """What --control asks for, checked before a model is looked for: UsageError for another form, DataError for no image."""
+    from tinydiff import control
+
+    flags = tuple(map(control.parse, text))
+    for flag in flags:
+        if not flag.image.exists():
+            raise DataError(f"{shown(flag.image)}: no such image; {control.WANTED}")
+    return flags
+
+
+def networks(given: tuple[control.Flag, ...]) -> tuple[Path, ...]:
+    """The control networks that are to be opened, each once."""
+    return tuple(dict.fromkeys(flag.network for flag in given))
+
+
+def controlled(request: Request, given: Flags) -> list[Control]:
+    """The control networks with their images, of the request's size or fitted to it."""
+    from tinydiff import control
+    from tinydiff.checkpoints.control import name
+
+    size, opened = (request.width, request.height), networks(given.control)
+    return [control.read(flag, name(opened.index(flag.network)), size, given.fit) for flag in given.control]
 
 
 def margins(text: str) -> tuple[int, int, int, int]:

@@ -14,9 +14,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tinydiff import condition, images, tiling
+from tinydiff import condition, control, images, tiling
 from tinydiff.checkpoints.description import Description
 from tinydiff.condition import Condition
+from tinydiff.control import Control
 from tinydiff.diffusion import guidance, noise
 from tinydiff.diffusion.predictions import PREDICTIONS
 from tinydiff.diffusion.samplers import SAMPLERS, Denoise
@@ -47,6 +48,10 @@ class Backend(Protocol):
 
     def denoise(self, x: np.ndarray, t: float, condition: Condition) -> np.ndarray:
         """x (B, C, h, w), a condition of B rows -> the network's output, like x."""
+        ...
+
+    def control(self, network: str, x: np.ndarray, t: float, condition: Condition) -> Condition:
+        """What a control network adds to the denoiser's features, by name: arrays that know + and *, a row one of x."""
         ...
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
@@ -97,18 +102,19 @@ def generate(
     negatives: Sequence[Prompt] | None = None,
     on_step: Callable[[int], Any] = lambda step: None,
     edit: Edit | None = None,
+    controls: Sequence[Control] = (),
 ) -> np.ndarray:
     """One image a prompt: uint8 (B, H, W, 3). `seeds` key the noise; `on_step` hears of every finished step.
 
     A prompt, negative or not, is plain text, or what `text.prompts.parse` makes of one with weights and ANDs. With an
     `edit` its image, of the request's size, is changed: below one step's strength it goes through the autoencoder and back,
-    at 1 only a mask keeps any of it. Raises UsageError for a size the model cannot draw, and DivergedError naming the part of
-    the model that gives NaN or infinite values.
+    at 1 only a mask keeps any of it. Images of `controls` have the request's size too. Raises UsageError for a size the model
+    cannot draw, and DivergedError naming the part of the model that gives NaN or infinite values.
     """
     d = backend.description
     check_size(d, request.width, request.height)
     with np.errstate(all="ignore"):  # `finite` reports what numpy would warn of
-        (x,) = deque(denoise_latents(backend, prompts, seeds, request, negatives, on_step, edit), maxlen=1)
+        (x,) = deque(denoise_latents(backend, prompts, seeds, request, negatives, on_step, edit, controls), maxlen=1)
         pixels = decoded(backend, x / np.float32(d.scaling_factor))
     drawn = images.to_uint8(pixels)
     return edit.over(drawn) if edit else drawn
@@ -122,17 +128,20 @@ def denoise_latents(
     negatives: Sequence[Prompt] | None,
     on_step: Callable[[int], Any],
     edit: Edit | None = None,
+    controls: Sequence[Control] = (),
 ) -> Iterator[np.ndarray]:
     """The latents at the start and after each step, float32 (B, C, h, w)."""
     d = backend.description
     shape = (d.latent_channels, request.height // d.factor, request.width // d.factor)
     levels = d.levels(request.sampler, request.steps, request.spacing)
+    if edit:
+        levels = Levels(levels[-1 - edit.steps(len(levels) - 1) :], levels.at)
     beside = concatenated(backend, edit, shape)
-    denoise = guided(backend, prompts, negatives or [""] * len(prompts), request, beside)
+    added = partial(control.residuals, backend, controls, levels) if controls else None
+    denoise = guided(backend, prompts, negatives or [""] * len(prompts), request, beside, added)
     x = noise.normal(seeds, shape)
     if edit:
         known = latents(backend, images.to_pixels(edit.image[None]))
-        levels = Levels(levels[-1 - edit.steps(len(levels) - 1) :], levels.at)
         if edit.mask is not None and beside is None:
             denoise = guidance.keeping(denoise, known, cells(edit.mask, d.factor))
         # SDEdit (Meng et al. 2022, algorithm 1), but for a start of noise alone where nothing of the image is to stay
@@ -192,6 +201,7 @@ def guided(
     negatives: Sequence[Prompt],
     request: Request,
     beside: np.ndarray | None = None,  # (1, C', h, w), concatenated to what the network reads
+    added: Callable[[np.ndarray, Level, Condition], Condition] | None = None,  # what else it is told at each level
 ) -> Denoise:
     """The denoiser (x, level) -> x0 under the request's guidance; where that is 1, the prompt alone is asked."""
     d, count = backend.description, len(prompts)
@@ -206,6 +216,7 @@ def guided(
     to_x0 = PREDICTIONS[d.prediction].to_x0
 
     def ask(x: np.ndarray, level: Level, told: Condition) -> np.ndarray:
+        told = told | added(x, level, told) if added else told
         read = x if beside is None else np.concatenate([x, np.repeat(beside, len(x), axis=0)], axis=1)
         return to_x0(backend.denoise(read, level.t, told), x, level.alpha, level.sigma)
 

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinydiff.checkpoints import control
 from tinydiff.checkpoints.source import Source
 from tinydiff.errors import ModelError, UsageError
 from tinydiff.files import present, shipped, shown, undisturbed
@@ -44,7 +45,7 @@ def open_backend(
     precision: str | None = None,
     compiled: bool = False,
 ) -> Backend:
-    """A model on onnxruntime where it holds ONNX graphs (or `kind` says so), else on torch.
+    """A model on onnxruntime where it holds ONNX graphs that take its control networks (or `kind` says so), else on torch.
 
     An ONNX bundle takes neither another autoencoder nor another prediction, nor what is torch's: a `precision` (see
     `TorchBackend.open`) and being `compiled` (UsageError). `wait` false returns while the
@@ -52,6 +53,8 @@ def open_backend(
     """
     path = source.path
     has_graphs = not source.file and (path / source.denoiser / "model.onnx").is_file()
+    if kind == "auto" and has_graphs and not control.in_graphs(source):
+        kind = "torch"
     if kind == "onnx" and not has_graphs:
         raise ModelError(f"{shown(path)}: holds no ONNX graphs; write them with `tinydiff export {shown(path)} -o DIR`")
     if kind == "onnx" or (kind == "auto" and has_graphs):

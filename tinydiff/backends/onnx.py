@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ from tinydiff.backends.binding import PLAIN, Buffers, as_graph
 from tinydiff.backends.devices import choose_device, is_recorded, say_share
 from tinydiff.backends.graph import RESTORE
 from tinydiff.backends.sessions import DTYPES, failure, open_session, times
+from tinydiff.checkpoints import control
 from tinydiff.checkpoints.source import Source
 from tinydiff.condition import Condition, joined, texts_of
 from tinydiff.errors import ModelError
 from tinydiff.files import shown, undisturbed
 from tinydiff.networks import graphs
 from tinydiff.networks.network import HIDDEN, Array, Graph
+from tinydiff.networks.unet import MIDDLE, SKIP
 from tinydiff.text.labels import one_hot
 from tinydiff.verified import Memory, verify
 
@@ -46,16 +48,24 @@ class OnnxBackend:
 
     def __init__(self, source: Source, device: str = "auto", wait: bool = True):
         self.path, self.stamps, self.device = source.path, source.stamps, choose_device(device)
+        self.home = source.home
         self.buffers = dict[str, Buffers]()
         # One call leaves processors idle between its operators; those of a large model are long, and need the memory.
         small = self.device == "cpu" and optimised.size(self.path / source.denoiser) <= optimised.LARGEST
         self.at_once = 4 if small else 1
         self.pool = ThreadPoolExecutor(4)  # neither opening a graph nor hashing a file needs Python
         self.memory = Memory(source.anew)
-        self.checks = self.pool.submit(verify, self.path, (*DRAWING, source.denoiser), self.memory.sha256)
+        self.checks = self.pool.submit(self.verified, source)
         try:
             self.denoiser, self.graphs = source.denoiser, graphs_of(source)
-            self.adapted = {name: Adapted(source, name) for name in self.graphs if source.loras}
+            self.adapted = {
+                name: Adapted(source, name) for name in self.graphs if source.loras and name not in source.controlled
+            }
+            if not control.in_graphs(source):
+                fix = "export the model with --control, or use --backend torch"
+                raise ModelError(f"{shown(self.path)}: its graphs take no such control; {fix}")
+            takes = self.graphs[self.denoiser].inputs
+            self.residuals = {k: takes[k] for k in takes if k.startswith((SKIP, MIDDLE))}
             drawing = (name for name in self.graphs if name != ENCODER)  # text to image needs no other
             self.sessions = {name: self.pool.submit(self.open, name) for name in drawing}
             self.ready = self.pool.submit(self.opened)
@@ -67,6 +77,12 @@ class OnnxBackend:
         if wait:
             self.wait()
 
+    def verified(self, source: Source) -> None:
+        """Check the files of all that drawing reads."""
+        verify(self.path, (*DRAWING, source.denoiser), self.memory.sha256)
+        for place in source.controlled.values():
+            control.verify(place, self.memory.sha256)
+
     def check_channels(self) -> None:
         """ModelError unless the denoiser predicts what the autoencoder decodes."""
         (predicted,), latents = self.graphs[self.denoiser].outputs.values(), self.description.latent_channels
@@ -75,8 +91,9 @@ class OnnxBackend:
             raise ModelError(f"{shown(self.path / self.denoiser)}: {problem}; copy all folders of one model")
 
     def open(self, name: str) -> ort.InferenceSession:
-        own = self.adapted.get(name)
-        return open_session(self.path, name, self.graphs[name], self.device, self.later, self.memory.sha256, own)
+        place, own = self.home(name), self.adapted.get(name)
+        digest = self.memory.sha256
+        return open_session(place.parent, place.name, self.graphs[name], self.device, self.later, digest, own)
 
     def later(self, work: Callable[[], None]) -> None:
         """Work that nothing waits for but the end of the process."""
@@ -120,7 +137,14 @@ class OnnxBackend:
         return self.run(name, [k for k in self.graphs[name].outputs if k in told], input_ids=ids)
 
     def denoise(self, x: np.ndarray, t: float, condition: Condition) -> np.ndarray:
-        return self.run(self.denoiser, ["out_sample"], sample=x, timestep=np.array(t), **condition)["out_sample"]
+        sizes = {"batch": x.shape[0], "height": x.shape[2], "width": x.shape[3]}
+        nothing = {k: zeros(array.shape(sizes)) for k, array in self.residuals.items() if k not in condition}
+        told = {"sample": x, "timestep": np.array(t), **condition, **nothing}
+        return self.run(self.denoiser, ["out_sample"], **told)["out_sample"]
+
+    def control(self, network: str, x: np.ndarray, t: float, condition: Condition) -> Condition:
+        outputs = list(self.graphs[network].outputs)
+        return self.run(network, outputs, sample=x, timestep=np.array(t), **condition)
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         return self.run(ENCODER, ["latent_parameters"], sample=pixels)["latent_parameters"]
@@ -131,7 +155,7 @@ class OnnxBackend:
     def run(self, name: str, outputs: list[str], **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Outputs of a graph by name, in float32, which are refused if their shapes are not those that it should give."""
         session = self.vae_encoder if name == ENCODER else self.sessions[name].result()
-        graph, path, factor = self.graphs[name], self.path / name / "model.onnx", self.description.factor
+        graph, path, factor = self.graphs[name], self.home(name) / "model.onnx", self.description.factor
         if lacking := graph.inputs.keys() - inputs.keys():
             problem = f"needs {', '.join(sorted(lacking))}, which the text encoders do not give"
             raise ModelError(f"{shown(path)}: {problem}; copy all folders of one model")
@@ -157,7 +181,7 @@ class OnnxBackend:
         """One call: on CUDA through buffers that stay there, where the shapes of the outputs are known."""
         if self.device == "cuda" and all(map(all, wanted.values())):
             if name not in self.buffers:
-                kept, recorded = self.description.conditions, is_recorded(session)
+                kept, recorded = self.description.conditions.keys() | self.residuals.keys(), is_recorded(session)
                 self.buffers[name] = Buffers(session, "cuda", kept, recorded)
             types = {output.name: DTYPES[output.type] for output in session.get_outputs()}
             results = self.buffers[name](feed, {key: (shape, types[key]) for key, shape in wanted.items()})
@@ -165,6 +189,12 @@ class OnnxBackend:
             arrays: Any = session.run(list(wanted), feed, as_graph(PLAIN))
             results = dict(zip(wanted, arrays, strict=True))
         return {key: array.astype(np.float32, copy=False) for key, array in results.items()}
+
+
+@lru_cache(64)
+def zeros(shape: tuple[int, ...]) -> np.ndarray:
+    """What a denoiser is told that nothing controls; the same array each time, which is not copied to a card again."""
+    return np.zeros(shape, np.float32)
 
 
 def graphs_of(source: Source) -> dict[str, Graph]:

@@ -20,6 +20,7 @@ from tinydiff.checkpoints.folder import PRECISIONS
 from tinydiff.checkpoints.source import Source
 from tinydiff.condition import Condition, joined
 from tinydiff.errors import UsageError
+from tinydiff.networks import CONTROL
 from tinydiff.networks.network import HIDDEN, named
 from tinydiff.progress import note
 from tinydiff.text.labels import one_hot
@@ -96,6 +97,13 @@ class TorchBackend:
     def denoise(self, x: np.ndarray, t: float, condition: Condition) -> np.ndarray:
         time = torch.tensor(t, device=self.device)  # bfloat16 knows none between 512 and 514
         return to_numpy(self.ask(self.model.denoiser, self.predict, sample=x, timestep=time, **condition))
+
+    def control(self, network: str, x: np.ndarray, t: float, condition: Condition) -> Condition:
+        module, time = self.model.networks[network], torch.tensor(t, device=self.device)
+        answer = self.ask(module, module, sample=x, timestep=time, **condition)
+        names = CONTROL.graphs(network, CONTROL.complete(self.model.configs[network]))[network].outputs
+        dtype = next(self.model.denoiser.parameters()).dtype
+        return {name: array.to(dtype) for name, array in zip(names, answer, strict=True)}
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         return to_numpy(self.ask(self.model.vae, self.model.vae.encode, pixels))

@@ -26,7 +26,10 @@ CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 FLOATS = frozenset(DTYPES)
 DTYPES |= {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
-TYPES = dict.fromkeys(("normal", "pixels"), FLOATS) | {"tokens": DTYPES.keys() - FLOATS, "time": frozenset(DTYPES)}
+TYPES = dict.fromkeys(("normal", "pixels", "unit"), FLOATS) | {
+    "tokens": DTYPES.keys() - FLOATS,
+    "time": frozenset(DTYPES),
+}
 EXPORT = "export it with tinydiff or optimum"
 FOLDED = "optimization.constant_folding_max_output_size_in_bytes"
 Level = ort.GraphOptimizationLevel

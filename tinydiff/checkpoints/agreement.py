@@ -10,7 +10,7 @@ from typing import Any
 
 from tinydiff.checkpoints.header import FLOATS, Stored
 from tinydiff.files import shown
-from tinydiff.networks import VAE, denoiser_in, network_of, networks, text_encoders
+from tinydiff.networks import CONTROL, VAE, controls_of, denoiser_in, network_of, networks, text_encoders
 from tinydiff.networks.network import Network, Table
 
 Name = Callable[[str], str]  # a network's folder -> how a message calls its settings
@@ -33,6 +33,23 @@ def of_networks(configs: Mapping[str, Table], name: Name) -> Iterator[str]:
     if reads and all(widths.values()) and sum(widths.values()) != reads:  # a bundle of graphs need not say them
         given = [f"{name(encoder)} gives vectors of {width}" for encoder, width in widths.items()]
         yield f"{name(folder)} has cross_attention_dim {reads}, and {', '.join(given)}"
+
+    for control in controls_of(tables):
+        yield from of_control(tables[control], tables[folder], tables[VAE], name(control), name(folder), name(VAE))
+
+
+def of_control(own: Table, unet: Table, vae: Table, name: str, base: str, autoencoder: str) -> Iterator[str]:
+    """A control network's settings that the residuals depend on, and the size of its image, against its U-Net's."""
+    wanted = unet | {"in_channels": unet["out_channels"]}  # it does not read what an inpainting model reads beside
+    fix = "give one that was trained on this model"
+    for key in ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim"):
+        ours, theirs = (list(v) if isinstance(v, tuple) else v for v in (own.get(key), wanted.get(key)))
+        if ours != theirs:
+            theirs = f"{'out_channels' if key == 'in_channels' else key} {theirs}"
+            yield f"{name} is of another base: it has {key} {ours}, and {base} {theirs}; {fix}"
+    if (ours := CONTROL.factor(own)) != (theirs := network_of(VAE, vae).factor(vae)):  # type: ignore[attr-defined]
+        pixels = f"{ours} pixels of its image are a latent, and {theirs} of {autoencoder}'s"
+        yield f"{name} is of another base: {pixels}; {fix}"
 
 
 def of_tokenizer(tokenizer: Any, table: Table, encoder: str, folder: str) -> Iterator[str]:

@@ -13,7 +13,7 @@ from tinydiff.checkpoints.folder import PRECISIONS, save_tensors, write_descript
 from tinydiff.checkpoints.source import Source
 from tinydiff.errors import ModelError, UsageError
 from tinydiff.files import committed, shown, undisturbed
-from tinydiff.networks import network_of, networks
+from tinydiff.networks import CONTROL, controls_of, network_of, networks
 from tinydiff.verified import verify
 
 
@@ -39,7 +39,12 @@ def to_single_file(source: Source, out: Path, precision: str | None = None, forc
         if not source.file:
             verify(source.path)
         tables = networks(source.configs)
-        if set(tables) != set(single_file.PARTS) or not network_of("text_encoder", tables["text_encoder"]).single_file:
+        if len(controls_of(tables)) > 1:
+            raise ModelError(f"{shown(source.path)}: a single file holds one control network; write a folder")
+        if (
+            set(tables) - {CONTROL.folder} != set(single_file.PARTS)
+            or not network_of("text_encoder", tables["text_encoder"]).single_file
+        ):
             only = "only a Stable Diffusion U-Net with CLIP's text encoder has a single-file layout"
             raise ModelError(f"{shown(source.path)}: {only}")
         if added := source.tokenizers["text_encoder"].added:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tinydiff import config
-from tinydiff.checkpoints import new, weights
+from tinydiff.checkpoints import control, new, weights
 from tinydiff.checkpoints.description import Description, describe
 from tinydiff.checkpoints.source import Configs, Source
 from tinydiff.errors import ModelError
@@ -177,14 +177,16 @@ def write_json(path: Path, value: Any) -> None:
 def load(source: Source, dtype: torch.dtype | None = torch.float32) -> Model:
     """A model's networks as `dtype` (as stored, where None), in evaluation mode. ModelError names a missing, damaged or
     unsupported file."""
+    memory = Memory(source.anew)
     if not source.file:
-        memory = Memory(source.anew)
         verify(source.path, digest=memory.sha256)
-        memory.save()
+    for path in source.controlled.values():
+        control.verify(path, memory.sha256)
+    memory.save()
     parts = dict[str, nn.Module]()
     for name in dict.fromkeys((*networks(source.configs), *text_encoders(source.configs))):
         if (network := network_of(name, source.configs.get(name, {}))).module:
-            parts[name] = filled(network, source.table(name), source.tensors(name), source.path / name, dtype)
+            parts[name] = filled(network, source.table(name), source.tensors(name), source.home(name), dtype)
     return Model(source.configs, parts, source.tokenizers, source.path, opened=True)
 
 

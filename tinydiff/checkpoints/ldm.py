@@ -25,6 +25,8 @@ UNET_NAMES |= {"conv_norm_out": "out.0", "conv_out": "out.2"}
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1"}
 RESNET |= {"norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
 VAE = ("encoder", "decoder", "quant_conv", "post_quant_conv")
+CONTROL = ("conv_in", "time_embedding", "down_blocks", "mid_block", "controlnet_cond_embedding")
+CONTROL += ("controlnet_down_blocks", "controlnet_mid_block")
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 VAE_HALF = (
     {"conv_in": "conv_in", "mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2"}
@@ -58,6 +60,17 @@ def unet_pairs(layout: Layout) -> Pairs:
         yield f"{down}.downsamplers.0.conv", f"input_blocks.{above + len(level.up)}.0.op"
         yield f"{up}.upsamplers.0.conv", f"output_blocks.{below + len(level.up) - 1}.{2 if level.depth else 1}.conv"
     yield from ((f"{ours}.{a}", f"{theirs}.{b}") for ours, theirs in resnets for a, b in RESNET.items())
+
+
+def control_pairs(layout: Layout) -> Pairs:
+    """A copy of the way down, a convolution after each of its parts, and those of the image, with activations between them."""
+    yield from unet_pairs(layout)
+    hint, hints = "controlnet_cond_embedding", 2 * len(layout["conditioning_embedding_out_channels"])
+    names = ("conv_in", *(f"blocks.{i}" for i in range(hints - 2)), "conv_out")
+    yield from ((f"{hint}.{ours}", f"input_hint_block.{2 * i}") for i, ours in enumerate(names))
+    skips = len(layout["down_block_types"]) * (layout["layers_per_block"] + 1)
+    yield from ((f"controlnet_down_blocks.{i}", f"zero_convs.{i}.0") for i in range(skips))
+    yield "controlnet_mid_block", "middle_block_out.0"
 
 
 def vae_pairs(layout: Layout) -> Pairs:
@@ -96,6 +109,11 @@ def unet_layout(names: Collection[str]) -> Layout:
     return {"layers_per_block": n, "down_block_types": [CROSS if c else PLAIN for c in cross]}
 
 
+def control_layout(names: Collection[str]) -> Layout:
+    hints = count(names, r"input_hint_block\.(\d+)\.")
+    return unet_layout(names) | {"conditioning_embedding_out_channels": [0] * (hints // 2)}
+
+
 def vae_layout(names: Collection[str]) -> Layout:
     levels, n = count(names, r"encoder\.down\.(\d+)\."), count(names, r"encoder\.down\.0\.block\.(\d+)\.")
     return {"layers_per_block": n, "down_block_types": ["DownEncoderBlock2D"] * levels}
@@ -108,6 +126,8 @@ def count(names: Iterable[str], pattern: str) -> int:
 
 TABLES: dict[str, tuple[Callable[[Collection[str]], Layout], Callable[[Layout], Pairs]]] = {
     "unet": (unet_layout, unet_pairs),
+    "control": (control_layout, control_pairs),
+    "control_of_diffusers": (lambda names: {}, lambda layout: ((name, name) for name in CONTROL)),
     "vae": (vae_layout, vae_pairs),
     "vae_of_diffusers": (lambda names: {}, lambda layout: ((name, name) for name in VAE)),
     "clip": (lambda names: {}, lambda layout: ((f"text_model.{name}", name) for name in CLIP)),
@@ -116,6 +136,11 @@ TABLES: dict[str, tuple[Callable[[Collection[str]], Layout], Callable[[Layout], 
 TOWERS = ("cond_stage_model.", "conditioner.embedders.0.")  # LDM's, and its successor sgm's (SD-Turbo)
 HOMES = {  # where a network can be: what its names begin with, one of them, and their table; written to a table's first
     "unet": [("model.diffusion_model.", "input_blocks.0.0.weight", "unet")],
+    "controlnet": [
+        ("control_model.", "zero_convs.0.0.weight", "control"),
+        ("", "zero_convs.0.0.weight", "control"),
+        ("", "controlnet_mid_block.weight", "control_of_diffusers"),
+    ],
     "vae": [
         (prefix, f"encoder.{block}.0.conv1.weight", table)
         for prefix in ("first_stage_model.", "vae.", "")
@@ -200,17 +225,33 @@ def sizes(shapes: Mapping[str, Shapes], kind: Kind) -> dict[str, dict[str, Any]]
 
 
 def _unet(shapes: Shapes, kind: Kind) -> dict[str, Any]:
+    table = {"_class_name": "UNet2DConditionModel", "out_channels": shapes["conv_out.weight"][0]} | _descent(shapes)
+    ups = [name.replace("Down", "Up") for name in reversed(table["down_block_types"])]
+    return table | {"up_block_types": ups, "attention_head_dim": kind.heads(table["block_out_channels"])}
+
+
+def _descent(shapes: Shapes) -> dict[str, Any]:
+    """What a U-Net and a control network share."""
     levels, middle = count(shapes, r"down_blocks\.(\d+)\."), "mid_block.attentions.0"
     widths = [shapes[f"down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(levels)]
     downs = [CROSS if f"down_blocks.{i}.attentions.0.norm.weight" in shapes else PLAIN for i in range(levels)]
-    table: dict[str, Any] = {"_class_name": "UNet2DConditionModel", "in_channels": shapes["conv_in.weight"][1]}
-    table |= {"out_channels": shapes["conv_out.weight"][0], "block_out_channels": widths, "down_block_types": downs}
-    table |= {"up_block_types": [name.replace("Down", "Up") for name in reversed(downs)]}
+    table: dict[str, Any] = {"in_channels": shapes["conv_in.weight"][1]}
+    table |= {"block_out_channels": widths, "down_block_types": downs}
     table |= {"layers_per_block": count(shapes, r"down_blocks\.0\.resnets\.(\d+)\.")}
     table |= {"transformer_layers_per_block": count(shapes, rf"{middle}\.transformer_blocks\.(\d+)\.")}
-    table |= {"attention_head_dim": kind.heads(widths)}
     table |= {"cross_attention_dim": shapes[f"{middle}.transformer_blocks.0.attn2.to_k.weight"][1]}
     return table | {"norm_num_groups": 32, "use_linear_projection": len(shapes[f"{middle}.proj_in.weight"]) == 2}
+
+
+def control(shapes: Shapes, base: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a control network from its shapes; what these do not say is its U-Net's. Raises as `sizes`."""
+    hint = "controlnet_cond_embedding"
+    halvings = count(shapes, rf"{hint}\.blocks\.(\d+)\.") // 2
+    names = [f"{hint}.conv_in", *(f"{hint}.blocks.{2 * i + 1}" for i in range(halvings))]
+    table = {"_class_name": "ControlNetModel"} | _descent(shapes)
+    table |= {key: base[key] for key in ("attention_head_dim", "norm_num_groups") if key in base}
+    table |= {"conditioning_channels": shapes[f"{hint}.conv_in.weight"][1]}
+    return table | {"conditioning_embedding_out_channels": [shapes[f"{name}.weight"][0] for name in names]}
 
 
 def autoencoder(shapes: Shapes) -> dict[str, Any]:

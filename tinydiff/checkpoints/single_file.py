@@ -48,6 +48,7 @@ OTHERS = (  # what only names in another kind of file hold, each name on a line 
 EMBEDDINGS = (768, 1024, 1280)  # widths of CLIP's vectors
 LABELS = {2816: "Stable Diffusion XL", 2560: "the Stable Diffusion XL refiner"}  # by the width of label_emb.0.0
 PARTS = {"unet": "U-Net", "text_encoder": "text encoder", "vae": "autoencoder; give the file of one beside it"}
+WHAT = PARTS | {"controlnet": "control network"}
 NAMES = ("_class_name", "architectures", "model_type")  # keys of a configuration that say nothing of size
 SPEC = "modelspec."  # metadata of https://github.com/Stability-AI/ModelSpec
 PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
@@ -82,14 +83,21 @@ class Part:
 
 
 def part(file: Header, component: str, ema: bool = False) -> Part | None:
-    """The "unet", "vae" or "text_encoder" of a file, if it has one. ModelError names tensors that belong to no such network."""
+    """The "unet", "vae", "text_encoder" or "controlnet" of a file, if it has one.
+
+    ModelError names tensors that belong to no such network.
+    """
     names = _names(file, ema)
     home = next((home for home in HOMES[component] if home[0] + home[1] in names), None)
     if home is None:
         return None
     prefix, _, table = home
     inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-    inside = [name for name in inside if not UNUSED.search(name) and (prefix or name.split(".")[0] in VAE)]
+    inside = [
+        name
+        for name in inside
+        if not UNUSED.search(name) and (prefix or component != "vae" or name.split(".")[0] in VAE)
+    ]
     layout, pairs = TABLES[table]
     entries = backward(pairs(layout(inside)))
     ours = {name: renamed(attention(name) if component == "vae" else name, entries) for name in inside}
@@ -191,7 +199,7 @@ def autoencoder(file: Header) -> dict[str, Any]:
 def required(file: Header, component: str, ema: bool = False) -> Part:
     """`part`, or ModelError where the file has no such network."""
     if (found := part(file, component, ema)) is None:
-        raise ModelError(f"{shown(file.path)}: has no {PARTS[component]}")
+        raise ModelError(f"{shown(file.path)}: has no {WHAT[component]}")
     return found
 
 
@@ -297,7 +305,8 @@ def _piece(tensor: Tensor, at: Place, name: str) -> Tensor:
 
 
 def write(path: str | Path, parts: Mapping[str, Mapping[str, Tensor]], configs: Configs, force: bool = False) -> None:
-    """Commit an LDM file of tensors named as ours, of the networks "unet", "vae" and "text_encoder", dtypes kept.
+    """Commit an LDM file of tensors named as ours, of the networks "unet", "vae", "text_encoder" and, where there is one,
+    "controlnet", as in the first files of lllyasviel's; dtypes kept.
 
     ModelError where the file could not say what `configs` do: numbers of heads and groups, kinds of prediction and
     vocabularies are Stable Diffusion's own. UsageError if `path` exists, unless `force`.
@@ -307,10 +316,13 @@ def write(path: str | Path, parts: Mapping[str, Mapping[str, Tensor]], configs: 
     kinds = {kind.hidden_act: table for table, kind in KINDS.items()}
     table = kinds.get(configs["text_encoder"].get("hidden_act", "quick_gelu"), "clip")
     try:
-        tables = sizes({name: {k: tuple(v.shape) for k, v in parts[name].items()} for name in PARTS}, KINDS[table])
+        shapes = {name: {k: tuple(v.shape) for k, v in part.items()} for name, part in parts.items()}
+        tables = sizes(shapes, KINDS[table])
+        if "controlnet" in parts:
+            tables["controlnet"] = ldm.control(shapes["controlnet"], configs["unet"])
         for name, config in tables.items():
             _compare(name, config, configs[name])
-        tensors = {k: v for name in PARTS for k, v in to_ldm(name, parts[name], table, tables[name]).items()}
+        tensors = {k: v for name in parts for k, v in to_ldm(name, parts[name], table, tables[name]).items()}
         tensors |= _buffers(configs)
         metadata = _metadata(Path(path).stem, KINDS[table].number, configs)
     except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -331,7 +343,7 @@ def to_ldm(component: str, part: Mapping[str, Tensor], table: str, config: dict[
     """One network's tensors under LDM's names."""
     import torch
 
-    prefix, _, table = next(home for home in HOMES[component] if home[2] in (component, table))
+    prefix, _, table = next(home for home in HOMES[component] if home[2] in (component, table, "control"))
     pairs = list(TABLES[table][1](config))
     to_theirs, to_ours = forward(pairs), backward(pairs)
     wanted = [name for name in part if not UNUSED.search(name)]

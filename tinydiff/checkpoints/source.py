@@ -19,13 +19,13 @@ import numpy as np
 
 from tinydiff.adapters import lora
 from tinydiff.adapters.lora import Lora
-from tinydiff.checkpoints import agreement, dit, weights
+from tinydiff.checkpoints import agreement, control, dit, weights
 from tinydiff.checkpoints.description import Description, describe
 from tinydiff.checkpoints.header import Header, header
 from tinydiff.checkpoints.scheduler import PREDICTION_TYPES
 from tinydiff.errors import ModelError
 from tinydiff.files import RESTORE, read_json, shown, stamp
-from tinydiff.networks import TEXT, VAE, denoiser_in, network_of, networks, text_encoders, tokenizer_folder
+from tinydiff.networks import CONTROL, TEXT, VAE, denoiser_in, network_of, networks, text_encoders, tokenizer_folder
 from tinydiff.networks.network import Table, TextEncoder
 from tinydiff.verified import Memory
 
@@ -63,7 +63,8 @@ class Source:
     """What is opened. ModelError, from whatever is asked of it, names a file that is missing, damaged or not supported.
 
     `vae`: a file whose autoencoder is taken instead of the model's own. `prediction`: what the denoiser predicts (our name),
-    where the model does not say so, or says something wrong. `anew`: every file is hashed, though it was before.
+    where the model does not say so, or says something wrong. `controls`: files or folders of control networks, each once.
+    `anew`: every file is hashed, though it was before.
     """
 
     path: Path
@@ -78,7 +79,7 @@ class Source:
     shards: dict[str, list[Path]] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        paths = (self.path, self.vae, *(each.path for each in self.adapters))
+        paths = (self.path, self.vae, *(each.path for each in self.adapters), *self.controlled.values())
         object.__setattr__(self, "stamps", {path: stamp(path) for path in paths if path})
 
     def header(self, path: Path) -> Header:
@@ -90,8 +91,17 @@ class Source:
     def files(self, name: str) -> list[Path]:
         """The files with the weights of one of a folder's networks."""
         if name not in self.shards:
-            self.shards[name] = weights.files(self.path / name)
+            self.shards[name] = weights.files(self.home(name))
         return self.shards[name]
+
+    @cached_property
+    def controlled(self) -> dict[str, Path]:
+        """The control networks' files and folders by the names that their folders have in a model."""
+        return {control.name(i): control.find(path, self.path) for i, path in enumerate(self.controls)}
+
+    def home(self, name: str) -> Path:
+        """The folder of one of a folder's networks; the file of a control network that is one."""
+        return self.controlled.get(name, self.path / name)
 
     @cached_property
     def file(self) -> Header | None:
@@ -115,6 +125,9 @@ class Source:
     def partial(self) -> Configs:
         """`configs`, which may lack an autoencoder: published DiTs come without. Each is valid by itself."""
         configs = self.found()
+        for name, path in self.controlled.items():
+            configs[name] = control.table(path, self.header, configs.get("unet"))
+        configs["model_index"] = control.indexed(configs["model_index"], len(self.controls))
         graphs = not self.file and any(self.path.glob("*/model.onnx"))  # of which a table need not say everything
         for name, table in networks(configs).items():
             try:
@@ -127,6 +140,8 @@ class Source:
         """Where the settings of a network are, as a message shows it."""
         if self.vae and name == VAE:
             return f"the vae of {shown(self.vae)}"
+        if name in self.controlled:
+            return control.place(self.controlled[name])
         if self.file:
             return f"the {name} of {shown(self.path)}"
         there = (each for each in (name, f"{name}_decoder") if (self.path / each / "config.json").exists())
@@ -134,8 +149,8 @@ class Source:
 
     def found(self) -> Configs:
         """The JSON files as they are."""
-        if self.controls or self.words:
-            raise ModelError(f"{shown(self.path)}: control networks and learnt words are not supported yet")
+        if self.words:
+            raise ModelError(f"{shown(self.path)}: learnt words are not supported yet")
         theirs = next((name for name, ours in PREDICTION_TYPES.items() if ours == self.prediction), None)
         if self.file and not self.published:
             from tinydiff.checkpoints import single_file
@@ -200,7 +215,7 @@ class Source:
         if self.file and not self.published:
             from tinydiff.checkpoints import single_file
 
-            left = single_file.other_kind(self.file)
+            left = None if self.path in self.controlled.values() else single_file.other_kind(self.file)
             told += [f"{shown(self.path)}: has tensors of {left} too, which are not used"] if left else []
         return tuple(told)
 
@@ -313,12 +328,8 @@ class Source:
         """The same before any change."""
         from tinydiff.checkpoints import single_file
 
-        if name == VAE and self.vae:
-            alone = not self.file or self.published
-            part = single_file.required(self.header(self.vae), VAE) if alone else self.parts[VAE]
-            return single_file.tensors(self.header(self.vae), part)
-        if self.file and not self.published:
-            return single_file.tensors(self.file, self.parts[name])
+        if part := self.inside(name):
+            return single_file.tensors(*part)
         paths = [self.path] if self.file else self.files(name)
         tensors = network_of(name, self.configs[name]).renamed(weights.tensors(paths, self.header))
         return dit.published(tensors) if dit.is_published(tensors) else tensors
@@ -335,6 +346,17 @@ class Source:
         memory.save()
         return hashlib.sha256(said.encode()).hexdigest()
 
+    def inside(self, name: str) -> tuple[Header, Part] | None:
+        """The file of several networks that a network is taken from, and where it is in it; None where it has its own files."""
+        from tinydiff.checkpoints import single_file
+
+        path, kind = self.controlled.get(name), CONTROL.folder
+        if name == VAE and self.vae:
+            path, kind = self.vae, VAE
+        if path:
+            return None if path.is_dir() else (self.header(path), single_file.required(self.header(path), kind))
+        return (self.file, self.parts[name]) if self.file and not self.published else None
+
     def check(self) -> None:
         """Refuse, before torch is imported, all that can be told from JSON files and headers."""
         tables, shapes = dict[str, Table](), dict[str, dict[str, tuple[int, ...]]]()
@@ -347,29 +369,24 @@ class Source:
                 raise ModelError(f"{self.place(name)}: not supported: {error}") from None
             except KeyError as error:
                 raise ModelError(f"{self.place(name)}: lacks {error}; {RESTORE}") from None
-        if self.file:
-            self.check_types()
-            return
+        if not self.file:
+            self.check_texts(tables)
+        for name, table in tables.items():
+            if inside := self.inside(name):
+                part = {ours: inside[0].tensors[at.name] for ours, at in inside[1].places.items()}
+                refuse(agreement.of_types(part, shown(inside[0].path)))
+            elif not self.published:
+                network, (file, *_) = network_of(name, table), self.files(name)
+                stored = {k: v for path in self.files(name) for k, v in self.header(path).tensors.items()}
+                refuse(agreement.of_weights(network, shapes[name], stored, self.place(name), shown(file)))
+
+    def check_texts(self, tables: Mapping[str, Table]) -> None:
+        """Refuse a folder without a text encoder or a tokenizer, or with one that does not fit."""
         reads = [name for name, encoder in text_encoders(tables).items() if not encoder.labels]
         for name in (*reads, *map(tokenizer_folder, reads)):
             if not (self.path / name).is_dir():
                 raise ModelError(f"{shown(self.path / name)}: missing; copy the whole model folder")
         _ = self.tokenizers
-        for name, table in tables.items():
-            if not (self.vae and name == VAE):
-                network, (file, *_) = network_of(name, table), self.files(name)
-                stored = {k: v for path in self.files(name) for k, v in self.header(path).tensors.items()}
-                refuse(agreement.of_weights(network, shapes[name], stored, self.place(name), shown(file)))
-
-    def check_types(self) -> None:
-        """Refuse weights in a file that are no floating-point numbers."""
-        for name in networks(self.configs):
-            if self.published or name not in self.parts:
-                continue
-            file, part = self.header(self.vae) if self.vae and name == VAE else self.file, self.parts[name]
-            assert file
-            stored = {ours: file.tensors[at.name] for ours, at in part.places.items()}
-            refuse(agreement.of_types(stored, shown(file.path)))
 
 
 def refuse(problems: Iterable[str]) -> None:

@@ -58,6 +58,11 @@ def text_encoders(configs: Mapping[str, Table]) -> dict[str, TextEncoder]:
     return {name: network_of(name, configs.get(name, {})) for name in folders}  # type: ignore[misc]
 
 
+def controls_of(configs: Mapping[str, Table]) -> list[str]:
+    """A model's control networks, by folder."""
+    return [name for name in configs if name.startswith(CONTROL.folder)]
+
+
 def tokenizer_folder(text_encoder: str) -> str:
     """Where the tokenizer of a text encoder is: text_encoder_2 has tokenizer_2."""
     return text_encoder.replace(TEXT, "tokenizer")
@@ -65,8 +70,7 @@ def tokenizer_folder(text_encoder: str) -> str:
 
 def graphs(configs: Mapping[str, Table]) -> dict[str, Graph]:
     """The graphs of a model's bundle by folder, in the order in which they are used; a DiT alone has no autoencoder."""
-    controls = (name for name in configs if name.startswith(CONTROL.folder))
-    folders = (*text_encoders(configs), *controls, denoiser_in(configs), *([VAE] if VAE in configs else []))
+    folders = (*text_encoders(configs), *controls_of(configs), denoiser_in(configs), *([VAE] if VAE in configs else []))
     tables = ((folder, configs.get(folder, {})) for folder in folders)
     rows = ((folder, network_of(folder, table), table) for folder, table in tables)
     return {k: graph for folder, row, table in rows for k, graph in row.graphs(folder, row.complete(table)).items()}

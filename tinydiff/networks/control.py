@@ -54,7 +54,8 @@ class ControlNetwork(UNetNetwork):
 
     def graphs(self, folder: str, table: Table) -> dict[str, Graph]:
         (graph,) = Denoiser.graphs(self, folder, table).values()
-        image = {IMAGE: Array(("batch", 3, "image_height", "image_width"), "unit")}
+        sides = (f"{side}*{self.factor(table)}" for side in ("height", "width"))
+        image = {IMAGE: Array(("batch", 3, *sides), "unit")}
         return {folder: Graph("forward", graph.inputs | image, residuals(pick(UNet, table)), graph.step)}
 
     def of_base(self, table: Table, factor: int) -> dict[str, Any]:

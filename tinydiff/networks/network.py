@@ -31,11 +31,12 @@ HIDDEN, POOLED = "last_hidden_state", "pooler_output"  # of every text encoder: 
 
 @dataclass(frozen=True)
 class Array:
-    """An input or output of a network. Its axes have a name where their size varies ("height", or "height/2" where it is that
-    divided), and a size where it is fixed.
+    """An input or output of a network. Its axes have a name where their size varies ("height", or "height/2" and "height*8"
+    where it follows from another's), and a size where it is fixed.
 
-    `values`: what an example holds (`normal`, `pixels`, `tokens` or `time`). `of`: where a condition comes from, either the
-    output of this name of the text encoders, or a function (height, width) in pixels -> the row of every such image.
+    `values`: what an example holds (`normal`, `pixels`, `unit` for [0, 1], `tokens` or `time`). `of`: where a condition comes
+    from, either the output of this name of the text encoders, or a function (height, width) in pixels -> the row of every
+    such image.
     """
 
     axes: tuple[str | int, ...]
@@ -44,8 +45,14 @@ class Array:
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Its shape where the axes that vary have these sizes."""
-        parts = (axis.partition("/") if isinstance(axis, str) else axis for axis in self.axes)
-        return tuple(sizes[p[0]] // int(p[2] or 1) if isinstance(p, tuple) else p for p in parts)
+        return tuple(sized(axis, sizes) if isinstance(axis, str) else axis for axis in self.axes)
+
+
+def sized(axis: str, sizes: Mapping[str, int]) -> int:
+    """The size of an axis that varies; what is divided is rounded up, as halving does."""
+    rest, _, parts = axis.partition("/")
+    name, _, times = rest.partition("*")
+    return -(-sizes[name] * int(times or 1) // int(parts or 1))
 
 
 @dataclass(frozen=True)

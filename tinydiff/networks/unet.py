@@ -76,7 +76,10 @@ def residuals(settings: UNet) -> dict[str, Array]:
     for i, level in enumerate(levels):
         skips += [(level.width, 2**i)] * len(level.down) + ([] if level.last else [(level.width, 2 ** (i + 1))])
     named = {f"{SKIP}{i}": skip for i, skip in enumerate(skips)} | {MIDDLE: skips[-1]}
-    return {name: Array(("batch", c, f"height/{n}", f"width/{n}")) for name, (c, n) in named.items()}
+    return {
+        name: Array(("batch", c, *(f"{side}/{n}" if n > 1 else side for side in ("height", "width"))))
+        for name, (c, n) in named.items()
+    }
 
 
 class UNetNetwork(Denoiser):

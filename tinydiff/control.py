@@ -1,0 +1,100 @@
+"""What the pipeline needs to control a picture by images (ControlNet, Zhang et al. 2023): which network is told which image, how
+strongly, and over which steps; and what the networks add to the denoiser. Of a model only sizes are known.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from tinydiff import images
+from tinydiff.condition import Condition
+from tinydiff.diffusion.schedules import Level, Levels
+from tinydiff.errors import UsageError
+from tinydiff.files import shown
+from tinydiff.networks.control import IMAGE
+
+if TYPE_CHECKING:
+    from tinydiff.pipeline import Backend
+
+WANTED = (
+    "give FOLDER:IMAGE, FOLDER:IMAGE:STRENGTH or FOLDER:IMAGE:STRENGTH:START,END, such as canny:edges.png:0.7:0,0.5"
+)
+NUMBER = r"\d+(?:\.\d+)?|\.\d+"
+FLAG = re.compile(rf"([^:]+):(.+?)(?::({NUMBER})(?::({NUMBER}),({NUMBER}))?)?")
+
+
+class Flag(NamedTuple):
+    """What --control asks for: a network, an image, how strong it is, and the share of the steps where it begins and ends."""
+
+    network: Path = Path()
+    image: Path = Path()
+    strength: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+
+def parse(text: str) -> Flag:
+    """ "FOLDER:IMAGE[:STRENGTH[:START,END]]"; UsageError for anything else."""
+    match = FLAG.fullmatch(text)
+    if match is None:
+        raise UsageError(f"--control {shown(text)}: not understood; {WANTED}")
+    network, image, *numbers = match.groups()
+    flag = Flag(Path(network), Path(image), *(float(number) for number in numbers if number is not None))
+    if not flag.start < flag.end <= 1 or flag.strength > 10:
+        wanted = "a strength is at most 10, and START,END are shares of the steps, 0 <= START < END <= 1"
+        raise UsageError(f"--control {shown(text)}: {wanted}")
+    return flag
+
+
+@dataclass(frozen=True)
+class Control:
+    """A control network by its folder's name in the model, its image uint8 (H, W, 3), and what was asked for."""
+
+    network: str
+    image: np.ndarray
+    asked: Flag = Flag()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What an image's settings say of it."""
+        return self.asked._asdict() | {"network": self.asked.network.name, "image": self.asked.image.name}
+
+    def acts(self, step: int, steps: int) -> bool:
+        """Whether it does at a step, as diffusers' `control_guidance_start` and `_end` have it."""
+        return step / steps >= self.asked.start and (step + 1) / steps <= self.asked.end
+
+
+def read(flag: Flag, network: str, size: tuple[int, int], fit: bool) -> Control:
+    """A Control from a file, scaled and cropped to `size` (width, height) if `fit`; UsageError where it has another size."""
+    image = images.open_image(flag.image)
+    image = images.fit(image, size) if fit else image
+    height, width = image.shape[:2]
+    if (width, height) != size:
+        problem = f"the control image is {width}x{height} and the picture {size[0]}x{size[1]}"
+        raise UsageError(f"{shown(flag.image)}: {problem}; make them equal with -W and -H, or use --fit")
+    return Control(network, image, flag)
+
+
+def residuals(
+    backend: Backend, controls: Sequence[Control], levels: Levels, x: np.ndarray, level: Level, told: Condition
+) -> Condition:
+    """What control networks add to the denoiser at a level, summed; nothing where none acts. Every row is told the image.
+
+    The step of a level that a solver asks for between two is that of the noisier one.
+    """
+    steps, added = len(levels) - 1, dict[str, Any]()
+    step = max(0, sum(each.t >= level.t for each in levels[:-1]) - 1)
+    for control in controls:
+        if control.acts(step, steps):
+            pixels = np.moveaxis(control.image, -1, 0).astype(np.float32) / np.float32(255)
+            given = told | {IMAGE: np.repeat(pixels[None], len(x), axis=0)}
+            for name, array in backend.control(control.network, x, level.t, given).items():
+                array = array * control.asked.strength
+                added[name] = added[name] + array if name in added else array
+    return added
