@@ -28,6 +28,7 @@ GIVEN = ["autoencoder.path=GIVEN", "train.autoencoder.steps=0"]
 TOWERS = of("train.contrastive", image_channels=[8, 16], projection_dim=12)
 ALIGNED = ["diffusion.contrastive_weight=0.05", "train.denoiser.alignment_weight=0.5"]
 OWN = of("diffusion", prediction="sample", loss_weight="v", timestep_density="logit_normal")
+BEFORE = ("autoencoder", "contrastive", "denoiser")
 CALLS = of("train.distill", calls=4, levels=4, solver_steps=2)
 
 LEARNT = {  # the stage that has the steps, and what it learns: every loss, player, codebook, optimizer and start in some row
@@ -36,7 +37,9 @@ LEARNT = {  # the stage that has the steps, and what it learns: every loss, play
     "commitment": ("autoencoder", [*CODES, *of("train.autoencoder", codebook="commitment", optimizer="muon")]),
     "contrastive": ("contrastive", [*GIVEN, *TOWERS]),
     "denoiser": ("denoiser", [*GIVEN, *ALIGNED, *OWN, "train.denoiser.optimizer=muon", "unet.qk_norm=true"]),
-    "distill": ("distill", [*TOWERS, *ALIGNED, *CALLS, *(f"train.{name}.steps=2" for name in [*STAGES][:-1])]),
+    "distill": ("distill", [*TOWERS, *ALIGNED, *CALLS, *(f"train.{name}.steps=2" for name in BEFORE)]),
+    "begun": ("denoiser", ["train.base=GIVEN", "train.learn=attention, attentions.0.norm, text_model.final"]),
+    "lora": ("lora", ["train.base=GIVEN", "train.adapter=lora", "train.lora.rank=4", "train.lora.text_encoder=true"]),
 }
 
 
@@ -69,7 +72,7 @@ def untimed(run_dir: Path) -> list[dict[str, Any]]:
 def digests(run_dir: Path) -> dict[str, str]:
     """SHA-256 of each stage's last weights, averages, moments, buffers and state, and of what is published; the log untimed."""
     last = {path.name.rpartition("-")[0]: path for path in sorted(run_dir.glob("checkpoints/*-*"))}
-    folders = [*last.values(), *(run_dir / name for name in ("model", "autoencoder", "contrastive"))]
+    folders = [*last.values(), *(run_dir / name for name in ("model", "autoencoder", "contrastive", "adapter"))]
     found = sha256(run_dir, (p for f in folders for p in (*f.rglob("*.safetensors"), *f.glob("state.json"))))
     assert len(found) > 6 * len(last) > 0
     return found | {"log": json.dumps(untimed(run_dir))}

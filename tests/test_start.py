@@ -55,7 +55,7 @@ def settings_of(image_folder: Path) -> Callable[..., config.Config]:
     """A function (base, *settings) -> the configuration of a run of a few steps on tiny images."""
 
     def make(base: Path | str, *more: str) -> config.Config:
-        few = [f"train.{stage}.{key}={value}" for stage in ("denoiser",) for key, value in FEW.items()]
+        few = [f"train.{stage}.{key}={value}" for stage in ("denoiser", "lora") for key, value in FEW.items()]
         own = [f"train.base={base}", f"data.path={image_folder}", "data.resolution=16", *QUICK, *few, *more]
         return config.load(None, own, model=start.tables)
 
@@ -233,6 +233,9 @@ def test_another_model_than_the_run_was_begun_with_is_refused(base_of, settings_
         (["train.learn=nothing_like_it"], "train.learn: 'nothing_like_it' is in no parameter's name; there are "),
         (["train.learn=vae."], "is in no parameter's name"),
         (["train.denoiser.steps=0"], "train.denoiser.steps: with 0 nothing learns"),
+        (["train.adapter=lora", "train.learn=attention"], "train.learn: with train.adapter lora nothing of the model"),
+        (["train.adapter=lora", "train.lora.steps=0"], "train.lora.steps: with 0 nothing learns"),
+        (["train.adapter=lore"], "train.adapter: unknown name 'lore' (did you mean 'lora'?)"),
         (["autoencoder.path=general"], "autoencoder.path: a run that begins with a model keeps its autoencoder"),
         (["train.base="], "train.base"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tinydiff.adapters import STYLES
 from tinydiff.networks.contrastive import CONTRASTIVE, Towers
 from tinydiff.schema import key, section
 
@@ -76,6 +77,15 @@ class DistillStage(Stage):
 
 
 @dataclass(frozen=True)
+class LoraStage(Stage):
+    rank: int = key(8, "of each change; none may be above a side of the matrix that it changes", 1, 4096)
+    alpha: float = key(8.0, "a change is multiplied by alpha / rank", 1e-3, 1e5)
+    targets: str = key("to_q, to_k, to_v, to_out.0", "ends of the names of the linear and convolution layers to change")
+    text_encoder: bool = key(False, "change the attention of the text encoders too")
+    style: str = key("diffusers", "whose names the published file has", choices=STYLES)
+
+
+@dataclass(frozen=True)
 class Row:
     """A stage: the table of its settings under [train], where its task is ("package.module:Class"), what its pictures are."""
 
@@ -143,6 +153,21 @@ STAGES: dict[str, Row] = {
         "generated from these captions in few calls, row by row",
         divided=True,
         follows=True,
+    ),
+    "lora": Row(
+        LoraStage,
+        section(
+            LoraStage,
+            "with adapter lora: changes of low rank of the layers of a model",
+            steps=1000,
+            batch_size=16,
+            warmup=20,
+            ema=0.99,
+        ),
+        "tinydiff.training.lora:LoraTask",
+        "generated from these captions with the changes, row by row",
+        divided=True,
+        adapter=True,
     ),
 }
 NONE = "none"

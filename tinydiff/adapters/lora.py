@@ -233,7 +233,17 @@ def write(path: Path, layers: Mapping[str, LowRank], style: str = STYLES[0], for
 
     tensors, metadata = WRITERS[style](layers)
     tensors = {name: np.asarray(array, order="C") for name, array in tensors.items()}
-    write_file(path, save(tensors, {"format": "pt", **metadata}), force=force)
+    write_file(path, ordered(save(tensors, {"format": "pt", **metadata})), force=force)
+
+
+def ordered(data: bytes) -> bytes:
+    """A safetensors file with its metadata in order: the library writes them in another one each time."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    table = json.loads(data[8:end])
+    table["__metadata__"] = dict(sorted(table["__metadata__"].items()))
+    head = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode().ljust(end - 8)
+    assert len(head) == end - 8
+    return data[:8] + head + data[end:]
 
 
 def of_diffusers(layers: Mapping[str, LowRank]) -> tuple[dict[str, np.ndarray], dict[str, str]]:

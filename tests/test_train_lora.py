@@ -1,0 +1,181 @@
+"""Changes of low rank that a run trains: what they compute, that they alone are learnt and saved, and that others read them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from runs import digests, said, sha256
+from tensors import noise
+from test_lora import base as base
+from test_lora import both, pipeline
+from torch import nn
+
+from tinydiff import config, start
+from tinydiff.adapters import lora
+from tinydiff.checkpoints import folder
+from tinydiff.checkpoints.header import header
+from tinydiff.checkpoints.source import Adapter, Source
+from tinydiff.errors import UsageError
+from tinydiff.schema import to_toml
+from tinydiff.training import loop
+from tinydiff.training.lora import Change, LoraTask
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+FILE = Path("adapter") / lora.FILE
+QUICK = ["train.threads=1", "train.precision=fp32", "train.device=cpu", "train.validation_samples=0", "data.held_out=0"]
+FEW = {"steps": 6, "batch_size": 8, "warmup": 1, "lr": 0.02, "save_every": 2, "sample_every": 100, "ema": 0.5}
+ALL = 'train.lora.targets="to_q, to_k, to_v, to_out.0, conv1, conv_shortcut, time_emb_proj, downsamplers.0.conv"'
+
+
+@pytest.fixture(scope="module")
+def settings_of(tiny_model: Path, image_folder: Path) -> Callable[..., config.Config]:
+    """A function of settings -> the configuration of a run of a few steps of changes of a tiny model."""
+
+    def make(*more: str) -> config.Config:
+        few = [f"train.lora.{key}={value}" for key, value in ({"rank": 3, "alpha": 6} | FEW).items()]
+        own = [f"train.base={tiny_model}", "train.adapter=lora", f"data.path={image_folder}", "data.resolution=16"]
+        return config.load(None, [*own, *QUICK, *few, *more], model=start.tables)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def trained(settings_of, tmp_path_factory) -> Callable[..., tuple[Path, LoraTask]]:
+    """A function of settings -> the directory of a run that nothing disturbed, and its task, which has the averaged changes."""
+
+    @cache
+    def make(*more: str) -> tuple[Path, LoraTask]:
+        run_dir, tasks, stage = tmp_path_factory.mktemp("lora") / "run", list[LoraTask](), loop.stage
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "stage", lambda run, task: (tasks.append(task), stage(run, task)))
+            assert loop.run(settings_of(*more), run_dir) == run_dir / "adapter"
+        return run_dir, tasks[0]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Linear(6, 4),
+        nn.Linear(5, 7, bias=False),
+        nn.Conv2d(6, 5, 1),
+        nn.Conv2d(4, 6, 3, padding=1),
+        nn.Conv2d(4, 4, 3, stride=2, padding=1),
+    ],
+)
+def test_a_change_is_that_of_its_layer_s_weight(layer):
+    """By the formula of the paper, W + alpha / rank times up @ down; nothing before the first update."""
+    change = Change(layer, 2, 3.0)
+    x = noise(3, 5, layer.in_features) if isinstance(layer, nn.Linear) else noise(2, layer.in_channels, 6, 6)
+    assert change(x).abs().max() == 0 < change.down.weight.std()
+    nn.init.normal_(change.up.weight)
+    with torch.no_grad():
+        before, added = layer(x), change(x)
+        low = lora.LowRank(change.down.weight.numpy(), change.up.weight.numpy(), 3.0)
+        layer.weight.copy_(torch.from_numpy(low.merged(layer.weight.numpy())))
+        assert torch.allclose(before + added, layer(x), atol=1e-5) and added.std() > 0.1
+
+
+@pytest.mark.parametrize("style", ["diffusers", "kohya"])
+def test_what_is_published_changes_the_model_as_the_run_s_own_network(style, trained, tiny_model):
+    run_dir, task = trained(f"train.lora.style={style}", "train.lora.text_encoder=true", ALL)
+    source, plain = Source(tiny_model, adapters=(Adapter(run_dir / FILE),)), folder.load(Source(tiny_model))
+    source.check()
+    changed, x = folder.load(source), noise(2, 4, 8, 8)
+    ids = torch.from_numpy(task.model.tokenizers["text_encoder"].encode(["a red square", "a blue corner"]))
+    with torch.no_grad():
+        texts = [model.text_encoders["text_encoder"](ids)[0] for model in (task.model, changed, plain)]
+        drawn = [m.denoiser(x, torch.tensor([500.0]), texts[0]) for m in (task.model, changed, plain)]
+    for ours, theirs, without in (texts, drawn):
+        assert (ours - theirs).abs().max() <= 1e-4 * theirs.std() < 1e-2 * (ours - without).std()
+
+
+def test_checkpoints_hold_the_changes_alone(trained, tiny_model):
+    before = sha256(tiny_model, (p for p in tiny_model.rglob("*") if p.is_file()))
+    run_dir, task = trained()
+    stored = header(run_dir / "checkpoints" / "lora-00000006" / "weights.safetensors").tensors
+    assert all(".change.down." in name or ".change.up." in name for name in stored)
+    assert len(stored) == 2 * len(task.layers) == 2 * sum(name.endswith(ENDS) for name in layers_of(tiny_model))
+    size = sum(p.stat().st_size for p in (run_dir / "checkpoints" / "lora-00000006").glob("*.safetensors"))
+    assert size < 0.5 * sum(p.stat().st_size for p in tiny_model.rglob("*.safetensors"))
+    assert sha256(tiny_model, (p for p in tiny_model.rglob("*") if p.is_file())) == before
+    assert not (run_dir / "model").exists() and (run_dir / "samples" / "lora-00000006.png").exists()
+
+
+ENDS = (".to_q", ".to_k", ".to_v", ".to_out.0")
+
+
+def layers_of(path: Path) -> list[str]:
+    return [name.removesuffix(".weight") for name in Source(path).tensors("unet") if name.endswith(".weight")]
+
+
+def test_a_run_killed_again_and_again_ends_in_the_same_bits(trained, settings_of, forker, tmp_path):
+    """At calls spread over all of it, twenty times."""
+    (tmp_path / "c.toml").write_text(to_toml(settings_of()))
+    run_dir, die_at, deaths = tmp_path / "run", 2, 0
+    while (code := forker.run(run_dir, die_at, config_path=tmp_path / "c.toml")) == -9:
+        deaths, die_at = deaths + 1, die_at + (1 if deaths < 20 else 100)
+    assert code == 0 and deaths >= 20, said(run_dir)
+    assert digests(run_dir) == digests(trained()[0])
+
+
+def test_the_same_changes_are_the_same_bytes(tmp_path):
+    changes = {"unet.conv_in": lora.LowRank(noise(2, 4, 1, 1).numpy(), noise(8, 2, 1, 1).numpy(), 2.0)}
+    for i in range(16):
+        lora.write(tmp_path / f"{i}.safetensors", changes)
+    assert len(sha256(tmp_path, tmp_path.iterdir())) == 16 > 1 == len({*sha256(tmp_path, tmp_path.iterdir()).values()})
+
+
+def test_a_finished_run_mends_its_file(trained, settings_of, tmp_path):
+    run_dir = Path(shutil.copytree(trained()[0], tmp_path / "run"))
+    (run_dir / FILE).write_bytes(b"damaged")
+    assert loop.run(settings_of(), run_dir) == run_dir / "adapter"
+    assert digests(run_dir) == digests(trained()[0])
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("style", ["diffusers", "kohya"])
+def test_diffusers_loads_it_and_draws_the_same(style, base, image_folder, tmp_path):
+    own = [f"train.base={base}", "train.adapter=lora", f"data.path={image_folder}", "data.resolution=16", *QUICK]
+    few = [f"train.lora.{key}={value}" for key, value in (FEW | {"rank": 3, "steps": 3, "alpha": 2}).items()]
+    more = [f"train.lora.style={style}", "train.lora.text_encoder=true", "generate.steps=2"]
+    path = loop.run(config.load(None, [*own, *few, *more], model=start.tables), tmp_path / "run")
+    pipe = pipeline(base)
+    plain = both(Source(base), pipe)
+    pipe.load_lora_weights(path)
+    for name, (ours, theirs) in both(Source(base, adapters=(Adapter(path / lora.FILE),)), pipe).items():
+        assert (ours - theirs).abs().max() <= 1e-4 * theirs.std() < 1e-2 * (ours - plain[name][0]).std(), name
+
+
+@pytest.mark.parametrize(
+    ("own", "says"),
+    [
+        (
+            ["train.lora.rank=17"],
+            "train.lora.rank: 17 is above 16, the shorter side of unet.down_blocks.0.attentions.0",
+        ),
+        (["train.lora.targets=to_q, to_z"], "train.lora.targets: 'to_z' ends the name of no layer; there are unet."),
+        (["train.lora.targets= , "], "train.lora.targets: '' ends the name of no layer"),
+        (["train.tensor_parallel=2"], "train.tensor_parallel: only a dit's matrices are shared"),
+    ],
+)
+def test_what_cannot_be_changed_is_refused_before_anything_is_written(own, says, settings_of, tmp_path):
+    with pytest.raises(UsageError) as caught:
+        loop.run(settings_of(*own), tmp_path / "run")
+    assert says in str(caught.value) and len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_ranks_are_another_run(trained, settings_of, tmp_path):
+    run_dir = Path(shutil.copytree(trained()[0], tmp_path / "run"))
+    with pytest.raises(UsageError, match=r"train\.lora\.rank \(3 -> 2\)"):
+        loop.run(settings_of("train.lora.rank=2"), run_dir)
+    state = json.loads((run_dir / "checkpoints" / "lora-00000006" / "state.json").read_text())
+    assert state["task"].keys() >= {"autoencoder", "frozen_text"}
