@@ -11,6 +11,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import socket
 import statistics
 import subprocess
@@ -89,7 +90,8 @@ def made(path: Path, make: Callable[[Path], object]) -> Path:
     with open(f"{path}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
-            make(beside := path.with_name(f"new-{path.name}"))
+            shutil.rmtree(beside := path.with_name(f"new-{path.name}"), ignore_errors=True)  # what was not finished
+            make(beside)
             beside.rename(path)
     return path
 
@@ -271,6 +273,10 @@ def ours(at: Place, kind: str, runtime: str) -> Callable[[dict[str, np.ndarray]]
             if backend.name == "torch" and next(backend.model.denoiser.parameters()).dtype != torch.float16:
                 raise RuntimeError("the denoiser overflows in fp16")
 
+        for _ in range(2):  # on CUDA torch's second call is recorded
+            call()
+        if problem := getattr(getattr(backend, "predict", None), "problem", ""):
+            print(f"batch {len(x)} is not recorded: {problem}")  # in the section's log
         return call
 
     return asked

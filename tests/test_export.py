@@ -344,6 +344,8 @@ def test_operators_of_cuda_give_what_torch_gives(name: str, precision: str, near
     path = bundle(precision, "cuda") / name / "model.onnx"
     proto, model = onnx.load(path), folder.load(Source(model_dir()))
     found, evaluator = Counter(n.op_type for n in proto.graph.node), ReferenceEvaluator(proto, new_ops=OPERATORS)
+    takes, gives = ([value.name for value in each] for each in (proto.graph.input, proto.graph.output))
+    assert (takes, gives) == ([*graphs(model.configs)[name].inputs], [*graphs(model.configs)[name].outputs])
     assert "InstanceNormalization" not in found and (
         name == "text_encoder" or (found["GroupNorm"] and found["SkipGroupNorm"])
     )

@@ -247,6 +247,8 @@ def lay_out(graph: Graph, largest: dict[str, float]) -> None:
             turned = made(graph, node, "Transpose", [made_last], like=result, perm=FIRST)
             same(largest, result, made_last, turned)
             made_last.shape = permuted(result.shape)
+            if result.is_graph_output():
+                turned.name, result.name = result.name, None
             result.replace_all_uses_with(turned, replace_graph_outputs=True)
 
 

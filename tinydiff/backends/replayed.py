@@ -18,7 +18,7 @@ MOST = 8  # recordings of a network: each keeps its memory
 def captured(call: Callable[[], Tensor], pool: Any) -> tuple[Tensor, Callable[[], None], Any]:
     """Where a call's answer is, what computes it again from the same addresses, and the memory that others may share."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads may do what they like
         answer = call()
     return answer, graph.replay, graph.pool()
 
@@ -27,11 +27,11 @@ class Replayed:
     """A network called with tensors; its answer holds until the next call.
 
     For each set of shapes and types the first call is plain, since libraries choose and allocate in it. The second is
-    recorded, and later ones replay it. A call that cannot be recorded stays plain.
+    recorded, and later ones replay it. A call that cannot be recorded stays plain, and `problem` says why.
     """
 
     def __init__(self, network: nn.Module):
-        self.network, self.pool, self.made = network, None, 0
+        self.network, self.pool, self.made, self.problem = network, None, 0, ""
         self.known = dict[object, Callable[..., Tensor]]()
 
     def __call__(self, **inputs: Tensor) -> Tensor:
@@ -47,7 +47,8 @@ class Replayed:
             fixed = {name: x.clone() for name, x in inputs.items()}
             try:
                 answer, replay, self.pool = captured(lambda: self.network(**fixed), self.pool)
-            except RuntimeError:  # it waits for the card, or there is no memory left
+            except RuntimeError as error:  # it waits for the card, or there is no memory left
+                self.problem = str(error)
                 return self.network(**inputs)
             self.made += 1
 
