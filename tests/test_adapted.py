@@ -119,7 +119,7 @@ def test_graphs_without_such_weights_are_refused(files, tmp_path):
     next(each for each in graph.graph.initializer if each.name == key).name = "onnx::MatMul_7"
     path.write_bytes(graph.SerializeToString())
     with pytest.raises(
-        ModelError, match=r"has no weight .* that --lora could change; export the model again with --lora"
+        ModelError, match=r"has no weight .* that --lora or --word could change; export the model again with it"
     ):
         OnnxBackend(Source(tmp_path / "renamed", adapters=changed), "cpu")
 

@@ -123,7 +123,7 @@ def test_stable_diffusion_settings_give_equal_ids(saved, tmp_path, special):
 
 LEARNT = {  # added tokens: their flags that are not the default ones
     "<cat-toy>": {},
-    "<cat-toy>_1": {},  # another one begins like it
+    "<cat-toy>-1": {},  # another one begins like it
     "<Midjourney-Style>": {},  # matched in lower case, as all text
     "<exact>": {"normalized": False},
     "sks": {"single_word": True},
@@ -134,7 +134,7 @@ LEARNT = {  # added tokens: their flags that are not the default ones
 }
 WITH_LEARNT = [
     "a <cat-toy>",
-    "a <cat-toy>_1, <cat-toy>",
+    "a <cat-toy>-1, <cat-toy>",
     "<MIDJOURNEY-style> x",
     "in  <left>  and <right>  a",
     "<exact> <EXACT>",

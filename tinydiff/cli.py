@@ -90,6 +90,9 @@ LoraFiles = Annotated[
         "Change the model by this LoRA, of this strength. May be repeated.", "--lora", metavar="FILE[:X]", parser=name
     ),
 ]
+WordFiles = Annotated[
+    list[Path], flag("Read this learnt word (textual inversion) in prompts. May be repeated.", "--word", parser=path)
+]
 Force = Annotated[bool, flag("Replace what is there.", "--force")]
 ConfigFile = Annotated[
     Path | None, typer.Argument(help="A tinydiff.toml; by default the one here, else the built-in.", parser=path)
@@ -229,6 +232,7 @@ def generate(
     lora_dir: Annotated[
         Path | None, flag("Where <lora:NAME:X> of the prompt is looked for, as NAME.safetensors.", parser=path)
     ] = None,
+    word: WordFiles = [],  # noqa: B006
     control: Annotated[
         list[str],
         flag(
@@ -261,7 +265,7 @@ def generate(
     processes.own_device()
     adapters, controls = flags.adapters(lora, lora_dir, prompt, to or ""), flags.controls(control)
     prompt, to = flags.plain(prompt, lora_dir), to and flags.plain(to, lora_dir)
-    parts = {"vae": vae, "prediction": prediction, "adapters": adapters, "anew": verify}
+    parts = {"vae": vae, "prediction": prediction, "adapters": adapters, "words": tuple(word), "anew": verify}
     parts |= {"controls": flags.networks(controls)}
     opened = opening(model, backend, device, precision, compiled, **parts)
     from tinydiff import drawing, reading  # imported while the graphs are being opened
@@ -275,6 +279,7 @@ def generate(
         raise UsageError("--frames: there is no way to go; give --to PROMPT or --seed-path 1,2")
     reel = moving and "%" not in output and not output.endswith("/") and not os.path.isdir(output)
     sink = drawing.Reel(output, force) if reel else drawing.Sink(output, force, many=prompt == "-" or count > 1)
+    flags.say_unused(opened, prompt, negative, to or "")
     prompts = reading.read_prompts(prompt)
     request, size = flags.complete(opened, given)
     request, edit = flags.edited(opened, request, given)
@@ -282,7 +287,7 @@ def generate(
     jobs = flags.way(given) if moving else drawing.jobs(prompts, seed, count)
     mistakes = drawing.Mistakes()
     for drawn in drawing.draw(opened, jobs, negative, request, size, edit, mistakes, told):
-        drawn = replace(drawn, settings=drawn.settings | flags.named(adapters))
+        drawn = replace(drawn, settings=drawn.settings | flags.named(adapters, word))
         path = sink.write(drawn, None if no_metadata else drawn.settings)
         say_image(path, drawn, as_json)
     sink.close()
@@ -347,6 +352,7 @@ def export(
         ),
     ] = "any",
     lora: LoraFiles = [],  # noqa: B006
+    word: WordFiles = [],  # noqa: B006
     vae: Vae = None,
     prediction: Predicts = None,
     control: Annotated[
@@ -378,7 +384,7 @@ def export(
             print(text, file=sys.stderr)
 
     def write() -> list[dict[str, Any]]:
-        parts = {"vae": vae, "prediction": prediction, "adapters": flags.adapters(lora)}
+        parts = {"vae": vae, "prediction": prediction, "adapters": flags.adapters(lora), "words": tuple(word)}
         source = look_up(model, **parts, controls=tuple(dict.fromkeys(control)), anew=True)
         with undisturbed(source.stamps):
             source.check()

@@ -171,9 +171,19 @@ def plain(prompt: str, folder: Path | None) -> str:
     return LORA.sub(" ", prompt) if folder else prompt
 
 
-def named(adapters: Sequence[Adapter]) -> dict[str, Any]:
-    """What an image's settings say of adapters."""
-    return {"lora": [f"{each.path.name}:{each.strength:g}" for each in adapters]} if adapters else {}
+def named(adapters: Sequence[Adapter], words: Sequence[Path]) -> dict[str, Any]:
+    """What an image's settings say of adapters and learnt words."""
+    told = {"lora": [f"{each.path.name}:{each.strength:g}" for each in adapters], "word": [path.name for path in words]}
+    return {key: names for key, names in told.items() if names}
+
+
+def say_unused(opened: Backend, prompt: str, *others: str) -> None:
+    """Say which learnt words no prompt of the command line has."""
+    said = " ".join((prompt, *others)).lower()
+    words = getattr(next(iter(opened.tokenizers.values())), "learnt", ())
+    for word in words if prompt != "-" else ():
+        if word.lower() not in said:
+            note(f"no prompt says {shown(word)}, which was learnt; --word changes nothing without it")
 
 
 def controls(text: list[str]) -> tuple[control.Flag, ...]:

@@ -131,7 +131,7 @@ class Reader:
                 reads = f"the model reads {first.max_length} tokens at a time"
                 self.once(text, f"{reads}; read in parts, from here on: {shown(rest)!r}")
         for what, text in foreign(f"{prompt} {toward or ''}") if first.max_length > 1 else ():
-            if text[0] != "<" or len(first.spans(text)[0]) > 1:  # one token is a word that the model has learnt
+            if text[0] != "<" or len({*first.spans(text)[1]}) > 1:  # one place is a word that the model has learnt
                 self.once(what, f"{shown(text)!r} is read as plain words: {what} in other programs, not here")
         return branches
 

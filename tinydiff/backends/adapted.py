@@ -32,22 +32,33 @@ class Adapted:
         """What its weights depend on, besides the bundle; nothing where they are the bundle's own."""
         return self.source.mark(self.name, digest)
 
+    def put(self, options: ort.SessionOptions) -> None:
+        """Have a session take its weights."""
+        grown = {key for key, value in self.values.items() if tuple(value.shape()) != self.known[key][1]}
+        same = {key: value for key, value in self.values.items() if key not in grown}
+        if same:
+            options.add_external_initializers([*same], [*same.values()])
+        for (
+            key
+        ) in grown:  # a table that rows are looked up in: of another size, and so put in once the graph is rewritten
+            options.add_initializer(key, self.values[key])
+
+    @cached_property
+    def known(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """The graph's own weights: onnx's number of their type, and their shape."""
+        return weights(self.source.path / self.name / "model.onnx")
+
     @cached_property
     def values(self) -> dict[str, ort.OrtValue]:
         """By name, each weight of the graph that is another one. ModelError where the graph has no such weight."""
-        path = self.source.path / self.name / "model.onnx"
-        changed = self.source.changed(self.name)
-        known, values = weights(path) if changed else {}, dict[str, ort.OrtValue]()
-        files = {
-            key: file
-            for file in map(self.source.header, self.source.files(self.name) if changed else [])
-            for key in file.tensors
-        }
+        changed, values = self.source.changed(self.name), dict[str, ort.OrtValue]()
+        headers = [self.source.header(path) for path in self.source.files(self.name)] if changed else []
+        stored = {key: file for file in headers for key in file.tensors}
         for key in changed:
-            dtype, shape = known.get(key, (0, ()))
-            if dtype not in TYPES or shape != files[key].tensors[key].shape:
-                problem = f"has no weight {shown(key)} that --lora could change"
-                raise ModelError(f"{shown(path)}: {problem}; export the model again with --lora")
-            merged = self.source.merged(self.name, key, files[key].array(key))
+            dtype, shape = self.known.get(key, (0, ()))
+            if dtype not in TYPES or shape != stored[key].tensors[key].shape:
+                problem = f"has no weight {shown(key)} that --lora or --word could change"
+                raise ModelError(f"{shown(self.source.path / self.name)}: {problem}; export the model again with it")
+            merged = self.source.merged(self.name, key, stored[key].array(key))
             values[key] = ort.OrtValue.ortvalue_from_numpy(merged.astype(TYPES[dtype]))
         return values

@@ -59,7 +59,9 @@ class OnnxBackend:
         try:
             self.denoiser, self.graphs = source.denoiser, graphs_of(source)
             self.adapted = {
-                name: Adapted(source, name) for name in self.graphs if source.loras and name not in source.controlled
+                name: Adapted(source, name)
+                for name in self.graphs
+                if (source.loras or source.learnt) and name not in source.controlled
             }
             if not control.in_graphs(source):
                 fix = "export the model with --control, or use --backend torch"

@@ -58,9 +58,7 @@ def open_session(
         return session
     metadata = check(path)
     check_device(path, metadata, device)
-    create = partial(
-        created, path, level(bundle, name, device, metadata), metadata, weights=adapted.values if adapted else {}
-    )
+    create = partial(created, path, level(bundle, name, device, metadata), metadata, adapted=adapted)
     with contextlib.ExitStack() as stack:
         session = optimised.saved(place, create, stack) if place else None
         if device == "cuda" and "timestep" in graph.inputs:  # which is called again and again
@@ -80,11 +78,11 @@ def created(
     device: str = "cpu",
     save: Path | None = None,
     recorded: bool = False,
-    weights: Mapping[str, ort.OrtValue] = MappingProxyType({}),
+    adapted: Adapted | None = None,
 ) -> ort.InferenceSession:
     """A session of a graph, written to the folder `save` as onnxruntime rewrites it; on CUDA its calls are `recorded`.
 
-    `weights`: those that are not the file's, by name.
+    `adapted`: as of `open_session`.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 4
@@ -95,8 +93,8 @@ def created(
     if save:
         options.optimized_model_filepath = str(save / "model.onnx")
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
-    if weights:
-        options.add_external_initializers(list(weights), list(weights.values()))
+    if adapted:
+        adapted.put(options)
     if metadata.get("tinydiff.precision") == "int8":
         options.add_session_config_entry("session.disable_quant_qdq", "1")  # weights are dequantised once, at opening
     providers: dict[str, list[Any]] = {

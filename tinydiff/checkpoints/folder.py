@@ -147,7 +147,7 @@ def write_description(
     """Every file of a model folder that is no network's; those that the folder `source` has are copied from there."""
     for name, tokenizer in tokenizers.items():
         place = tokenizer_folder(name)
-        if source and (source / place).is_dir():
+        if source and (source / place).is_dir() and not getattr(tokenizer, "learnt", ()):
             shutil.copytree(source / place, folder / place, copy_function=shutil.copyfile)
         elif name != LABELS:
             tokenizer.save(folder / place)

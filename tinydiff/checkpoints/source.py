@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinydiff.adapters import lora
+from tinydiff.adapters import lora, words
 from tinydiff.adapters.lora import Lora
+from tinydiff.adapters.words import Word
 from tinydiff.checkpoints import agreement, control, dit, weights
 from tinydiff.checkpoints.description import Description, describe
 from tinydiff.checkpoints.header import Header, header
@@ -79,7 +80,7 @@ class Source:
     shards: dict[str, list[Path]] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        paths = (self.path, self.vae, *(each.path for each in self.adapters), *self.controlled.values())
+        paths = (self.path, self.vae, *(each.path for each in self.adapters), *self.words, *self.controlled.values())
         object.__setattr__(self, "stamps", {path: stamp(path) for path in paths if path})
 
     def header(self, path: Path) -> Header:
@@ -149,8 +150,6 @@ class Source:
 
     def found(self) -> Configs:
         """The JSON files as they are."""
-        if self.words:
-            raise ModelError(f"{shown(self.path)}: learnt words are not supported yet")
         theirs = next((name for name, ours in PREDICTION_TYPES.items() if ours == self.prediction), None)
         if self.file and not self.published:
             from tinydiff.checkpoints import single_file
@@ -176,7 +175,23 @@ class Source:
             problem = "a DiT alone, without an autoencoder; give the file of one with --vae"
             raise ModelError(f"{shown(self.path)}: {problem}")
         refuse(agreement.of_networks(self.partial, self.place))
-        return self.partial
+        grown = {name: {"vocab_size": rows + len(self.added(name))} for name, (rows, _) in self.tables.items()}
+        return self.partial | {name: self.partial[name] | size for name, size in grown.items()}
+
+    @cached_property
+    def tables(self) -> dict[str, tuple[int, ...]]:
+        """How many vectors of words each text encoder has itself, and their width, where words are added to them."""
+        named = {name: each.vectors for name, each in text_encoders(self.partial).items() if each.vectors}
+        return {name: self.shapes(name)[vectors] for name, vectors in named.items()} if self.words else {}
+
+    @cached_property
+    def learnt(self) -> tuple[Word, ...]:
+        """The words of `words`. ModelError for a file that holds none, or one of another model."""
+        return tuple(words.opened(path, self.tables, self.header) for path in self.words)
+
+    def added(self, name: str) -> list[np.ndarray]:
+        """The vectors of learnt words, one a token."""
+        return [row for word in self.learnt for row in word.vectors[name]]
 
     def of_folder(self) -> Configs:
         path = self.path
@@ -227,7 +242,15 @@ class Source:
             if name in self.partial:
                 folder = shown(self.path / tokenizer_folder(name)) if not self.file else "its tokenizer"
                 refuse(agreement.of_tokenizer(tokenizer, self.partial[name], self.place(name), folder))
-        return tokenizers
+        return tokenizers | {name: self.taught(tokenizers[name], rows) for name, (rows, _) in self.tables.items()}
+
+    def taught(self, tokenizer: Any, rows: int) -> Any:
+        """A tokenizer that knows the learnt words, whose vectors come after the encoder's own."""
+        try:
+            return tokenizer.taught({word.text: word.tokens for word in self.learnt}, rows)
+        except ValueError as error:
+            problem = f"{shown(error)} is a word of the model already; rename it, or its file"
+            raise ModelError(f"{', '.join(shown(path) for path in self.words)}: {problem}") from None
 
     def tokenizer(self, name: str, encoder: TextEncoder) -> Any:
         if encoder.labels:
@@ -298,20 +321,25 @@ class Source:
     def changed(self, name: str) -> set[str]:
         """The weights of a network that adapters change."""
         layers = {layer for each in self.loras for layer in each.places if layer.startswith(f"{name}.")}
-        return {f"{layer.removeprefix(f'{name}.')}.weight" for layer in layers}
+        grown = {self.vectors(name)} if name in self.tables else set()
+        return {f"{layer.removeprefix(f'{name}.')}.weight" for layer in layers} | grown
+
+    def vectors(self, name: str) -> str:
+        """A text encoder's tensor of vectors of words."""
+        return text_encoders(self.partial)[name].vectors
 
     def mark(self, name: str, digest: Callable[[Path], str]) -> list[Any]:
-        """What the changes of a network depend on: SHA-256 of files, and strengths."""
+        """What the changes of a network depend on: SHA-256 of files, and strengths. Those of words are not kept."""
         pairs = zip(self.loras, self.adapters, strict=True)
         return [[digest(a.path), a.strength] for each, a in pairs if any(k.startswith(f"{name}.") for k in each.places)]
 
     def merged(self, name: str, weight: str, stored: np.ndarray) -> np.ndarray:
-        """A weight of a network after the adapters' changes, one after the other: float32."""
+        """A weight of a network after the adapters' changes, one after the other, with the vectors of learnt words: float32."""
         layer, whole = f"{name}.{weight.removesuffix('.weight')}", stored.astype(np.float32)
         for each, adapter in zip(self.loras, self.adapters, strict=True):
             if layer in each.places:
                 whole = each.layer(layer).merged(whole, adapter.strength)
-        return whole
+        return np.stack([*whole, *self.added(name)]) if name in self.tables and weight == self.vectors(name) else whole
 
     def shapes(self, name: str) -> Mapping[str, tuple[int, ...]]:
         """The shapes of a network's tensors under our names, by headers alone."""
@@ -361,7 +389,8 @@ class Source:
         """Refuse, before torch is imported, all that can be told from JSON files and headers."""
         tables, shapes = dict[str, Table](), dict[str, dict[str, tuple[int, ...]]]()
         _ = self.loras
-        for name, table in networks(self.configs).items():
+        _ = self.configs
+        for name, table in networks(self.partial).items():
             try:
                 tables[name] = network_of(name, table).read(table)
                 shapes[name] = network_of(name, table).shapes(tables[name])

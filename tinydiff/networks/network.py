@@ -320,6 +320,7 @@ class TextEncoder(Network):
         outputs = {HIDDEN: Array((*tokens, width)), POOLED: Array(("batch", width))}
         return {folder: Graph("forward", {"input_ids": Array(tokens, "tokens")}, outputs)}
 
+    vectors = ""  # its tensor with a row for each token, where words can be added to it
     frozen = False  # whether its weights are taken as they are from a folder, `given`
 
     def given(self, cfg: Config) -> Path | None:

@@ -90,6 +90,7 @@ def undivided(table: Table) -> Iterator[str]:
 
 class ClipNetwork(Network):
     single_file = True
+    vectors = "text_model.embeddings.token_embedding.weight"
     name, kind, title = "text_encoder", "clip", "CLIP"
     longest = "tinydiff.text.tokenizer:CLIP_LENGTH"
     module = "tinydiff.models.text_encoder:TextEncoder"

@@ -7,9 +7,11 @@ words. Every byte is a symbol, so no text is unknown. Prompt syntax (weights, AN
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -38,15 +40,21 @@ class SubwordTokenizer:
     eos: int
     pad: int
     bos: int | None = None
+    runs: Mapping[int, Sequence[int]] = MappingProxyType(
+        {}
+    )  # a learnt word of several vectors: its id -> all of its ids
+    learnt: tuple[str, ...] = ()  # words that its folder does not have
 
     def ids(self, text: str) -> list[int]:
         """The ids of `text`, without BOS, EOS, padding or limit."""
-        return self._encoding(text).ids
+        return self.spans(text)[0]
 
     def spans(self, text: str) -> tuple[list[int], list[int]]:
         """`ids` of `text`, and the index of each one's first character."""
         encoding = self._encoding(text)
-        return encoding.ids, [start for start, _ in encoding.offsets]
+        pairs = zip(encoding.ids, encoding.offsets, strict=True)
+        found = [(each, start) for index, (start, _) in pairs for each in self.runs.get(index, (index,))]
+        return [index for index, _ in found], [start for _, start in found]
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """(B, max_length) int64: BOS if there is one, as many ids as fit, EOS, padding."""
@@ -94,6 +102,20 @@ class Tokenizer(SubwordTokenizer):
         self._backend = _backend(models.BPE(ids, self.merges, end_of_word_suffix=END_OF_WORD, unk_token=EOS))
         self._backend.add_special_tokens(list(special.values()))
         self._backend.add_tokens(list(self.added.values()))
+        self.special = special
+        names = {token.content: index for index, token in self.added.items()}
+        self.runs = {index: run for text, index in names.items() if len(run := _run(text, names)) > 1}
+
+    def taught(self, words: Mapping[str, Sequence[str]], first: int) -> Tokenizer:
+        """The same with further words, each of several tokens, whose ids begin at `first`. ValueError for one that it has."""
+        tokens = [token for run in words.values() for token in run]
+        names = {*self.vocab, *(token.content for token in self.added.values())}
+        if known := [token for token in tokens if token in names or tokens.count(token) > 1]:
+            raise ValueError(known[0])
+        added = {first + i: AddedToken(token, normalized=True) for i, token in enumerate(tokens)}
+        tokenizer = Tokenizer(self.vocab, self.merges, self.max_length, self.special, self.added | added)
+        tokenizer.learnt = tuple(words)
+        return tokenizer
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
@@ -157,6 +179,12 @@ class Tokenizer(SubwordTokenizer):
         _write(folder / "merges.txt", "\n".join(merges))
         _write(folder / "tokenizer_config.json", json.dumps(config, indent=2))
         _write(folder / "special_tokens_map.json", json.dumps(special, indent=2))
+
+
+def _run(text: str, ids: Mapping[str, int]) -> list[int]:
+    """The ids of a token and of those that diffusers numbers after it: `<cat>`, `<cat>_1`, `<cat>_2`, ..."""
+    later = itertools.takewhile(ids.__contains__, (f"{text}_{i}" for i in itertools.count(1)))
+    return [ids[text], *(ids[name] for name in later)]
 
 
 def byte_symbols() -> list[str]:
