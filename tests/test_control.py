@@ -17,18 +17,26 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensors import equal, noise, randomise, same
 
-from tinydiff import cli, control, export, images
+from tinydiff import cli, config, control, export, images, start
 from tinydiff.backends import open_backend
 from tinydiff.checkpoints import folder, single_file
 from tinydiff.checkpoints.source import Source
+from tinydiff.data import makers
+from tinydiff.data.dataset import Images, open_source
 from tinydiff.diffusion import noise as keyed
 from tinydiff.errors import DataError, ModelError, UsageError, UserError
 from tinydiff.models.unet import UNet
 from tinydiff.networks import CONTROL, DENOISERS
+from tinydiff.networks.control import IMAGE
 from tinydiff.networks.network import pick
 from tinydiff.networks.unet import UNet as Settings
 from tinydiff.networks.unet import residuals
 from tinydiff.pipeline import Request, generate
+from tinydiff.training import loop
+from tinydiff.training.control import ControlTask
+from tinydiff.training.run import Run
+from tinydiff.training.runtime import Runtime
+from tinydiff.training.start import opened
 
 PROMPT, NEGATIVE = "Two blue circles, on a dark-green field!", "blurry, low quality"
 
@@ -339,6 +347,170 @@ def test_a_picture_of_a_batch_is_the_one_that_its_seed_gives_alone(plain, networ
     many = generate(backend, ["a red circle", "a blue square AND red"], [3, 4], request, controls=told)
     alone = generate(backend, ["a blue square AND red"], [4], request, controls=told)
     assert (np.abs(many[1].astype(int) - alone[0]) <= 1).all()
+
+
+# ---- training ---------------------------------------------------------------------------------------------------------
+
+
+FEW = {"steps": 6, "batch_size": 4, "warmup": 1, "lr": 3e-3, "ema": 0.5, "save_every": 3, "sample_every": 6}
+
+
+def settings(base: Path, data: Path, *more: str) -> config.Config:
+    own = [f"train.control.{key}={value}" for key, value in FEW.items()]
+    own += ["train.threads=1", "train.precision=fp32", "train.device=cpu", "data.resolution=16"]
+    given = [f"train.base={base}", "train.adapter=control", f"data.path={data}", *own, *more]
+    return config.load(None, given, model=start.tables)
+
+
+def files(folder_: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder_.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="session")
+def trained(plain, image_folder, tmp_path_factory) -> Path:
+    """A run of a few steps from `plain`, which is written to by nothing."""
+    before, run_dir = files(plain), tmp_path_factory.mktemp("trained") / "run"
+    assert loop.run(settings(plain, image_folder), run_dir) == run_dir / "controlnet"
+    assert files(plain) == before
+    return run_dir
+
+
+def test_a_run_publishes_what_is_drawn_with(trained, plain, image_folder, tmp_path, monkeypatch):
+    checkpoint = load_file(trained / "checkpoints" / "control-00000006" / "weights.safetensors")
+    assert checkpoint and all(name.startswith("control.control.") for name in checkpoint)  # and nothing of the model
+    source = Source(plain, controls=(trained,))
+    source.check()
+    own, base = source.tensors("controlnet"), source.tensors("unet")
+    assert any(own[name].any() for name in own if name.startswith("controlnet_down_blocks"))
+    assert not torch.equal(own["conv_in.weight"], base["conv_in.weight"])
+    assert (own["conv_in.weight"] - base["conv_in.weight"]).abs().max() < 0.1  # it began as the model's
+    monkeypatch.chdir(tmp_path)
+    command(
+        "generate",
+        "red",
+        "-m",
+        plain,
+        "-s",
+        1,
+        "--steps",
+        2,
+        "--fit",
+        "--control",
+        f"{trained}:edges={image_folder / 'red-square.png'}",
+    )
+    assert images.read_settings(Path("out.png"))["control"][0]["image"] == "red-square.png"
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")
+@torch.inference_mode()
+def test_diffusers_opens_what_a_run_publishes(trained, plain):
+    from diffusers import ControlNetModel
+
+    theirs = ControlNetModel.from_pretrained(trained / "controlnet")
+    ours = folder.load(Source(plain, controls=(trained,))).networks["controlnet"]
+    given = noise(1, 4, 8, 8), torch.tensor(300.0), noise(1, 5, 16), noise(1, 3, 16, 16)
+    for one, other in zip(ours(*given), (*(answer := theirs(*given, return_dict=False))[0], answer[1]), strict=True):
+        same(one, other)
+
+
+def test_a_run_that_lost_its_end_ends_in_the_same_bits(trained, plain, image_folder, tmp_path):
+    again = Path(shutil.copytree(trained, tmp_path / "run"))
+    shutil.rmtree(again / "checkpoints" / "control-00000006")
+    shutil.rmtree(again / "controlnet")
+    loop.run(settings(plain, image_folder), again)
+    ends = [load_file(run / "controlnet" / CONTROL.file) for run in (trained, again)]
+    assert equal(*ends)
+
+
+@torch.no_grad()
+def test_before_the_first_update_the_loss_is_that_of_the_model(plain, image_folder, tmp_path):
+    cfg = settings(plain, image_folder)
+    with Runtime(cfg) as runtime:
+        run = Run(runtime, tmp_path)
+        run.data, run.model = Images(open_source(cfg.data), cfg.data), opened(Source(plain), cfg)
+        task = ControlTask(run)
+        batch = task.batch(0, range(4))
+        alone = {name: array for name, array in batch["condition"].items() if name != IMAGE}
+        wanted = task.model.denoiser(batch["sample"], batch["timestep"], **alone)
+        assert torch.allclose(task.answer("control", batch)[0], wanted, atol=1e-6)
+        learns = [name for name, p in task.players["control"].module.named_parameters() if p.requires_grad]
+        assert learns == [f"control.{name}" for name, _ in task.network.named_parameters()]
+        pixels = (batch["condition"][IMAGE] * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+        assert np.array_equal(pixels.numpy(), [makers.edges(run.data[int(i)]) for i in task.order(0)[:4]])
+
+
+def test_images_that_a_table_names_control(plain, image_folder, tmp_path):
+    """In their pictures' size, mirrored with them; all are named, or the first that is not is."""
+    folder_ = Path(shutil.copytree(image_folder, tmp_path / "data", ignore=shutil.ignore_patterns("*.txt")))
+    (folder_ / "told").mkdir()
+    rows = []
+    for i, path in enumerate(sorted(folder_.glob("*.png"))):
+        Image.new("RGB", (16, 20), (i, 0, 0)).save(folder_ / "told" / path.name)
+        rows.append({"image": path.name, "text": "a shape", "conditioning_image": f"told/{path.name}"})
+    table = folder_ / "metadata.jsonl"
+    table.write_text("\n".join(map(json.dumps, rows)))
+    more = ("train.control.condition=images", "data.flip=true")
+    assert not Images(open_source(config.Data(str(folder_))), config.Data(str(folder_))).source.skipped
+    with Runtime(cfg := settings(plain, folder_, *more)) as runtime:
+        run = Run(runtime, tmp_path)
+        run.data, run.model = Images(open_source(cfg.data), cfg.data), opened(Source(plain), cfg)
+        task = ControlTask(run)
+        chosen, told = task.order(0)[:4], task.batch(0, range(4))["condition"][IMAGE]
+        assert told.shape == (4, 3, 16, 16)
+        assert torch.equal((told[:, 0, 8, 8] * 255).round().int(), torch.from_numpy(chosen % 12).int())
+        table.write_text(
+            "\n".join(json.dumps(row | ({"conditioning_image": None} if i == 5 else {})) for i, row in enumerate(rows))
+        )
+        run.data = Images(open_source(cfg.data), cfg.data)
+        with pytest.raises(
+            DataError, match=r"green-stripe.png: no image is to control it; name one in a column condit"
+        ):
+            ControlTask(run)
+
+
+def test_only_a_unet_is_controlled(plain, image_folder):
+    with pytest.raises(UsageError, match="train.adapter: of a model to begin with, and there is none"):
+        config.load(None, ["train.adapter=control", f"data.path={image_folder}"])
+    cfg = settings(plain, image_folder)
+    wrong = list(config.conflicts(replace(cfg, denoiser=replace(cfg.denoiser, kind="dit"))))
+    assert any("train.adapter: control is for U-Nets" in problem for problem in wrong)
+
+
+# ---- what is made of a picture ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_edges_are_those_of_canny(seed):
+    """Against scikit-image on a grey picture, within a pixel: its derivative is Sobel's of a blurred picture."""
+    from skimage.feature import canny
+
+    grey = np.kron(np.random.default_rng(seed).integers(0, 256, (6, 6)), np.ones((12, 12)))
+    grey[:40, :40] = np.hypot(*np.indices((40, 40))) * 3  # and a slope, which has no edge
+    pixels = np.repeat(np.rint(grey).clip(0, 255).astype(np.uint8)[..., None], 3, -1)
+    ours = makers.edges(pixels)
+    step = 8 / (makers.SIGMA * (2 * np.pi) ** 0.5)  # its gradient of a blurred step from 0 to 1
+    theirs = canny(pixels[..., 0] / 255, makers.SIGMA, makers.LOW * step, makers.HIGH * step)
+    assert {*ours.flat} == {0, 255} and 0.02 < theirs.mean() < 0.3
+    found = ours[..., 0] > 0
+    assert (makers.grown(found) & theirs).sum() > 0.9 * theirs.sum()
+    assert (makers.grown(theirs) & found).sum() > 0.9 * found.sum()
+
+
+def test_an_edge_between_colours_of_one_brightness_is_found():
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[:, :8], pixels[:, 8:] = (200, 0, 0), (0, 102, 0)
+    assert abs(int(makers.luminance(pixels)[0, 0, 0]) - int(makers.luminance(pixels)[0, 15, 0])) <= 1
+    edge = makers.edges(pixels)[..., 0]
+    assert (edge > 0).any(axis=1).all() and not edge[:, :5].any() and not edge[:, 11:].any()
+
+
+def test_colours_are_means_of_squares():
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 32, 3), np.uint8)
+    means = pixels.reshape(3, 16, 2, 16, 3).mean(axis=(1, 3))
+    assert np.abs(makers.colour(pixels).astype(int) - np.kron(means, np.ones((16, 16, 1)))).max() <= 1
+    assert makers.colour(pixels[:5, :7]).shape == (5, 7, 3)
+    assert np.array_equal(makers.luminance(pixels)[..., 0], np.rint(pixels @ [0.299, 0.587, 0.114]))
 
 
 # ---- what is refused --------------------------------------------------------------------------------------------------

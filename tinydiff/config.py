@@ -24,7 +24,7 @@ from tinydiff.networks.contrastive import NETWORK as CONTRASTIVE
 from tinydiff.networks.text import TextEncoder
 from tinydiff.networks.unet import UNet
 from tinydiff.schema import build, extended, key, merge, read_toml, section, set_key, to_dict
-from tinydiff.stages import ADAPTERS, NONE, STAGES, Stage, trained
+from tinydiff.stages import ADAPTERS, CONTROL, NONE, STAGES, Stage, trained
 from tinydiff.system import shown
 
 Say = Callable[[str], object]
@@ -292,6 +292,8 @@ def _of_start(config: Config) -> Iterator[str]:
         yield "autoencoder.path: a run that begins with a model keeps its autoencoder; leave it out"
     if train.adapter != NONE and train.learn != Train.learn:
         yield f"train.learn: with train.adapter {train.adapter} nothing of the model learns; leave it out"
+    if train.adapter == CONTROL and not config.denoiser_network.controlled:
+        yield f"train.adapter: {CONTROL} is for U-Nets, and the model of train.base has none; begin with another model"
     if train.adapter != NONE and train.tensor_parallel > 1:
         yield f"train.tensor_parallel: matrices that {train.adapter} changes are not shared; set 1"
     if not trained(train):

@@ -14,6 +14,7 @@ import numpy as np
 
 from tinydiff import images
 from tinydiff.condition import Condition
+from tinydiff.data.makers import MAKERS
 from tinydiff.diffusion.schedules import Level, Levels
 from tinydiff.errors import UsageError
 from tinydiff.files import shown
@@ -72,13 +73,25 @@ class Control:
 
 def read(flag: Flag, network: str, size: tuple[int, int], fit: bool) -> Control:
     """A Control from a file, scaled and cropped to `size` (width, height) if `fit`; UsageError where it has another size."""
-    image = images.open_image(flag.image)
+    maker, path = made(flag.image)
+    image = images.open_image(path)
     image = images.fit(image, size) if fit else image
     height, width = image.shape[:2]
     if (width, height) != size:
         problem = f"the control image is {width}x{height} and the picture {size[0]}x{size[1]}"
         raise UsageError(f"{shown(flag.image)}: {problem}; make them equal with -W and -H, or use --fit")
-    return Control(network, image, flag)
+    return Control(network, MAKERS[maker](image) if maker else image, flag)
+
+
+def made(image: Path) -> tuple[str, Path]:
+    """The maker of a control image, "" for none, and the file that it is made of: of edges=photo.png."""
+    maker, _, rest = str(image).partition("=")
+    return (maker, Path(rest)) if maker in MAKERS and rest else ("", image)
+
+
+def as_condition(images: np.ndarray) -> np.ndarray:
+    """uint8 (B, H, W, 3) as control networks are told it: float32 (B, 3, H, W) in [0, 1]."""
+    return np.moveaxis(images, -1, 1).astype(np.float32) / np.float32(255)
 
 
 def residuals(
@@ -92,8 +105,7 @@ def residuals(
     step = max(0, sum(each.t >= level.t for each in levels[:-1]) - 1)
     for control in controls:
         if control.acts(step, steps):
-            pixels = np.moveaxis(control.image, -1, 0).astype(np.float32) / np.float32(255)
-            given = told | {IMAGE: np.repeat(pixels[None], len(x), axis=0)}
+            given = told | {IMAGE: np.repeat(as_condition(control.image[None]), len(x), axis=0)}
             for name, array in backend.control(control.network, x, level.t, given).items():
                 array = array * control.asked.strength
                 added[name] = added[name] + array if name in added else array

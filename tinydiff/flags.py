@@ -192,8 +192,9 @@ def controls(text: list[str]) -> tuple[control.Flag, ...]:
 
     flags = tuple(map(control.parse, text))
     for flag in flags:
-        if not flag.image.exists():
-            raise DataError(f"{shown(flag.image)}: no such image; {control.WANTED}")
+        _, path = control.made(flag.image)
+        if not path.exists():
+            raise DataError(f"{shown(path)}: no such image; {control.WANTED}")
     return flags
 
 

@@ -10,6 +10,8 @@ from tinydiff.networks.contrastive import CONTRASTIVE, Towers
 from tinydiff.schema import key, section
 
 OPTIMIZERS = ("adamw", "muon")
+CONTROL = "control"
+MADE, GIVEN = ("edges", "colour", "luminance"), "images"  # conditions that control a picture
 FEATURES = "the network of these features: a name, a file, or files joined by commas; empty is efficientnet-lite0"
 
 
@@ -83,6 +85,15 @@ class LoraStage(Stage):
     targets: str = key("to_q, to_k, to_v, to_out.0", "ends of the names of the linear and convolution layers to change")
     text_encoder: bool = key(False, "change the attention of the text encoders too")
     style: str = key("diffusers", "whose names the published file has", choices=STYLES)
+
+
+@dataclass(frozen=True)
+class ControlStage(Stage):
+    condition: str = key(
+        "edges",
+        "what a picture is controlled by: made of it, or the images that its table names",
+        choices=(*MADE, GIVEN),
+    )
 
 
 @dataclass(frozen=True)
@@ -167,6 +178,21 @@ STAGES: dict[str, Row] = {
         "tinydiff.training.lora:LoraTask",
         "generated from these captions with the changes, row by row",
         divided=True,
+        adapter=True,
+    ),
+    CONTROL: Row(
+        ControlStage,
+        section(
+            ControlStage,
+            "with adapter control: a network that has the model of train.base follow an image",
+            batch_size=16,
+            lr=2e-4,
+            warmup=20,
+            ema=0.99,
+        ),
+        "tinydiff.training.control:ControlTask",
+        "control images above, what is drawn with them below",
+        ("control images", "drawn"),
         adapter=True,
     ),
 }

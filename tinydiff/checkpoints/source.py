@@ -126,8 +126,10 @@ class Source:
     def partial(self) -> Configs:
         """`configs`, which may lack an autoencoder: published DiTs come without. Each is valid by itself."""
         configs = self.found()
+        denoiser = denoiser_in(configs)
+        steered = network_of(denoiser, configs[denoiser]).controlled  # type: ignore[attr-defined]
         for name, path in self.controlled.items():
-            configs[name] = control.table(path, self.header, configs.get("unet"))
+            configs[name] = control.table(path, self.header, configs[denoiser] if steered else None)
         configs["model_index"] = control.indexed(configs["model_index"], len(self.controls))
         graphs = not self.file and any(self.path.glob("*/model.onnx"))  # of which a table need not say everything
         for name, table in networks(configs).items():

@@ -212,6 +212,21 @@ class Images:
                 self.cache[base] = image
         return image if i == base else image[:, ::-1]
 
+    def check_controlled(self) -> None:
+        """Raise DataError for the first image without one that is to control it."""
+        named = getattr(self.source, "controlled", lambda i: False)
+        alone = next((i for i in range(len(self.source)) if not named(i)), None)
+        if alone is not None:
+            fix = "name one in a column conditioning_image of metadata.jsonl, or set another train.control.condition"
+            raise DataError(f"{shown(self.source.identity(alone))}: no image is to control it; {fix}")
+
+    def control(self, i: int) -> np.ndarray:
+        """The image that is to control image i, in its size: uint8 (h, w, 3)."""
+        source: Any = self.source
+        base = i % len(source)
+        image = images.fit(source.control(base), self.sizes[int(self.bucket[base])])
+        return image if i == base else image[:, ::-1]
+
     def batch(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """uint8 (B, h, w, 3) for indices of one bucket. An unreadable image is replaced by the next one of its bucket.
 

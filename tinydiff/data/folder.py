@@ -50,6 +50,15 @@ class FolderSource:
         path, entry = self.path / self._entries[i].name, self._entries[i]
         return decoded(path, self.background, entry.digest)[0]
 
+    def controlled(self, i: int) -> bool:
+        """Whether a table names an image that is to control image i."""
+        return bool(self._entries[i].control)
+
+    def control(self, i: int) -> np.ndarray:
+        """That image, uint8 (H, W, 3) in its own size."""
+        name, digest = self._entries[i].control
+        return decoded(self.path / name, self.background, digest)[0]
+
     def captions(self, i: int) -> list[str]:
         """At least one caption; the first is the main one."""
         return list(self._entries[i].captions)
@@ -74,7 +83,8 @@ class FolderSource:
         """SHA-256 (hex) of names, file contents, captions, weights and the background."""
         total = hashlib.sha256(json.dumps(["folder 1", self.background]).encode())
         for entry in self._entries:
-            total.update(json.dumps([entry.name, entry.digest, entry.captions, entry.weight]).encode())
+            told = [entry.name, entry.digest, entry.captions, entry.weight, *filter(None, [entry.control])]
+            total.update(json.dumps(told).encode())
         return total.hexdigest()
 
     def report(self) -> str:
@@ -92,7 +102,8 @@ class FolderSource:
         path = self.path / entry.name
         try:
             image, digest = decoded(path, self.background)
-            return entry._replace(digest=digest, size=(image.shape[1], image.shape[0]))
+            control = entry.control and (*entry.control, decoded(self.path / entry.control[0], self.background)[1])
+            return entry._replace(digest=digest, size=(image.shape[1], image.shape[0]), control=control)
         except DataError as error:
             reason = str(error).removeprefix(f"{shown(path)}: ").split("; ")[0]
         except OSError as error:

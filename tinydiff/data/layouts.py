@@ -30,7 +30,7 @@ from tinydiff.data.captions import (
     weight_of,
 )
 from tinydiff.data.listing import IMAGES, Skips, kind, stem, summary
-from tinydiff.data.tables import NUMBERED, TABLES, Names, Row, file_of, names_images, rows, slashed
+from tinydiff.data.tables import CONTROL_KEYS, NUMBERED, TABLES, Names, Row, file_of, names_images, rows, slashed
 from tinydiff.errors import DataError
 from tinydiff.system import shown
 
@@ -53,13 +53,17 @@ BESIDE = 1000  # files beside the folder that are looked at
 
 
 class Entry(NamedTuple):
-    """An image; `digest`, the SHA-256 of its file, and `size`, (width, height), are known once it is decoded."""
+    """An image; `digest`, the SHA-256 of its file, and `size`, (width, height), are known once it is decoded.
+
+    `control`: the image that is to control it, with its digest, where a table names one.
+    """
 
     name: str
     captions: tuple[str, ...]
     weight: float = 1.0
     digest: str = ""
     size: tuple[int, int] = (0, 0)
+    control: tuple[str, ...] = ()
 
 
 Found = tuple[list[Entry], str]  # images with captions, and where these are from
@@ -151,8 +155,9 @@ def _from_table(root: Path, table: str, known: Names, skips: Skips) -> list[Entr
             skips.bad.append((f"{shown(table)}:{number}", str(error)))
     if not number:
         raise DataError(f"{shown(root / table)} is empty; write a row with file_name and text for each image")
+    used = {*entries, *(entry.control[0] for entry in entries.values() if entry.control)}
     for name in sorted(known.all):
-        if kind(name) in IMAGES and name not in entries:
+        if kind(name) in IMAGES and name not in used:
             skips.note(name, f"not used by {table}")
     return list(entries.values())
 
@@ -163,11 +168,18 @@ def _entry(row: Row, known: Names, folder: str) -> tuple[str, Entry]:
         raise ValueError(row)
     if not (file := file_of(row)):
         raise ValueError("no file_name")
-    if not (name := known.find(file, folder)) or kind(name) not in IMAGES:
-        raise ValueError(f"no such file in the folder: {shown(file)}")
+    name, steered = _image(file, known, folder), file_of(row, CONTROL_KEYS)
+    control = (_image(steered, known, folder),) if steered else ()
     if not (texts := texts_of(row)):
         raise ValueError(no_caption(row))
-    return slashed(NUMBERED.sub("", file)), Entry(name, tuple(clean_captions(texts)), weight_of(row))
+    return slashed(NUMBERED.sub("", file)), Entry(name, tuple(clean_captions(texts)), weight_of(row), control=control)
+
+
+def _image(file: str, known: Names, folder: str) -> str:
+    """The image that a table calls so. Raises ValueError if there is none."""
+    if not (name := known.find(file, folder)) or kind(name) not in IMAGES:
+        raise ValueError(f"no such file in the folder: {shown(file)}")
+    return name
 
 
 # ---- caption files ---------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
 MAX_LINE = 2**20
 MAX_JSON = 256 * 2**20
 SEPARATORS = ",;\t|"
+CONTROL_KEYS = ("conditioning_image", "conditioning_image_file_name", "control_image")  # as diffusers' and datasets'
 NUMBERED = re.compile(r"(?<=.)#\d$")  # after a file's name, for several captions of it, as Flickr has them
 LOOKED_AT = 100  # rows, to see whether a table is one of captions
 
@@ -72,10 +73,10 @@ def _lenient(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def file_of(row: dict[str, Any]) -> str | None:
-    """What a row calls its file, which may be the path in an object."""
+def file_of(row: dict[str, Any], keys: Sequence[str] = FILE_KEYS) -> str | None:
+    """What a row calls its file, or another one of these keys; it may be the path in an object."""
     row = tidy(row)
-    values = (row[key] for key in FILE_KEYS if key in row)
+    values = (row[key] for key in keys if key in row)
     return next(
         (v for value in values if (v := file_of(value) if isinstance(value, dict) else value) and isinstance(v, str)),
         None,

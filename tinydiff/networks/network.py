@@ -235,6 +235,7 @@ class Denoiser(Network):
     reads: tuple[str, ...] = ("clip", "t5", "bert")  # kinds of text encoders that go with it
     pipelines: ClassVar[dict[str, str]] = {}  # kind of text encoder -> the pipeline of diffusers for both
     no_form = "diffusers has no such denoiser"  # why none does with the other kinds
+    controlled = False  # whether a control network goes with it
 
     def describe(self, cfg: Config, widths: Mapping[str, int]) -> dict[str, Any]:
         """The table of the network that a configuration asks for; `widths`: the size of a vector of each text output."""

@@ -83,7 +83,7 @@ def residuals(settings: UNet) -> dict[str, Array]:
 
 
 class UNetNetwork(Denoiser):
-    single_file = True
+    single_file = controlled = True
     name = folder = "unet"
     doc = "the U-Net, where denoiser.kind is unet"
     settings = UNet
