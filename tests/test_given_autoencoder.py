@@ -12,6 +12,7 @@ import pytest
 import torch
 from runs import sha256
 from safetensors.torch import load_file, save_file
+from tensors import equal
 
 from tinydiff import config, evaluate, images
 from tinydiff.checkpoints import folder
@@ -64,6 +65,33 @@ def test_a_missing_one_is_named_before_anything_is_built(tiny_config: config.Con
     assert load(tmp_path / "c.toml") == cfg  # whoever only reads the configuration needs no autoencoder
     with pytest.raises(ModelError, match="holds no autoencoder"):
         folder.build(cfg, Tokenizer.train(["a"], 514, 8))
+
+
+@pytest.mark.parametrize("kind", ["clip", "open_clip"])
+def test_that_of_a_single_file_is_taken(kind: str, tiny_sd, tiny_sd_files, tmp_path: Path) -> None:
+    """Of a whole Stable Diffusion, or of a file that has nothing else."""
+    whole, prefix = load_file(tiny_sd_files[kind]), "first_stage_model."
+    alone = {k.removeprefix(prefix): v for k, v in whole.items() if k.startswith(prefix)}
+    save_file(alone, tmp_path / "vae.safetensors")
+    for path in (tiny_sd_files[kind], tmp_path / "vae.safetensors"):
+        cfg = load(None, [f"autoencoder.path={path}", "data.resolution=32"])
+        assert list(cfg.autoencoder.block_out_channels) == list(tiny_sd[kind].configs["vae"]["block_out_channels"])
+        tensors = folder.build(cfg, Tokenizer.train(["a"], 514, 8)).vae.state_dict()
+        assert equal(tensors, tiny_sd[kind].parts["vae"])
+
+
+def test_a_file_without_one_is_refused(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(2)}, tmp_path / "x.safetensors")
+    with pytest.raises(ModelError, match=r"x\.safetensors: has no "):
+        load(None, [f"autoencoder.path={tmp_path / 'x.safetensors'}"])
+
+
+@pytest.mark.parametrize("name", ["AutoencoderKLFlux2", "AutoencoderTiny"])
+def test_one_of_another_class_is_refused_by_name(name: str, tiny_model: Path, tmp_path: Path) -> None:
+    table = json.loads((tiny_model / "vae" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(table | {"_class_name": name}))
+    with pytest.raises(ModelError, match=f"_class_name is '{name}', and only AutoencoderKL and VQModel are supported"):
+        load(None, [f"autoencoder.path={tmp_path}"])
 
 
 def test_one_that_cannot_be_ours_is_refused(tiny_model: Path, tmp_path: Path) -> None:

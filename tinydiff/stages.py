@@ -83,7 +83,7 @@ class LoraStage(Stage):
     rank: int = key(8, "of each change; none may be above a side of the matrix that it changes", 1, 4096)
     alpha: float = key(8.0, "a change is multiplied by alpha / rank", 1e-3, 1e5)
     targets: str = key("to_q, to_k, to_v, to_out.0", "ends of the names of the linear and convolution layers to change")
-    text_encoder: bool = key(False, "change the attention of the text encoders too")
+    text_encoder: bool = key(False, "change the text encoders too, their attention and perceptrons")
     style: str = key("diffusers", "whose names the published file has", choices=STYLES)
 
 

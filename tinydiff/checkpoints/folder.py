@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tinydiff import config
-from tinydiff.checkpoints import control, new, weights
+from tinydiff.checkpoints import control, new, single_file, weights
 from tinydiff.checkpoints.description import Description, describe
+from tinydiff.checkpoints.header import header
 from tinydiff.checkpoints.source import Configs, Source
 from tinydiff.errors import ModelError
 from tinydiff.files import MANIFEST, committed, shown
@@ -191,8 +192,13 @@ def load(source: Source, dtype: torch.dtype | None = torch.float32) -> Model:
 
 
 def opened(network: Network, table: Table, path: Path, learns: bool = False) -> nn.Module:
-    """The network of a table with the weights of a folder, copied from its files where it `learns`. Raises ModelError."""
-    tensors = network.renamed(weights.tensors(weights.files(path)))
+    """The network of a table with the weights of a folder, or of the autoencoder in a file, copied from there where it
+    `learns`. Raises ModelError."""
+    if path.is_file():
+        file = header(path)
+        tensors = single_file.tensors(file, single_file.required(file, VAE))
+    else:
+        tensors = network.renamed(weights.tensors(weights.files(path)))
     tensors = {name: tensor.clone() for name, tensor in tensors.items()} if learns else tensors
     return filled(network, table, tensors, path).requires_grad_(learns)
 

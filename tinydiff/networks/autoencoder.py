@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from tinydiff.errors import ModelError
 from tinydiff.files import read_json, shipped, shown
-from tinydiff.networks.network import Array, Graph, Network, Table, pick
-from tinydiff.schema import Key, key
+from tinydiff.networks.network import Array, Graph, Network, Table, imported, pick
+from tinydiff.schema import Key, brief, key
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +54,9 @@ class Autoencoder:
     mid_block_add_attention: bool = key(False, "self-attention at the lowest resolution")
     kind: str = key("kl", "latents near a standard normal (kl), or one of a codebook's each (vq)", choices=AUTOENCODERS)
     num_vq_embeddings: int = key(256, "vq: vectors of the codebook", 2, 2**16)
-    path: str = key("", "begin with this one, which then says these keys: a folder, or the shipped 'general'")
+    path: str = key(
+        "", "begin with this one, which then says these keys: a folder, a .safetensors file, or the shipped 'general'"
+    )
 
     @property
     def factor(self) -> int:
@@ -110,25 +112,32 @@ class AutoencoderNetwork(Network):
         return {"_class_name": self.library[1]} | kinds | own | shape | {"scaling_factor": 1.0}
 
     def given(self, cfg: Config) -> Path | None:
-        """The folder that `autoencoder.path` names, None where the autoencoder is a new one. Raises ModelError."""
+        """The folder or file that `autoencoder.path` names, None where the autoencoder is a new one. Raises ModelError."""
         if not (path := cfg.autoencoder.path):
             return None
         start = shipped("autoencoder") if path == GENERAL else Path(path)
+        if start.is_file():
+            return start
         for place in PLACES:
             if (start / place / "config.json").is_file():
                 return start / place
-        raise ModelError(f"{shown(path)}: holds no autoencoder; autoencoder.path names a model, a run, or {GENERAL!r}")
+        raise ModelError(
+            f"{shown(path)}: holds no autoencoder; autoencoder.path names a model, a run, a file, or {GENERAL!r}"
+        )
 
     def completed(self, cfg: Config) -> Autoencoder:
-        """The settings as the given autoencoder has them, as far as its folder is there. Raises ModelError."""
+        """The settings as the given autoencoder has them, as far as it is there. Raises ModelError."""
         if not (path := cfg.autoencoder.path):
             return cfg.autoencoder
         try:
-            folder = self.given(cfg)
+            place = self.given(cfg)
         except ModelError:  # whoever only reads a configuration needs no autoencoder
             return cfg.autoencoder
         try:
-            row = autoencoder_of(table := read_json(folder / "config.json"))  # type: ignore[operator]
+            row = autoencoder_of(table := table_of(place))  # type: ignore[arg-type]
+            if table.get("_class_name") not in (None, row.library[1]):
+                known = " and ".join(each.library[1] for each in AUTOENCODERS.values())
+                raise ValueError(f"_class_name is {brief(table['_class_name'])}, and only {known} are supported")
             return replace(pick(Autoencoder, row.read(table)), path=path, kind=row.kind)
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{shown(path)}: unsupported or incomplete config.json: {shown(error)}") from None
@@ -179,6 +188,14 @@ class VQNetwork(AutoencoderNetwork):
 
 
 AUTOENCODERS |= {"kl": AutoencoderNetwork(), "vq": VQNetwork()}
+
+
+def table_of(place: Path) -> Table:
+    """The `config.json` of an autoencoder in a folder; of one in a single file, what its tensors say. Raises ModelError."""
+    if place.is_dir():
+        return read_json(place / "config.json")
+    read = imported("tinydiff.checkpoints.single_file:autoencoder")  # which imports this module
+    return read(imported("tinydiff.checkpoints.header:header")(place))
 
 
 def autoencoder_of(table: Table) -> AutoencoderNetwork:

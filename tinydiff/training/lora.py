@@ -20,7 +20,7 @@ from tinydiff.training.denoiser import DenoiserTask
 from tinydiff.training.run import Run
 from tinydiff.training.state import Blocks
 
-TEXT = "q_proj, k_proj, v_proj, out_proj"  # of text encoders
+TEXT = "q_proj, k_proj, v_proj, out_proj, fc1, fc2"  # of text encoders
 SHOWN = 3  # names of layers in a message
 
 
