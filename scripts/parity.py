@@ -1,6 +1,8 @@
 """Print how far tinydiff is from diffusers and transformers on networks of full size with random weights.
 
-    python scripts/parity.py [sd15] [sd21] [dit-xl] [--folder DIR]       minutes, 8 GB of memory, 5 GB of disk each
+    python scripts/parity.py [sd15] [sd21] [sdxl] [dit-xl] [--folder DIR]       minutes, 8 GB of memory, 5 GB of disk each
+
+Stable Diffusion XL takes 16 GB of memory and 14 GB of disk.
 
 Networks: the largest difference of one call, in standard deviations of the output, float32 on the CPU. Images: the share of
 pixels within one grey level of diffusers' pipeline after 20 steps at 128x128 from the same latents, guidance 7.5.
@@ -30,6 +32,19 @@ UNETS: dict[str, dict[str, Any]] = {
         "use_linear_projection": True,
         "sample_size": 96,
     },
+    "sdxl": {
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+        "sample_size": 128,
+    },
 }
 TEXTS: dict[str, dict[str, Any]] = {
     "sd15": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
@@ -41,6 +56,9 @@ TEXTS: dict[str, dict[str, Any]] = {
         "hidden_act": "gelu",
     },
 }
+TEXTS["sdxl"] = TEXTS["sd15"]
+SECOND = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+SECOND |= {"hidden_act": "gelu", "projection_dim": 1280, "eos_token_id": 49407}
 SCHEDULER = {  # of the published folders, without what only their own sampler reads
     "_class_name": "PNDMScheduler",
     "beta_schedule": "scaled_linear",
@@ -58,7 +76,7 @@ SAMPLERS = ("DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "DPMSolv
 def build(kind: str, folder: Path, narrow: dict[str, Any] | None = None, dtype: torch.dtype = torch.float32) -> None:
     """A diffusers folder with random weights: of full size, or with a denoiser as `narrow` has it and parts to match."""
     from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(0)
     dit = kind == "dit-xl"
@@ -81,7 +99,11 @@ def build(kind: str, folder: Path, narrow: dict[str, Any] | None = None, dtype: 
         CLIPTextModel(text).to(dtype).save_pretrained(folder / "text_encoder")
         from tinydiff.checkpoints import single_file
 
-        single_file.tokenizer("clip" if kind == "sd15" else "open_clip").save(folder / "tokenizer")
+        single_file.tokenizer("open_clip" if kind == "sd21" else "clip").save(folder / "tokenizer")
+        if kind == "sdxl":
+            second = CLIPTextConfig(vocab_size=49408, **SECOND)
+            CLIPTextModelWithProjection(second).to(dtype).save_pretrained(folder / "text_encoder_2")
+            single_file.tokenizer("open_clip").save(folder / "tokenizer_2")
     levels = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     widths, side = ((32, 32, 32, 32), 64) if narrow else ((128, 256, 512, 512), 512)
     vae = AutoencoderKL(**levels, block_out_channels=widths, layers_per_block=2, sample_size=side)
@@ -102,6 +124,12 @@ def describe_pipeline(kind: str, folder: Path) -> None:
         index |= {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
         index |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
         index |= {"feature_extractor": [None, None], "safety_checker": [None, None]}
+    if kind == "sdxl":
+        scheduler |= {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
+        index |= {"_class_name": "StableDiffusionXLPipeline", "scheduler": ["diffusers", "EulerDiscreteScheduler"]}
+        index |= {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}
+        index |= {"tokenizer_2": ["transformers", "CLIPTokenizer"], "force_zeros_for_empty_prompt": True}
+        del index["safety_checker"]
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     (folder / "model_index.json").write_text(json.dumps(index))
 
@@ -115,7 +143,7 @@ def difference(ours: np.ndarray, theirs: torch.Tensor) -> float:
 @torch.inference_mode()
 def networks(kind: str, folder: Path) -> Iterator[tuple[str, float]]:
     """(network, largest difference of one call in standard deviations of its output)."""
-    from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel
+    from diffusers import AutoencoderKL, DiTTransformer2DModel, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel
 
     from tinydiff.backends import open_backend
@@ -129,14 +157,23 @@ def networks(kind: str, folder: Path) -> Iterator[tuple[str, float]]:
         wanted = theirs(torch.tensor(x), timestep=torch.tensor([601, 601]), class_labels=torch.tensor(ids[:, 0])).sample
         yield "DiT", difference(backend.denoise(x, 601.0, backend.encode_text({"labels": ids})), wanted[:, :4])
     else:
-        ids = backend.tokenizers["text_encoder"].encode(PROMPTS)
-        told = backend.encode_text({"text_encoder": ids})
+        ids = {name: tokenizer.encode(PROMPTS) for name, tokenizer in backend.tokenizers.items()}
+        told, added = backend.encode_text(ids), {}
         context = told["encoder_hidden_states"]
-        text = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()
-        yield "text encoder", difference(context, text(torch.tensor(ids)).last_hidden_state)
+        if kind == "sdxl":
+            pipe: Any = StableDiffusionXLPipeline.from_pretrained(folder, unet=None, vae=None)
+            tokens, _, pooled, _ = pipe.encode_prompt(PROMPTS, device="cpu", do_classifier_free_guidance=False)
+            yield "text encoders", max(difference(context, tokens), difference(told["text_embeds"], pooled))
+            told["time_ids"] = np.array([[1024, 768, 3, 5, 256, 256], [256, 256, 0, 0, 256, 256]], np.float32)
+            added = {"added_cond_kwargs": {k: torch.tensor(told[k]) for k in ("text_embeds", "time_ids")}}
+            del pipe
+        else:
+            text = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()
+            yield "text encoder", difference(context, text(torch.tensor(ids["text_encoder"])).last_hidden_state)
+        ours = backend.denoise(x, 601.0, told)
         theirs = UNet2DConditionModel.from_pretrained(folder / "unet").eval()
-        wanted = theirs(torch.tensor(x), torch.tensor(601.0), torch.tensor(context)).sample
-        yield "U-Net", difference(backend.denoise(x, 601.0, told), wanted)
+        wanted = theirs(torch.tensor(x), torch.tensor(601.0), torch.tensor(context), **added).sample
+        yield "U-Net", difference(ours, wanted)
     del theirs
     vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
     pixels = (rng.random((1, 3, 256, 256)) * 2 - 1).astype(np.float32)
@@ -155,11 +192,11 @@ def images(kind: str, folder: Path) -> Iterator[tuple[str, float]]:
 
     path = folder / "scheduler" / "scheduler_config.json"
     said = json.loads(path.read_text())
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     for name in SAMPLERS:
-        if kind == "sd21" and name == "PNDMScheduler":
-            continue  # diffusers mixes v of different levels there; ours mixes noise, as the paper does
+        if kind in ("sd21", "sdxl") and name == "PNDMScheduler":
+            continue  # of 2.1 diffusers mixes v of different levels there, ours noise, as the paper does; nobody draws XL so
         getattr(diffusers, name).from_config(said).save_pretrained(folder / "scheduler")
         pipe.scheduler = getattr(diffusers, name).from_pretrained(folder / "scheduler")
         backend = open_backend(Source(folder), "torch", "cpu")
@@ -173,7 +210,12 @@ def images(kind: str, folder: Path) -> Iterator[tuple[str, float]]:
     path.write_text(json.dumps(said))
 
 
-KINDS: dict[str, str] = {"sd15": "Stable Diffusion 1.5", "sd21": "Stable Diffusion 2.1", "dit-xl": "DiT-XL/2"}
+KINDS: dict[str, str] = {
+    "sd15": "Stable Diffusion 1.5",
+    "sd21": "Stable Diffusion 2.1",
+    "sdxl": "Stable Diffusion XL",
+    "dit-xl": "DiT-XL/2",
+}
 
 
 def main() -> None:

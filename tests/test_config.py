@@ -60,7 +60,7 @@ def leaf(kind: type, meta) -> st.SearchStrategy:
         return st.sampled_from(tuple(meta["choices"]))
     low, high = meta["low"], meta["high"]
     ranges = {int: lambda: st.integers(low, high), float: lambda: st.floats(low, high, allow_infinity=False)}
-    return {**ranges, bool: st.booleans, str: st.text}[kind]()
+    return {**ranges, bool: st.booleans, str: st.text}[int if kind == int | tuple[int, ...] else kind]()
 
 
 def error_of(text: str | bytes, tmp_path: Path, overrides: list[str] | None = None) -> str:

@@ -223,7 +223,7 @@ def test_sampler_and_spacing_survive_the_file(tiny_config, name, spacing):
         ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, "euler", "karras"),
         ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}, "dpmpp_2m", "linspace"),
         ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, "euler", "linspace"),
-        ("TCDScheduler", {}, "lcm", "leading"),
+        ("TCDScheduler", {}, "tcd", "leading"),
         (None, {}, "dpmpp_2m", "linspace"),
     ],
 )

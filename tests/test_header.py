@@ -124,7 +124,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "a textual inversion": ("emb_params", "string_to_param"),
     "Flux": ("double_blocks.0.img_attn.qkv.weight",),
     "Stable Diffusion 3": ("model.diffusion_model.joint_blocks.0.context_block.attn.qkv.weight",),
-    "Stable Diffusion XL": ("conditioner.embedders.1.model.ln_final.weight", "clip_l"),
+    "Stable Diffusion XL": ("clip_l",),
     "an upscaler": ("body.0.rdb1.conv1.weight", "model.1.sub.0.RDB1.conv1.0.weight"),
     "one network of a diffusers folder": (
         "down_blocks.0.resnets.0.conv1.weight",

@@ -205,14 +205,14 @@ UNET_KEYS: dict[str, list[Any]] = {
     "norm_num_groups": [16, 8, "-", None],
     "norm_eps": [1e-5, "-", 1e-6],
     "cross_attention_dim": [(32, 32), [48, 48], 48, "-", (32, 48)],
-    "transformer_layers_per_block": [2, (1, 1), [2, 2], "-", (2, 1)],
+    "transformer_layers_per_block": [2, (1, 1), [2, 2], (2, 1), (1, 2), "-", [[1, 1], [1, 1]]],
     "reverse_transformer_layers_per_block": [[1, 1], "-", [2, 1], [[1, 1], [1, 1]]],
     "attention_head_dim": [4, (4, 8), [8, 8], 1],
     "num_attention_heads": ["-", 8],
     "dual_cross_attention": [False, "-", True],
     "use_linear_projection": [True, False],
     "class_embed_type": [None, "-", "timestep", "identity"],
-    "addition_embed_type": [None, "-", "text_time"],
+    "addition_embed_type": [None, "-", "text_time", "text", "image"],
     "num_class_embeds": ["-", 10],
     "encoder_hid_dim": ["-", 24],
     "encoder_hid_dim_type": ["-", "text_proj"],
@@ -224,7 +224,7 @@ UNET_KEYS: dict[str, list[Any]] = {
     "time_embedding_dim": [128, "-", 64],
     "time_embedding_act_fn": [None, "-", "silu", "gelu"],
     "timestep_post_act": ["-", "silu"],
-    "time_cond_proj_dim": ["-", 16],
+    "time_cond_proj_dim": [None, 16],
     "conv_in_kernel": [3, "-", 1],
     "conv_out_kernel": [3, "-", 5],
     "attention_type": ["default", "-", "gated"],
@@ -345,8 +345,8 @@ def test_no_key_of_diffusers_classes_is_unknown():
 
 def test_another_network_is_told_from_a_wrong_one():
     with pytest.raises(OtherNetwork):
-        ROWS["unet"].read({"transformer_layers_per_block": [1, 2, 10, 1]})
-    ROWS["unet"].valid({"transformer_layers_per_block": [1, 2, 10, 1]})  # which a bundle of graphs may have
+        ROWS["unet"].read({"layers_per_block": [1, 2, 3, 1]})
+    ROWS["unet"].valid({"layers_per_block": [1, 2, 3, 1]})  # which a bundle of graphs may have
 
 
 @pytest.mark.parametrize("name", ["text_encoder", "transformer"])

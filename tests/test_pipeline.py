@@ -33,7 +33,7 @@ def near(a, b):
     return np.abs(a.astype(int) - b.astype(int)).max() <= 1
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS.keys() - {"tcd"}))  # which ends on the cleanest training level
 def test_image_is_the_guided_answer_over_the_scaling_factor(sampler):
     images = generate(Fake(), ["1234567", "1"], [0, 1], replace(REQUEST, sampler=sampler), ["12", "12"])
     assert images.shape == (2, 8, 8, 3) and images.dtype == np.uint8

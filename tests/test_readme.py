@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_xl
 from interpreters import ENV, ROOT
 from PIL import Image
 
@@ -149,6 +150,23 @@ def test_use_your_stable_diffusion_weights(home: Path) -> None:
     assert folder.std() > 10 and np.abs(folder - file).max() <= 3  # random networks amplify the last bit
     assert np.abs(folder - half).mean() < 3  # and the rounding of weights to half precision
     assert (home / "sd15-folder" / "unet" / "diffusion_pytorch_model.safetensors").exists()
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")
+def test_use_stable_diffusion_xl(home: Path) -> None:
+    """On a narrow one with random weights."""
+    from tinydiff.checkpoints import convert
+    from tinydiff.checkpoints.source import Source
+
+    tiny_xl.written(tiny_xl.networks(), home / "xl").rename(home / "sdxl")
+    convert.to_single_file(Source(home / "sdxl"), home / "sdxl.safetensors")
+    *before, draw = block("sdxl").strip().splitlines()
+    assert "graph=text_encoder_2 max" in run(home, "\n".join(before))
+    without_torch(home, draw)
+    xl, skip, few, half = (pixels(home / f"{name}.png") for name in ("xl", "skip", "few", "xl-bundle"))
+    assert xl.std() > 10 and all((xl != other).any() for other in (skip, few))
+    assert np.abs(xl - half).mean() < 3  # the rounding of weights to half precision
 
 
 @pytest.mark.peers

@@ -18,7 +18,7 @@ from tinydiff.diffusion.schedules import CLEAN, SCHEDULES, SPACINGS, Level, Leve
 MEAN, STD = np.array([0.7, -1.5]), np.array([0.4, 2.0])
 
 
-STOCHASTIC = ["ddpm", "euler_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde", "dpmpp_sde", "lcm"]
+STOCHASTIC = ["ddpm", "euler_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde", "dpmpp_sde", "lcm", "tcd"]
 
 
 DETERMINISTIC = sorted(set(SAMPLERS) - set(STOCHASTIC))
@@ -144,7 +144,7 @@ def test_runge_kutta_solves_a_gaussian():
         np.testing.assert_allclose(runge_kutta(gaussian_x0, x, path), exact, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", sorted(set(STOCHASTIC) - {"lcm"}))
+@pytest.mark.parametrize("name", sorted(set(STOCHASTIC) - {"lcm", "tcd"}))
 @pytest.mark.parametrize("path", PATHS)
 def test_stochastic_samplers_draw_from_the_distribution(name, path):
     """Mean and covariance of 20,000 draws, within four standard errors and the bias that falls with the steps."""
@@ -340,6 +340,7 @@ THEIRS = {  # our name -> diffusers' class and the settings that make it that sa
     "deis": ("DEISMultistepScheduler", {"solver_order": 3}),
     "unipc": ("UniPCMultistepScheduler", {}),
     "lcm": ("LCMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
+    "tcd": ("TCDScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
 }
 
 

@@ -205,9 +205,9 @@ def test_inspect_shows_and_refuses(tiny_model, tmp_path):
     for name in ("manifest.json", "tinydiff.toml"):
         (path / name).unlink()
     file = path / "scheduler" / "scheduler_config.json"
-    file.write_text(json.dumps(NOISE | {"_class_name": "TCDScheduler"}))
+    file.write_text(json.dumps(NOISE | {"_class_name": "SASolverScheduler"}))
     told = inspect(str(path))
-    assert any("drawn by lcm instead" in note for note in told["notes"])
+    assert any("drawn by dpmpp_2m_sde instead" in note for note in told["notes"])
     assert told["schedule"] == "scaled_linear"
     file.write_text(json.dumps(NOISE | {"num_train_timesteps": 10**400}))
     with pytest.raises(ModelError, match="num_train_timesteps") as caught:

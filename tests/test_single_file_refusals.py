@@ -27,8 +27,6 @@ UNET_NAME = "model.diffusion_model.input_blocks.0.0.weight"
 @pytest.mark.parametrize(
     ("shapes", "what"),
     [
-        ({"conditioner.embedders.1.model.ln_final.weight": (1280,)}, "Stable Diffusion XL"),
-        ({UNET_NAME: (1,), "model.diffusion_model.label_emb.0.0.weight": (1280, 2816)}, "Stable Diffusion XL"),
         ({"model.diffusion_model.label_emb.0.0.weight": (1536, 2560)}, "the Stable Diffusion XL refiner"),
         (
             {"model.diffusion_model.label_emb.0.0.weight": (1280, 2048), "embedder.x": (1,)},

@@ -515,12 +515,6 @@ def odd(path: Path) -> Path:
     return path.parent / "odd.safetensors"
 
 
-def xl(path: Path) -> Path:
-    names = ("conditioner.embedders.1.model.ln_final.weight", "model.diffusion_model.input_blocks.0.0.weight")
-    save_file({name: torch.ones(1) for name in names}, path.parent / "xl.safetensors")
-    return path.parent / "xl.safetensors"
-
-
 def pickled(name: str) -> Callable[[Path], Path]:
     def make(path: Path) -> Path:
         (path.parent / name).write_bytes(PICKLE)
@@ -546,9 +540,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "single pickle": (pickled("a.safetensors"), "a.safetensors: a pickle"),
     "ckpt": (pickled("a.ckpt"), "a.ckpt: a pickle"),
     "only bin": (only_bin, "diffusion_pytorch_model.bin: a pickle"),
-    "xl folder": (named("StableDiffusionXLPipeline"), "this is Stable Diffusion XL (StableDiffusionXLPipeline); give"),
     "flux folder": (named("FluxPipeline"), "this is Flux (FluxPipeline); give"),
-    "xl file": (xl, "this is Stable Diffusion XL; give"),
     "unknown file": (odd, ", ".join(f"layer.{i:02}" for i in range(10)) + ";"),
     "class_embed_type": (
         lambda path: edit(path / "unet" / "config.json", class_embed_type="timestep"),

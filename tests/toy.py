@@ -41,7 +41,11 @@ class ToyNetwork(Denoiser):
 
     def conditions(self, table: dict[str, Any]) -> dict[str, Array]:
         own = {"text_embeds": Array(("batch", table["pooled_dim"]), of=POOLED)}
-        return super().conditions(table) | own | {"sizes": Array(("batch", 2), of=lambda h, w: [h / 16, w / 16])}
+        return (
+            super().conditions(table)
+            | own
+            | {"sizes": Array(("batch", 2), of=lambda told: [told.height / 16, told.width / 16])}
+        )
 
     def describe(self, cfg: Any, widths: Any) -> dict[str, Any]:
         dims = {"cross_attention_dim": widths[HIDDEN], "pooled_dim": widths[POOLED]}

@@ -20,7 +20,7 @@ import typer
 
 from tinydiff import __version__, flags, processes
 from tinydiff.diffusion.predictions import PREDICTIONS
-from tinydiff.diffusion.samplers import SAMPLERS
+from tinydiff.diffusion.samplers import ETA, SAMPLERS
 from tinydiff.diffusion.schedules import SPACINGS
 from tinydiff.endings import one_line_errors
 from tinydiff.errors import UsageError
@@ -92,6 +92,10 @@ LoraFiles = Annotated[
 ]
 WordFiles = Annotated[
     list[Path], flag("Read this learnt word (textual inversion) in prompts. May be repeated.", "--word", parser=path)
+]
+ClipSkip = Annotated[
+    int | None,
+    flag("Leave out so many of CLIP's last blocks, as diffusers counts them (other programs add 1).", min=0, max=256),
 ]
 Force = Annotated[bool, flag("Replace what is there.", "--force")]
 ConfigFile = Annotated[
@@ -217,6 +221,10 @@ def generate(
     ] = None,
     sampler: SamplerName = None,
     spacing: Spacing = None,
+    eta: Annotated[
+        float | None,
+        flag(f"New noise at each step of {' and '.join(ETA)}: 0 none, 1 all.", min=0, max=1),
+    ] = None,
     width: Annotated[int | None, flag("Pixels.", "-W", "--width", min=1, max=16384)] = None,
     height: Annotated[int | None, flag("Pixels.", "-H", "--height", min=1, max=16384)] = None,
     image: Annotated[Path | None, flag("Change this image.", "-i", "--image", parser=path)] = None,
@@ -241,6 +249,11 @@ def generate(
             parser=name,
         ),
     ] = [],  # noqa: B006
+    original_size: Annotated[
+        str | None, flag("SDXL: the size of the picture that the image is a crop of; its own.", metavar="W,H")
+    ] = None,
+    crop: Annotated[str | None, flag("SDXL: where that crop begins; 0,0.", metavar="LEFT,TOP")] = None,
+    clip_skip: ClipSkip = None,
     vae: Vae = None,
     prediction: Predicts = None,
     backend: BackendName = "auto",
@@ -266,13 +279,14 @@ def generate(
     adapters, controls = flags.adapters(lora, lora_dir, prompt, to or ""), flags.controls(control)
     prompt, to = flags.plain(prompt, lora_dir), to and flags.plain(to, lora_dir)
     parts = {"vae": vae, "prediction": prediction, "adapters": adapters, "words": tuple(word), "anew": verify}
-    parts |= {"controls": flags.networks(controls)}
+    parts |= {"controls": flags.networks(controls), "clip_skip": clip_skip}
     opened = opening(model, backend, device, precision, compiled, **parts)
     from tinydiff import drawing, reading  # imported while the graphs are being opened
 
     given = flags.Flags(
         *(prompt, seed, count, to, seed_path, frames, batch_size, steps, cfg_scale, cfg_max, cfg_complex, cfg_interval),
         *(cfg_rescale, sampler, spacing, width, height, image, strength, mask, outpaint, fit, controls),
+        *(original_size, crop, eta),
     )
     moving = to is not None or seed_path is not None
     if frames and not moving:
@@ -361,6 +375,7 @@ def export(
             "Add this control network, and let the denoiser's graph take what it gives. May be repeated.", parser=path
         ),
     ] = [],  # noqa: B006
+    clip_skip: ClipSkip = None,
     opset: Annotated[int | None, flag("ONNX operator set; 20 by default.", min=18, max=23)] = None,
     atol: Annotated[
         float | None,
@@ -374,8 +389,10 @@ def export(
     kinds = (*PRECISIONS, *(("int8",) if format_ == "onnx" else ()))
     flags.choose("--precision", "fp32" if precision is None else precision, kinds)
     flags.choose("--device", device, ("any", "cpu", "cuda"))
-    if format_ != "onnx" and (device != "any" or opset or atol is not None):
-        raise UsageError("--device, --opset, --atol: of graphs alone; leave them out, or give --format onnx")
+    if format_ != "onnx" and (device != "any" or opset or atol is not None or clip_skip is not None):
+        raise UsageError(
+            "--device, --opset, --atol, --clip-skip: of graphs alone; leave them out, or give --format onnx"
+        )
     flags.finite("--atol", atol or 0)
     from tinydiff.files import again, undisturbed
 
@@ -385,7 +402,8 @@ def export(
 
     def write() -> list[dict[str, Any]]:
         parts = {"vae": vae, "prediction": prediction, "adapters": flags.adapters(lora), "words": tuple(word)}
-        source = look_up(model, **parts, controls=tuple(dict.fromkeys(control)), anew=True)
+        parts |= {"controls": tuple(dict.fromkeys(control)), "clip_skip": clip_skip}
+        source = look_up(model, **parts, anew=True)
         with undisturbed(source.stamps):
             source.check()
             for text in source.description.notes if format_ == "single-file" else ():  # which holds no scheduler

@@ -1,6 +1,6 @@
 """What a denoiser is told besides latent and noise level: named arrays, one row an image.
 
-Text encoders give most of them, and the size of the image the others; a network's row in `networks` says which there are and
+Text encoders give most of them, and the image's canvas the others; a network's row in `networks` says which there are and
 whence. Everything here treats them alike: (B, T, D) is a vector a token, (B, D) one for the whole text. The arrays may be
 numpy's or torch's where a prompt's syntax plays no part.
 """
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinydiff.networks.network import Array
+from tinydiff.networks.network import Array, Canvas
 from tinydiff.text.prompts import Branch, Piece, Tokens, chunks
 
 if TYPE_CHECKING:
@@ -33,9 +33,9 @@ def texts_of(wanted: Wanted) -> dict[str, str]:
     return {name: array.of for name, array in wanted.items() if isinstance(array.of, str)}
 
 
-def of_size(wanted: Wanted, height: int, width: int, rows: int) -> Condition:
-    """The conditions that the size of the images in pixels gives: float32 (rows, ...)."""
-    made = {name: array.of(height, width) for name, array in wanted.items() if not isinstance(array.of, str)}
+def of_canvas(wanted: Wanted, canvas: Canvas, rows: int) -> Condition:
+    """The conditions that the images' canvas gives: float32 (rows, ...)."""
+    made = {name: array.of(canvas) for name, array in wanted.items() if not isinstance(array.of, str)}
     return {name: np.repeat(np.array([row], np.float32), rows, 0) for name, row in made.items()}
 
 

@@ -263,7 +263,9 @@ def draw(
     """
     negative, mistakes, reader = clean(negative), mistakes or Mistakes(), Reader(backend.tokenizers)
     reader.read(negative)
-    if negative and not request.guided:
+    if negative and backend.description.told_guidance:
+        note("-n is unused: the model is told how strong guidance is, and of what is wanted alone")
+    elif negative and not request.guided:
         note("-n is unused without guidance, which begins above a --cfg-scale of 1")
     if edit and not edit.steps(request.steps):
         note(f"--strength {edit.strength:g} is less than one of {request.steps} steps: nothing is drawn")

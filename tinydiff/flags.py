@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinydiff.diffusion.samplers import SAMPLERS
+from tinydiff.diffusion.samplers import ETA, SAMPLERS
 from tinydiff.diffusion.schedules import SPACINGS
 from tinydiff.errors import DataError, ResourceError, UsageError
 from tinydiff.progress import note
@@ -30,6 +30,7 @@ SCALES = ("cfg_scale", "cfg_max", "cfg_complex", "cfg_rescale")
 
 if TYPE_CHECKING:
     from tinydiff import control
+    from tinydiff.checkpoints.description import Description
     from tinydiff.checkpoints.source import Adapter
     from tinydiff.control import Control
     from tinydiff.editing import Edit
@@ -63,6 +64,9 @@ class Flags:
     outpaint: str | None = None
     fit: bool = False
     control: tuple[control.Flag, ...] = ()
+    original_size: str | None = None
+    crop: str | None = None
+    eta: float | None = None
 
 
 def complete(opened: Backend, given: Flags) -> tuple[Request, int]:
@@ -76,23 +80,50 @@ def complete(opened: Backend, given: Flags) -> tuple[Request, int]:
         finite(f"--{name.replace('_', '-')}", getattr(given, name) or 0)
     d = opened.description
     values = {k: getattr(d.generate, k) for k in ("steps", "cfg_scale", "sampler", "spacing")}
-    typed = {k: getattr(given, k) for k in (*values, *SCALES)}
+    typed = {k: getattr(given, k) for k in (*values, *SCALES, "eta")}
     values |= {k: v for k, v in typed.items() if v is not None}
     values |= {"cfg_interval": interval(given.cfg_interval)} if given.cfg_interval else {}
+    values |= sizes(d.conditions, given)
     request = Request(**values, width=given.width or d.size, height=given.height or d.size)
+    if request.eta is not None and request.sampler not in ETA:
+        raise UsageError(f"--eta: {request.sampler} has none; give --sampler {' or '.join(ETA)}, or leave it out")
     if request.steps > (most := len(d.schedule)):
         raise UsageError(f"--steps {request.steps}: the model has {most} noise levels; give at most that many")
     check_size(d, request.width, request.height)
     d.levels(request.sampler, request.steps, request.spacing)  # says what is wrong with them before anything is drawn
-    for text in (*d.notes, *unlike(d.generate, request)):
+    for text in (*d.notes, *unlike(d, request)):
         note(text)
     if given.cfg_scale is not None and given.cfg_scale < 1:
         note(f"--cfg-scale {given.cfg_scale:g}, as 1, is no guidance: the prompt counts, a negative prompt is unused")
     return request, given.batch_size or d.generate.batch_size
 
 
-def unlike(own: Any, request: Request) -> Iterator[str]:
+def sizes(conditions: Mapping[str, Any], given: Flags) -> dict[str, tuple[int, int]]:
+    """What --original-size and --crop say, for a model that is told it. Raises UsageError."""
+    typed = {"original_size": (given.original_size, 1), "crop": (given.crop, 0)}
+    values = {name: pair(name, text, least) for name, (text, least) in typed.items() if text is not None}
+    if values and "time_ids" not in conditions:
+        raise UsageError("--original-size, --crop: this model is told no sizes; leave them out")
+    return values
+
+
+def pair(name: str, text: str, least: int) -> tuple[int, int]:
+    """ "1024,768" as two numbers of pixels; UsageError for anything else."""
+    parts = [int(part) for part in text.split(",") if part.strip().isdecimal() and len(part) < 10]
+    if len(parts) != 2 or text.count(",") != 1 or not all(least <= part <= MAX_SIDE for part in parts):
+        flag = f"--{name.replace('_', '-')}"
+        raise UsageError(
+            f"{flag} {shown(text)}: give two numbers of pixels from {least} to {MAX_SIDE}, such as 1024,768"
+        )
+    return parts[0], parts[1]
+
+
+def unlike(d: Description, request: Request) -> Iterator[str]:
     """What a distilled model is asked for that it has not learnt, a line each."""
+    own = d.generate
+    others = request.cfg_rescale, request.cfg_max, request.cfg_complex, request.cfg_interval != (0.0, 1.0)
+    if d.told_guidance and any(others):
+        yield "the model is told how strong guidance is: of the flags of guidance --cfg-scale alone counts"
     if own.sampler == "lcm" and own.cfg_scale <= 1:
         if request.guided:
             yield "the model was distilled with guidance built in, to which that of --cfg-scale is added; leave it out"

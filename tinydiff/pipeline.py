@@ -20,10 +20,11 @@ from tinydiff.condition import Condition
 from tinydiff.control import Control
 from tinydiff.diffusion import guidance, noise
 from tinydiff.diffusion.predictions import PREDICTIONS
-from tinydiff.diffusion.samplers import SAMPLERS, Denoise
+from tinydiff.diffusion.samplers import SAMPLERS, Denoise, Sampler
 from tinydiff.diffusion.schedules import Level, Levels
 from tinydiff.editing import Edit, cells
 from tinydiff.errors import DivergedError, UsageError
+from tinydiff.networks.network import Canvas
 from tinydiff.text.prompts import Branch, Piece, Tokens
 
 Prompt = str | Sequence[Branch]
@@ -77,6 +78,20 @@ class Request:
     cfg_complex: float | None = None  # guidance of the most complex prompt, where it depends on the prompt
     cfg_interval: tuple[float, float] = (0.0, 1.0)  # where there is guidance, as shares of the noise levels
     cfg_rescale: float = 0.0
+    eta: float | None = None  # new noise at each step, of samplers in `samplers.ETA`; None for the sampler's own
+    original_size: tuple[int, int] | None = None  # width, height of the picture that it is said to be a crop of
+    crop: tuple[int, int] = (0, 0)  # from its left and top
+
+    @property
+    def solver(self) -> Sampler:
+        """The sampler, with its eta."""
+        solver: Any = SAMPLERS[self.sampler]
+        return solver if self.eta is None else partial(solver, eta=self.eta)
+
+    def canvas(self) -> Canvas:
+        """The request as a denoiser is told it."""
+        (left, top), size = self.crop, self.original_size
+        return Canvas(self.height, self.width, self.cfg_scale, size and (size[1], size[0]), (top, left))
 
     @property
     def guided(self) -> bool:
@@ -150,7 +165,7 @@ def denoise_latents(
     else:
         x = x * levels[0].sigma
     yield x
-    sampler = SAMPLERS[request.sampler](denoise, x, levels, lambda step: noise.normal(seeds, shape, step + 1))
+    sampler = request.solver(denoise, x, levels, lambda step: noise.normal(seeds, shape, step + 1))
     for step, (x, _) in enumerate(sampler):
         fix = "use fp32 weights, a lower --cfg-scale or smaller weights in the prompt"
         finite(x, f"the denoiser at step {step + 1} of {len(levels) - 1}", fix)
@@ -206,13 +221,17 @@ def guided(
     """The denoiser (x, level) -> x0 under the request's guidance; where that is 1, the prompt alone is asked."""
     d, count = backend.description, len(prompts)
     wanted, unwanted = Rows(prompts), Rows(negatives)
-    strength = scale(request, wanted.branches, len(d.schedule))
+    strength = 1.0 if d.told_guidance else scale(request, wanted.branches, len(d.schedule))
     unguided = wanted.alone and isinstance(strength, float) and strength == 1
     rows = [wanted] if unguided else [unwanted, wanted] if unwanted.alone else [Rows([""] * count), unwanted, wanted]
     told = condition.of_branches(backend, [branch for each in rows for parts in each.branches for branch in parts])
     for array in told.values():
         finite(array, "the text encoder", "use fp32 weights, or smaller weights in the prompt")
-    told |= condition.of_size(d.conditions, request.height, request.width, sum(len(each.image) for each in rows))
+    if d.zero_empty:
+        empty = [each is not wanted and not branch.text for each in rows for parts in each.branches for branch in parts]
+        for array in told.values():
+            array[empty] = 0
+    told |= condition.of_canvas(d.conditions, request.canvas(), sum(len(each.image) for each in rows))
     to_x0 = PREDICTIONS[d.prediction].to_x0
 
     def ask(x: np.ndarray, level: Level, told: Condition) -> np.ndarray:

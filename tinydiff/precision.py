@@ -42,6 +42,7 @@ COMPUTING = frozenset(("Gemm", "MatMul", "MultiHeadAttention", "Add", "Sub", "Mu
 FP16_TOO = frozenset(("Conv", "LayerNormalization", "Gelu", "Sigmoid", "GroupNorm", "SkipGroupNorm"))
 FP16_TOO |= {"NhwcConv", "BiasSplitGelu", "BiasAdd", "FastGelu"}
 FULL_INPUTS = {"GroupNorm": (1, 2), "SkipGroupNorm": (1, 2), "Resize": (1, 2)}  # that are float32 beside half values
+EXACT = ("timestep", "time_ids")  # inputs of which half types cannot tell one from the next
 MASK = 5  # which input of an attention is added to its scores
 MARGIN = 4.0  # how much larger values may be than in the calibration run
 Calls = Iterable[Mapping[str, np.ndarray]]  # inputs of a graph by name, a mapping a call
@@ -191,9 +192,9 @@ class Casts:
 
 
 def of_time_alone(graph: Graph) -> set[Node]:
-    """The operators that compute from the input `timestep`, from sizes and from weights alone: embeddings of time and place."""
+    """The operators that compute from inputs of EXACT, from sizes and from weights alone: embeddings of time and place."""
     constant = {*graph.initializers.values()}
-    values, nodes = {value for value in graph.inputs if value.name == "timestep"}, set[Any]()
+    values, nodes = {value for value in graph.inputs if value.name in EXACT}, set[Any]()
     for node in graph:
         given = {value for value in node.inputs if value is not None} - constant
         if not given:

@@ -58,10 +58,9 @@ def open_backend(
     if kind == "onnx" and not has_graphs:
         raise ModelError(f"{shown(path)}: holds no ONNX graphs; write them with `tinydiff export {shown(path)} -o DIR`")
     if kind == "onnx" or (kind == "auto" and has_graphs):
-        if source.vae or source.prediction:
-            raise UsageError(
-                f"{shown(path)}: --vae and --prediction are for weights; its graphs were exported with theirs"
-            )
+        if source.vae or source.prediction or source.clip_skip is not None:
+            flags = "--vae, --prediction and --clip-skip"
+            raise UsageError(f"{shown(path)}: {flags} are for weights; export it with them, its graphs have theirs")
         if precision or compiled:
             flag, fix = (
                 ("--precision", "export it with another --precision") if precision else ("--compile", "leave it out")

@@ -34,7 +34,14 @@ from tinydiff.text.labels import one_hot
 from tinydiff.verified import Memory, verify
 
 ENCODER = "vae_encoder"
-DRAWING = ("text_encoder", "vae_decoder", "scheduler", "tokenizer")  # folders that drawing reads
+DRAWING = (
+    "vae_decoder",
+    "scheduler",
+    "text_encoder",
+    "tokenizer",
+    "text_encoder_2",
+    "tokenizer_2",
+)  # folders that drawing reads
 
 
 class OnnxBackend:
@@ -136,7 +143,8 @@ class OnnxBackend:
         if name not in self.sessions:
             return {HIDDEN: one_hot(ids, self.tokenizers[name].vocab_size)}
         told = texts_of(self.description.conditions).values()
-        return self.run(name, [k for k in self.graphs[name].outputs if k in told], input_ids=ids)
+        names = {k: of for k, array in self.graphs[name].outputs.items() if (of := str(array.of or k)) in told}
+        return {names[k]: array for k, array in self.run(name, list(names), input_ids=ids).items()}
 
     def denoise(self, x: np.ndarray, t: float, condition: Condition) -> np.ndarray:
         sizes = {"batch": x.shape[0], "height": x.shape[2], "width": x.shape[3]}

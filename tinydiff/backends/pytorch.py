@@ -18,7 +18,7 @@ from tinydiff.backends.replayed import Replayed
 from tinydiff.checkpoints import folder
 from tinydiff.checkpoints.folder import PRECISIONS
 from tinydiff.checkpoints.source import Source
-from tinydiff.condition import Condition, joined
+from tinydiff.condition import Condition, joined, texts_of
 from tinydiff.errors import UsageError
 from tinydiff.networks import CONTROL
 from tinydiff.networks.network import HIDDEN, named
@@ -95,8 +95,12 @@ class TorchBackend:
         return {HIDDEN: self.tensor(one_hot(ids, self.tokenizers[name].vocab_size))}
 
     def denoise(self, x: np.ndarray, t: float, condition: Condition) -> np.ndarray:
-        time = torch.tensor(t, device=self.device)  # bfloat16 knows none between 512 and 514
-        return to_numpy(self.ask(self.model.denoiser, self.predict, sample=x, timestep=time, **condition))
+        exact: dict[str, Any] = {
+            "timestep": torch.tensor(t, device=self.device)
+        }  # bfloat16 knows none between 512 and 514
+        kept = self.description.conditions.keys() - texts_of(self.description.conditions)  # nor such sizes
+        exact |= {name: self.tensor(condition[name]) for name in kept}
+        return to_numpy(self.ask(self.model.denoiser, self.predict, sample=x, **condition | exact))
 
     def control(self, network: str, x: np.ndarray, t: float, condition: Condition) -> Condition:
         module, time = self.model.networks[network], torch.tensor(t, device=self.device)

@@ -10,8 +10,8 @@ from typing import Any
 
 from tinydiff.checkpoints.header import FLOATS, Stored
 from tinydiff.files import shown
-from tinydiff.networks import CONTROL, VAE, controls_of, denoiser_in, network_of, networks, text_encoders
-from tinydiff.networks.network import Network, Table
+from tinydiff.networks import CONTROL, VAE, controls_of, denoiser_in, is_xl, network_of, networks, text_encoders
+from tinydiff.networks.network import POOLED, Network, Table
 
 Name = Callable[[str], str]  # a network's folder -> how a message calls its settings
 
@@ -28,6 +28,13 @@ def of_networks(configs: Mapping[str, Table], name: Name) -> Iterator[str]:
         yield f"{name(folder)} has in_channels {table['in_channels']}, and {theirs}; {kinds}"
     if outputs not in [latents * n for n in row.outputs]:
         yield f"{name(folder)} has out_channels {outputs}, and {theirs}"
+    if is_xl(configs) and any(configs[VAE].get(key) for key in ("latents_mean", "latents_std")):
+        yield f"{name(VAE)} has latents_mean or latents_std, which are not supported in Stable Diffusion XL"
+    pooled = {encoder: each.pooled(tables.get(encoder, {})) for encoder, each in text_encoders(configs).items()}
+    for array in row.conditions(table).values():
+        if array.of == POOLED and array.axes[1] != sum(pooled.values()):
+            given = ", ".join(f"{name(encoder)} of {size}" for encoder, size in pooled.items() if size) or "no one"
+            yield f"{name(folder)} is told a text's vector of {array.axes[1]}, and {given} gives it"
     reads = configs[folder].get("cross_attention_dim")
     widths = {encoder: each.width(configs.get(encoder, {})) for encoder, each in text_encoders(configs).items()}
     if reads and all(widths.values()) and sum(widths.values()) != reads:  # a bundle of graphs need not say them

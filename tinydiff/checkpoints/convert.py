@@ -13,7 +13,7 @@ from tinydiff.checkpoints.folder import PRECISIONS, save_tensors, write_descript
 from tinydiff.checkpoints.source import Source
 from tinydiff.errors import ModelError, UsageError
 from tinydiff.files import committed, shown, undisturbed
-from tinydiff.networks import CONTROL, controls_of, network_of, networks
+from tinydiff.networks import CONTROL, controls_of, is_xl, network_of, networks
 from tinydiff.verified import verify
 
 
@@ -41,14 +41,12 @@ def to_single_file(source: Source, out: Path, precision: str | None = None, forc
         tables = networks(source.configs)
         if len(controls_of(tables)) > 1:
             raise ModelError(f"{shown(source.path)}: a single file holds one control network; write a folder")
-        if (
-            set(tables) - {CONTROL.folder} != set(single_file.PARTS)
-            or not network_of("text_encoder", tables["text_encoder"]).single_file
-        ):
+        held = {*single_file.PARTS, *([single_file.SECOND] if is_xl(source.configs) else [])}
+        if set(tables) - {CONTROL.folder} != held or not network_of("text_encoder", tables["text_encoder"]).single_file:
             only = "only a Stable Diffusion U-Net with CLIP's text encoder has a single-file layout"
             raise ModelError(f"{shown(source.path)}: {only}")
-        if added := source.tokenizers["text_encoder"].added:
-            words = ", ".join(token.content for token in added.values())
+        added = {token.content for tokenizer in source.tokenizers.values() for token in tokenizer.added.values()}
+        if words := ", ".join(sorted(added)):
             problem = f"a single file has no place for added tokens ({shown(words)})"
             raise ModelError(f"{shown(source.path)}: {problem}; write a folder")
         tensors = {name: source.tensors(name) for name in tables}

@@ -15,10 +15,17 @@ from tinydiff.checkpoints.new import VERSION
 from tinydiff.checkpoints.scheduler import Scheduler, read
 from tinydiff.diffusion.schedules import Levels
 from tinydiff.errors import ModelError
-from tinydiff.networks import VAE, denoiser_in, network_of
+from tinydiff.networks import VAE, denoiser_in, is_xl, network_of
 from tinydiff.networks.autoencoder import SCALING
 from tinydiff.networks.network import Array, imported
 from tinydiff.system import shown
+
+USUAL = (50, 7.5)  # steps and guidance of diffusers' pipelines, where they are not others
+DEFAULTS = {
+    "LatentConsistency": (4, 8.5),
+    "StableDiffusionXLPipeline": (50, 5.0),
+    "StableDiffusionXLImg2Img": (50, 5.0),
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,8 @@ class Description:
     size: int  # pixels, the side it was trained at
     generate: config.Generate
     conditions: Mapping[str, Array] = field(default_factory=dict)  # what the denoiser is told besides latent and level
+    told_guidance: bool = False  # the denoiser is told how strong guidance is, and asked once
+    zero_empty: bool = False  # an empty negative prompt is zeros, not what the text encoders say of it
     notes: tuple[str, ...] = ()  # what is ignored of the files, a line each
 
     @property
@@ -68,18 +77,23 @@ def describe(
         pixels: Any = network_of(VAE, model[VAE])
         autoencoder, table = pixels.complete(model[VAE]), network.complete(model[denoiser])
         scheduler = _scheduler(model, path, own is not None and VERSION in model.get("model_index", {}))
-        factor, steps = pixels.factor(autoencoder), min(50, scheduler.most)
+        factor, index = pixels.factor(autoencoder), model.get("model_index") or {}
+        pipeline = str(index.get("_class_name"))
+        steps, cfg_scale = next((each for name, each in DEFAULTS.items() if pipeline.startswith(name)), USUAL)
         return Description(
             path=path,
             scheduler=scheduler,
             latent_channels=int(autoencoder["latent_channels"]),
             in_channels=int(table["in_channels"]),
             factor=factor,
-            multiple=factor * network.reduction(table),
+            multiple=factor * network.multiple(table),
             scaling_factor=float(autoencoder.get("scaling_factor") or SCALING),
             size=int(table["sample_size"]) * factor,
-            generate=own or config.Generate(steps, 7.5, scheduler.sampler, scheduler.spacing, 1),  # diffusers' defaults
+            generate=own
+            or config.Generate(min(steps, scheduler.most), cfg_scale, scheduler.sampler, scheduler.spacing, 1),
             conditions=network.conditions(table),
+            told_guidance=network.told_guidance(table),
+            zero_empty=is_xl(model) and bool(index.get("force_zeros_for_empty_prompt", True)),
             notes=scheduler.notes,
         )
     except (KeyError, TypeError, ValueError) as error:

@@ -1,4 +1,6 @@
-"""Stable Diffusion 1.x and 2.x as CompVis' latent-diffusion code (LDM) lays them out: names of tensors, and sizes.
+"""Stable Diffusion 1.x, 2.x and XL as CompVis' latent-diffusion code (LDM) and its successor (sgm) lay them out.
+
+Names of tensors, and sizes.
 
 A network's table is pairs (ours, theirs), ours being diffusers' and transformers' names; an entry stands for every name that
 begins with it, the longest one counting, and is read in both directions. Sizes are read off shapes, and what shapes cannot
@@ -13,7 +15,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tinydiff.networks.unet import CROSS, PLAIN, UNet, plan
+from tinydiff.networks.autoencoder import SCALING
+from tinydiff.networks.network import single
+from tinydiff.networks.text import PROJECTION
+from tinydiff.networks.unet import CROSS, PLAIN, SIZES, XL, UNet, plan
 from tinydiff.text.tokenizer import EOS
 
 Pairs = Iterable[tuple[str, str]]
@@ -22,6 +27,7 @@ Layout = dict[str, Any]  # how many blocks there are: keys of a diffusers config
 UNET_NAMES = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
 UNET_NAMES |= {"conv_in": "input_blocks.0.0", "mid_block.attentions.0": "middle_block.1"}
 UNET_NAMES |= {"conv_norm_out": "out.0", "conv_out": "out.2"}
+UNET_NAMES |= {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}  # of XL
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1"}
 RESNET |= {"norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
 VAE = ("encoder", "decoder", "quant_conv", "post_quant_conv")
@@ -34,6 +40,7 @@ VAE_HALF = (
     | {"conv_norm_out": "norm_out", "conv_out": "conv_out"}
 )
 CLIP = ("embeddings", "encoder", "final_layer_norm")
+PROJECTED = "text_projection"
 RESBLOCKS = r"transformer\.resblocks\.(\d+)\."
 OPEN_CLIP = {
     "text_model.embeddings.token_embedding": "token_embedding",
@@ -102,6 +109,13 @@ def open_clip_pairs(layout: Layout) -> Pairs:
             yield from ((f"{ours}.self_attn.{x}_proj.{kind}", f"{theirs}.attn.in_proj_{kind}") for x in "qkv")
 
 
+def projected_pairs(layout: Layout) -> Pairs:
+    """The second tower of XL: its last block counts too, and the projection is stored as what multiplies from the right."""
+    yield PROJECTION, PROJECTION  # also read
+    yield PROJECTION, PROJECTED
+    yield from open_clip_pairs(layout)
+
+
 def unet_layout(names: Collection[str]) -> Layout:
     levels = count(names, r"(input_blocks\.\d+\.0\.op\.)") + 1
     n = count(names, r"input_blocks\.(\d+)\.") // levels - 1
@@ -132,6 +146,7 @@ TABLES: dict[str, tuple[Callable[[Collection[str]], Layout], Callable[[Layout], 
     "vae_of_diffusers": (lambda names: {}, lambda layout: ((name, name) for name in VAE)),
     "clip": (lambda names: {}, lambda layout: ((f"text_model.{name}", name) for name in CLIP)),
     "open_clip": (lambda names: {"num_hidden_layers": count(names, RESBLOCKS)}, open_clip_pairs),
+    "projected": (lambda names: {"num_hidden_layers": count(names, RESBLOCKS)}, projected_pairs),
 }
 TOWERS = ("cond_stage_model.", "conditioner.embedders.0.")  # LDM's, and its successor sgm's (SD-Turbo)
 HOMES = {  # where a network can be: what its names begin with, one of them, and their table; written to a table's first
@@ -155,11 +170,13 @@ HOMES = {  # where a network can be: what its names begin with, one of them, and
         )
         for tower in TOWERS
     ],
+    "text_encoder_2": [("conditioner.embedders.1.model.", "token_embedding.weight", "projected")],
 }
 # Not weights, or not used: of OpenCLIP's 24 blocks the last, for Stable Diffusion 2 is conditioned on the one before it.
 UNUSED = re.compile(
     r"(^|\.)(position_ids|attn_mask|logit_scale|text_projection(\.weight)?)$|^transformer\.resblocks\.23\."
 )
+UNUSED_OF = {"projected": re.compile(r"(^|\.)(position_ids|attn_mask|logit_scale)$")}  # where it is not that
 EMA = "model_ema."
 EMA_WORDS = re.compile(  # a block is named by two numbers, the second of one digit
     r"diffusion_model|(?:in|out)put_blocks|middle_block|time_embed|(?:in|emb|out)_layers|skip_connection"
@@ -207,21 +224,40 @@ class Kind:
     hidden_act: str
     pad: str
     heads: Callable[[list[int]], int | list[int]]  # of the U-Net's levels, from their widths
+    side: int = 64  # latents
+    scaling: float = SCALING
+    scheduler: str = "PNDMScheduler"
 
 
-KINDS = {
+def by_width(widths: list[int]) -> list[int]:
+    """Heads of 64 channels each."""
+    return [max(1, width // 64) for width in widths]
+
+
+KINDS = {  # by the table of the text encoder, which for XL is the second one
     "clip": Kind(1, "quick_gelu", EOS, lambda widths: 8),
-    "open_clip": Kind(2, "gelu", "!", lambda widths: [max(1, width // 64) for width in widths]),
+    "open_clip": Kind(2, "gelu", "!", by_width),
+    "projected": Kind(3, "gelu", "!", by_width, 128, 0.13025, "EulerDiscreteScheduler"),
 }
 
 
-def sizes(shapes: Mapping[str, Shapes], kind: Kind) -> dict[str, dict[str, Any]]:
-    """The configurations of three networks from their shapes. Raises KeyError, ValueError or IndexError where they lack some."""
-    unet, vae = _unet(shapes["unet"], kind), autoencoder(shapes["vae"])
-    text = _text_encoder(shapes["text_encoder"], kind)
-    if text["vocab_size"] < VOCABULARY:
-        raise ValueError(f"a vocabulary of {text['vocab_size']} where CLIP has {VOCABULARY}")
-    return {"unet": unet, "vae": vae, "text_encoder": text}
+def kind_of(tables: Mapping[str, str]) -> Kind:
+    """The generation of a model whose networks have these tables."""
+    return KINDS[tables.get("text_encoder_2", tables["text_encoder"])]
+
+
+def sizes(shapes: Mapping[str, Shapes], tables: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """The configurations of networks from their shapes. Raises KeyError, ValueError or IndexError where they lack some."""
+    made = {"unet": _unet(shapes["unet"], kind_of(tables)), "vae": autoencoder(shapes["vae"])}
+    for name in (name for name in shapes if name.startswith("text_encoder")):
+        made[name] = _text_encoder(shapes[name], KINDS[tables[name]])
+        if made[name]["vocab_size"] < VOCABULARY:
+            raise ValueError(f"a vocabulary of {made[name]['vocab_size']} where CLIP has {VOCABULARY}")
+    if added := shapes["unet"].get("add_embedding.linear_1.weight"):
+        pooled = made["text_encoder_2"]["projection_dim"]
+        own = {"addition_embed_type": XL, "addition_time_embed_dim": (added[1] - pooled) // SIZES}
+        made["unet"] |= own | {"projection_class_embeddings_input_dim": added[1]}
+    return made
 
 
 def _unet(shapes: Shapes, kind: Kind) -> dict[str, Any]:
@@ -238,7 +274,14 @@ def _descent(shapes: Shapes) -> dict[str, Any]:
     table: dict[str, Any] = {"in_channels": shapes["conv_in.weight"][1]}
     table |= {"block_out_channels": widths, "down_block_types": downs}
     table |= {"layers_per_block": count(shapes, r"down_blocks\.0\.resnets\.(\d+)\.")}
-    table |= {"transformer_layers_per_block": count(shapes, rf"{middle}\.transformer_blocks\.(\d+)\.")}
+    blocks = (rf"down_blocks\.{i}\.attentions\.0\.transformer_blocks\.(\d+)\." for i in range(levels))
+    deepest = count(shapes, rf"{middle}\.transformer_blocks\.(\d+)\.")
+    depths = [count(shapes, pattern) for pattern in blocks]
+    if depths[-1] not in (0, deepest):
+        raise ValueError(f"transformers of {depths[-1]} blocks at the last level, and of {deepest} in the middle")
+    depths = [*depths[:-1], deepest]
+    usual = deepest if {*depths} <= {0, deepest} else 1  # said of levels without transformers
+    table |= {"transformer_layers_per_block": single([depth or usual for depth in depths])}
     table |= {"cross_attention_dim": shapes[f"{middle}.transformer_blocks.0.attn2.to_k.weight"][1]}
     return table | {"norm_num_groups": 32, "use_linear_projection": len(shapes[f"{middle}.proj_in.weight"]) == 2}
 
@@ -272,6 +315,8 @@ def _text_encoder(shapes: Shapes, kind: Kind) -> dict[str, Any]:
     table |= {"hidden_size": width, "intermediate_size": shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0]}
     table |= {"num_hidden_layers": count(shapes, r"text_model\.encoder\.layers\.(\d+)\.")}
     table |= {"num_attention_heads": max(1, width // 64)}
+    if projection := shapes.get(PROJECTION):
+        table |= {"architectures": ["CLIPTextModelWithProjection"], "projection_dim": projection[0]}
     table |= {"max_position_embeddings": shapes["text_model.embeddings.position_embedding.weight"][0]}
     table |= {"hidden_act": kind.hidden_act, "bos_token_id": VOCABULARY - 2, "eos_token_id": VOCABULARY - 1}
     return table | {"pad_token_id": 0 if kind.pad == "!" else VOCABULARY - 1}

@@ -38,7 +38,8 @@ SHIFT = Key(float, 0.01, 100)
 LEAST = 2.0**-60  # of alpha, but for a last level without signal: float32 loses what is divided by less
 FLOOR = 2.0**-12  # the alpha of a noisiest level without signal, in the classes that divide by it
 FLOORED = ("EulerDiscrete", "EulerAncestralDiscrete", "DPMSolverMultistep", "UniPCMultistep")
-PATCHES = {  # what diffusers' pipelines change, by the beginning of their names
+PATCHES: dict[str, dict[str, Any]] = {  # what diffusers' pipelines change, by the beginning of their names
+    "StableDiffusionXL": {},
     "StableDiffusionInpaint": {"steps_offset": 1, "skip_prk_steps": True},
     "StableDiffusion": {"steps_offset": 1, "clip_sample": False},
 }
@@ -53,7 +54,7 @@ BETWEEN = ("euler", "euler_ancestral", "heun", "dpm2", "dpmpp_sde", "lms")  # th
 class Grid:
     """How a class of diffusers places the levels of its file, where that is not how we place them."""
 
-    original: int = 0  # of LCM, whose steps are some of so many; it has no spacing
+    original: int = 0  # of LCM and TCD, whose steps are some of so many; it has no spacing
     base: str = "linspace"  # the spacing whose ends a spacing by rho has
     ends: tuple[float | None, float | None] = (None, None)  # or the largest and the smallest rho
     time: Callable[[float], float] = float  # what the network is told of a level between two
@@ -85,7 +86,7 @@ class Scheduler:
 
         Raises UsageError for steps or levels of which the network says nothing, ModelError where they do not fall.
         """
-        end, whole = self.final if sampler in TO_ALPHA_BAR else CLEAN, sampler not in BETWEEN
+        end, whole = self._end(sampler), sampler not in BETWEEN
         levels = sampling_levels(self.schedule, steps, spacing, self.offset, end, whole, int(sampler in BEYOND))
         if self.grid and (sampler, spacing) == (self.sampler, self.spacing):
             levels = self._placed(self.grid, levels, steps)
@@ -95,12 +96,18 @@ class Scheduler:
             raise UsageError(f"--spacing {spacing}: {problem}; {fix}")
         return levels
 
+    def _end(self, sampler: str) -> Level:
+        """The level on which a sampler ends, where a file's grid does not say."""
+        return self.final if sampler in TO_ALPHA_BAR else self.schedule[0] if sampler == "tcd" else CLEAN
+
     def _placed(self, grid: Grid, levels: Levels, steps: int) -> Levels:
         """The levels that a sampler visits, as its class places them."""
         at, kept = self.schedule.at, levels[:-1]
         if grid.original:
             if steps > grid.original:
-                raise UsageError(f"--steps {steps}: this LCM was distilled to {grid.original}; give at most that many")
+                raise UsageError(
+                    f"--steps {steps}: this model was distilled to {grid.original}; give at most that many"
+                )
             kept = [self.schedule[i] for i in distilled(len(self.schedule), steps, grid.original)]
         elif self.spacing in RHOS:
             base = self.schedule[::-1]
@@ -114,7 +121,7 @@ class Scheduler:
             placed = (at(-log(rho)) for rho in RHOS[self.spacing](high, low, steps))
             kept = [level._replace(t=grid.time(level.t)) for level in placed]
             return Levels([*kept, kept[-1] if grid.repeats else grid.last], at)
-        return Levels([*kept, levels[-1] if self.sampler in TO_ALPHA_BAR else grid.last], at)
+        return Levels([*kept, levels[-1] if self.sampler in (*TO_ALPHA_BAR, "tcd") else grid.last], at)
 
 
 def read(given: dict[str, Any], index: Mapping[str, Any] | None = None, ours: bool = False) -> Scheduler:
@@ -195,7 +202,7 @@ def _grid(kind: str, table: Mapping[str, Any], given: Mapping[str, Any], schedul
     ]
     return Grid(
         original=Key(int, 1, len(scheduler.schedule)).of(table, "original_inference_steps")
-        if scheduler.sampler == "lcm"
+        if scheduler.sampler in ("lcm", "tcd")
         else 0,
         base=table.get("timestep_spacing", "linspace"),
         ends=(ends[0], ends[1]),
@@ -291,7 +298,7 @@ def write(cfg: config.Config) -> dict[str, Any]:
         scheduler |= {key: True for key, name in RESPACED.items() if name == named}
         levels = training_levels(d.schedule, d.num_train_timesteps, cfg.shift, d.zero_terminal_snr)
         scheduler |= dict(zip(("sigma_max", "sigma_min"), schedules.ends(levels), strict=True))
-    if kind == "LCMScheduler" and g.spacing == "trailing":  # the same steps
+    if kind in ("LCMScheduler", "TCDScheduler") and g.spacing == "trailing":  # the same steps
         scheduler["original_inference_steps"] = d.num_train_timesteps
     if d.zero_terminal_snr:
         scheduler["rescale_betas_zero_snr"] = True

@@ -108,6 +108,7 @@ SCHEDULERS: dict[
         {"solver_order": 2, "solver_type": "bh2", "predict_x0": True, "disable_corrector": [], "solver_p": None},
     ),
     "lcm": ("LCMScheduler", {"timestep_scaling": 10.0}),
+    "tcd": ("TCDScheduler", {}),
 }
 SAME = {"DDIMParallelScheduler": "DDIMScheduler", "DDPMParallelScheduler": "DDPMScheduler"}
 NEAREST = {  # classes that no sampler of ours draws -> the one that is taken instead
@@ -117,7 +118,6 @@ NEAREST = {  # classes that no sampler of ours draws -> the one that is taken in
     "FlowMatchHeunDiscreteScheduler": "heun",
     "KDPM2AncestralDiscreteScheduler": "euler_ancestral",
     "SASolverScheduler": "dpmpp_2m_sde",
-    "TCDScheduler": "lcm",
 }
 ALWAYS: Table = {  # what every sampler of ours does, where a class has the key
     "thresholding": False,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -24,9 +25,20 @@ from tinydiff.checkpoints import agreement, control, dit, weights
 from tinydiff.checkpoints.description import Description, describe
 from tinydiff.checkpoints.header import Header, header
 from tinydiff.checkpoints.scheduler import PREDICTION_TYPES
-from tinydiff.errors import ModelError
+from tinydiff.errors import ModelError, UsageError
 from tinydiff.files import RESTORE, read_json, shown, stamp
-from tinydiff.networks import CONTROL, TEXT, VAE, denoiser_in, network_of, networks, text_encoders, tokenizer_folder
+from tinydiff.networks import (
+    CONTROL,
+    TEXT,
+    VAE,
+    denoiser_in,
+    is_xl,
+    network_of,
+    networks,
+    text_encoders,
+    tokenizer_folder,
+    towers,
+)
 from tinydiff.networks.network import Table, TextEncoder
 from tinydiff.verified import Memory
 
@@ -38,9 +50,9 @@ if TYPE_CHECKING:
 Configs = dict[str, dict[str, Any]]
 OTHERS = (  # part of a pipeline's class name: what it is
     {name: name for name in ("Flux", "PixArt", "Kandinsky", "Wuerstchen", "Sana", "Lumina", "AuraFlow")}
-    | {"StableDiffusionXL": "Stable Diffusion XL", "StableDiffusion3": "Stable Diffusion 3"}
+    | {"StableDiffusion3": "Stable Diffusion 3"}
     | {"StableCascade": "Stable Cascade", "HunyuanDiT": "Hunyuan-DiT", "QwenImage": "Qwen-Image"}
-    | {"LatentConsistency": "a latent consistency model with embedded guidance", "GLIGEN": "GLIGEN"}
+    | {"GLIGEN": "GLIGEN", "Kolors": "Kolors"}
     | {"InstructPix2Pix": "InstructPix2Pix", "Depth2Img": "Stable Diffusion 2 with depth", "UnCLIP": "Stable unCLIP"}
     | {
         "Upscale": "an upscaler",
@@ -48,7 +60,8 @@ OTHERS = (  # part of a pipeline's class name: what it is
         "AnimateDiff": "AnimateDiff",
     }
 )
-SUPPORTED = "give Stable Diffusion 1.x or 2.x, a DiT, or a model trained here"
+SUPPORTED = "give Stable Diffusion 1.x, 2.x or XL, a DiT, or a model trained here"
+REFINER = "the Stable Diffusion XL refiner, which only changes another model's latents"
 
 
 @dataclass(frozen=True)
@@ -65,7 +78,8 @@ class Source:
 
     `vae`: a file whose autoencoder is taken instead of the model's own. `prediction`: what the denoiser predicts (our name),
     where the model does not say so, or says something wrong. `controls`: files or folders of control networks, each once.
-    `anew`: every file is hashed, though it was before.
+    `anew`: every file is hashed, though it was before. `clip_skip`: how many of CLIP's last blocks are left out of what a
+    prompt's tokens give; None for as many as the model says.
     """
 
     path: Path
@@ -75,6 +89,7 @@ class Source:
     controls: tuple[Path, ...] = ()
     words: tuple[Path, ...] = ()
     anew: bool = False
+    clip_skip: int | None = None
     stamps: dict[Path, object] = field(init=False, compare=False, repr=False)  # for files.undisturbed
     headers: dict[Path, Header] = field(default_factory=dict, compare=False, repr=False)
     shards: dict[str, list[Path]] = field(default_factory=dict, compare=False, repr=False)
@@ -125,7 +140,9 @@ class Source:
     @cached_property
     def partial(self) -> Configs:
         """`configs`, which may lack an autoencoder: published DiTs come without. Each is valid by itself."""
-        configs = self.found()
+        configs = towers(self.found())
+        for name in self.skipping(configs):
+            configs[name] = configs[name] | {"clip_skip": self.clip_skip}
         denoiser = denoiser_in(configs)
         steered = network_of(denoiser, configs[denoiser]).controlled  # type: ignore[attr-defined]
         for name, path in self.controlled.items():
@@ -138,6 +155,21 @@ class Source:
             except ValueError as error:
                 raise ModelError(f"{self.place(name)}: {error}; {RESTORE}") from None
         return configs
+
+    def skipping(self, configs: Configs) -> list[str]:
+        """The text encoders that leave out blocks. Raises UsageError where they cannot, or not so many."""
+        if self.clip_skip is None:
+            return []
+        read = text_encoders(configs).items()
+        rows: dict[str, Any] = {name: row for name, row in read if row.kind == "clip" and name in configs}
+        if not rows:
+            raise UsageError(f"{shown(self.path)}: --clip-skip is for CLIP's text encoder; leave it out")
+        most = min(row.most_skipped(configs[name]) for name, row in rows.items())
+        if not 0 <= self.clip_skip <= most:
+            raise UsageError(
+                f"--clip-skip {self.clip_skip}: this model's text encoders can leave out 0 to {most} blocks"
+            )
+        return list(rows)
 
     def place(self, name: str) -> str:
         """Where the settings of a network are, as a message shows it."""
@@ -162,7 +194,7 @@ class Source:
         if self.vae:
             from tinydiff.checkpoints import single_file
 
-            configs[VAE] = single_file.autoencoder(self.header(self.vae))
+            configs[VAE] = single_file.autoencoder(self.header(self.vae), is_xl(configs))
         if theirs:
             configs["scheduler"]["prediction_type"] = theirs
         return configs
@@ -201,12 +233,19 @@ class Source:
         kind = str(index.get("_class_name", ""))
         if other := next((name for key, name in OTHERS.items() if key in kind), None):
             raise ModelError(f"{shown(path)}: not supported, this is {other} ({kind}); {SUPPORTED}")
+        if index.get("requires_aesthetics_score"):
+            raise ModelError(f"{shown(path)}: not supported, this is {REFINER}; {SUPPORTED}")
         configs = {"model_index": index, "scheduler": read_json(path / "scheduler" / "scheduler_config.json")}
         configs[self.denoiser] = read_json(path / self.denoiser / "config.json")
         halves = (name for name in (VAE, f"{VAE}_decoder") if (path / name / "config.json").exists())
         configs[VAE] = read_json(path / next(halves, VAE) / "config.json")
         texts = sorted(file.parent.name for file in path.glob(f"{TEXT}*/config.json"))
-        read = (name for name in texts if name == TEXT or index.get(name))  # another one is not part of the model
+        read = [name for name in texts if name == TEXT or index.get(name)]  # another one is not part of the model
+        named = (name for name, value in index.items() if re.fullmatch(rf"{TEXT}(_\d)?", name) and any(value or ()))
+        if lacking := next(
+            (name for name in named if name not in read and not (path / name / "model.onnx").exists()), None
+        ):
+            raise ModelError(f"{shown(path / lacking)}: missing; copy the whole model folder")
         return configs | {name: read_json(path / name / "config.json") for name in read}
 
     @cached_property

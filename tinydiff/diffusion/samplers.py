@@ -66,6 +66,35 @@ def lcm(denoise: Denoise, x: Any, levels: Levels, noise: Noise) -> Iterator:
         yield x, x0
 
 
+def tcd(denoise: Denoise, x: Any, levels: Levels, noise: Noise, eta: float) -> Iterator:
+    """Strategic stochastic sampling of a trajectory consistency model (Zheng et al. 2024, algorithm 4, where eta is gamma).
+
+    Each step goes on to (1 - eta) of the next time, and from there back to the next level by new noise.
+    """
+    for step, (here, there) in enumerate(pairwise(levels)):
+        x0 = denoise(x, here)
+        if eta > 0 and there.sigma > 0 and there.t > 0:
+            further = timed(levels, there, math.floor((1 - eta) * there.t))
+            kept = there.alpha / further.alpha
+            fresh = math.sqrt(max(0.0, there.sigma**2 - (kept * further.sigma) ** 2))
+            x = move(x, x0, here, further) * kept + noise(step) * fresh
+        else:
+            x = move(x, x0, here, there)
+        yield x, x0
+
+
+def timed(levels: Levels, above: Level, t: float) -> Level:
+    """The level at a time below that of another: t falls as log-SNR grows."""
+    low, step = log_snr(above), 1.0
+    while levels.at(low + step).t > t:
+        low, step = low + step, 2 * step
+    high = low + step
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if levels.at(middle).t > t else (low, middle)
+    return levels.at(high)
+
+
 def heun(denoise: Denoise, x: Any, levels: Levels, noise: Noise) -> Iterator:
     """Heun's second-order method in rho (Karras et al. 2022, algorithm 1): two network calls a step."""
     for here, there in pairwise(levels):
@@ -253,6 +282,7 @@ def _averages(points: list[float], start: float, end: float, coordinate: Callabl
     return [sum(w * lagrange(j, u) for u, w in at) for j in range(len(points))]
 
 
+ETA = ("ddim", "tcd")  # samplers whose eta can be another: how much noise is new at each step
 SAMPLERS: dict[str, Sampler] = {
     "ddim": partial(ancestral, eta=0.0),
     "ddpm": partial(ancestral, eta=1.0),
@@ -272,4 +302,5 @@ SAMPLERS: dict[str, Sampler] = {
     "deis": partial(adams, order=3, rule=in_log_rho, few=FEW),
     "unipc": unipc,
     "lcm": lcm,
+    "tcd": partial(tcd, eta=0.3),
 }

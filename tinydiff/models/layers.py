@@ -22,14 +22,16 @@ def timestep_embedding(t: Tensor, width: int, shift: int = 0) -> Tensor:
 
 
 class TimestepEmbedding(nn.Module):
-    """Two-layer perceptron after the sinusoids: (B, width) -> (B, 4 width)."""
+    """Two-layer perceptron after the sinusoids: (B, width) -> (B, out). `told`: the width of what is added to them, if any."""
 
-    def __init__(self, width: int, out: int):
+    def __init__(self, width: int, out: int, told: int = 0):
         super().__init__()
+        self.cond_proj = nn.Linear(told, width, bias=False) if told else None
         self.linear_1 = nn.Linear(width, out)
         self.linear_2 = nn.Linear(out, out)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, told: Tensor | None = None) -> Tensor:
+        x = x if self.cond_proj is None or told is None else x + self.cond_proj(told.to(x.dtype))
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
@@ -66,14 +68,15 @@ class Downsample2D(nn.Module):
 
 
 class Upsample2D(nn.Module):
-    """Doubles height and width by nearest neighbour, then convolves."""
+    """Doubles height and width by nearest neighbour, then convolves; to the size of `like`, one less where halving rounded."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x: Tensor, like: Tensor | None = None) -> Tensor:
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return self.conv(x if like is None else x[..., : like.shape[-2], : like.shape[-1]])
 
 
 def embedding(count: int, width: int) -> nn.Embedding:

@@ -1,7 +1,9 @@
 """The text half of CLIP (Radford et al. 2021), under transformers' parameter names, at any width and depth.
 
 `forward(input_ids (B, T) int64) -> (last_hidden_state (B, T, D), pooler_output (B, D))`. Causal attention, no padding
-mask: tokens after the end are part of the context, as Stable Diffusion has it.
+mask: tokens after the end are part of the context, as Stable Diffusion has it. `clip_skip` blocks before the last one are
+left out of what each token gives, as in diffusers: the final norm follows whichever is the last. The two towers of Stable
+Diffusion XL give the input of the last block instead, without the norm (Podell et al. 2023, section 2.1).
 """
 
 from __future__ import annotations
@@ -85,10 +87,12 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList([EncoderLayer(config) for _ in range(config.num_hidden_layers)])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """What the first block is given, and what each one gives."""
+        states = [x]
         for layer in self.layers:
-            x = layer(x)
-        return x
+            states.append(layer(states[-1]))
+        return states
 
 
 class TextModel(nn.Module):
@@ -100,24 +104,55 @@ class TextModel(nn.Module):
         self.encoder = Encoder(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.final_layer_norm(self.encoder(self.embeddings(ids)))
+    def forward(self, ids: Tensor) -> list[Tensor]:
+        """What the first block is given, and what each one gives; nothing is normalised."""
+        return self.encoder(self.embeddings(ids))
 
 
 class TextEncoder(nn.Module):
     """CLIP's text tower; `end` is the id whose first occurrence is pooled."""
 
-    def __init__(self, config: Config, vocab_size: int, end: int):
+    def __init__(self, config: Config, vocab_size: int, end: int, skip: int = 0):
         super().__init__()
         self.text_model = TextModel(config, vocab_size)
-        self.end = end
+        self.end, self.skip = end, skip
 
     @classmethod
     def of(cls, table: Table, tensors: Mapping[str, Tensor] | None = None) -> TextEncoder:
         """The network of a `config.json`, whose `eos_token_id` must be that of the tokenizer."""
-        return cls(pick(Config, table), table["vocab_size"], table["eos_token_id"])
+        return cls(pick(Config, table), table["vocab_size"], table["eos_token_id"], table.get("clip_skip", 0))
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.text_model(input_ids)
-        first = (input_ids == self.end).int().argmax(dim=-1)
-        return x, x[torch.arange(x.shape[0], device=x.device), first]
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        states = self.text_model(input_ids)
+        last = self.text_model.final_layer_norm(states[-1])
+        hidden = self.text_model.final_layer_norm(states[-1 - self.skip]) if self.skip else last
+        return hidden, self.pooled(last, input_ids)
+
+    def pooled(self, x: Tensor, ids: Tensor) -> Tensor:
+        first = (ids == self.end).int().argmax(dim=-1)
+        return x[torch.arange(x.shape[0], device=x.device), first]
+
+
+class Tower(TextEncoder):
+    """The first of Stable Diffusion XL: no vector of the whole text."""
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        return (self.text_model(input_ids)[-2 - self.skip],)
+
+
+class ProjectedTower(TextEncoder):
+    """The second, whose vector of the whole text is projected (Radford et al. 2021, figure 3)."""
+
+    def __init__(self, config: Config, vocab_size: int, end: int, skip: int = 0, projection: int = 512):
+        super().__init__(config, vocab_size, end, skip)
+        self.text_projection = nn.Linear(config.hidden_size, projection, bias=False)
+
+    @classmethod
+    def of(cls, table: Table, tensors: Mapping[str, Tensor] | None = None) -> ProjectedTower:
+        ids = table["eos_token_id"], table.get("clip_skip", 0)
+        return cls(pick(Config, table), table["vocab_size"], *ids, table["projection_dim"])
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        states = self.text_model(input_ids)
+        last = self.text_model.final_layer_norm(states[-1])
+        return states[-2 - self.skip], self.text_projection(self.pooled(last, input_ids))

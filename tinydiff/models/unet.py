@@ -1,7 +1,8 @@
 """The Stable Diffusion U-Net (Rombach et al. 2022), under diffusers' parameter names, at any width and depth.
 
 `forward(sample (B, C, h, w), timestep () or (B,), encoder_hidden_states (B, T, D)) -> (B, C, h, w)`. What its levels are made
-of is `networks.unet.plan`.
+of is `networks.unet.plan`. That of Stable Diffusion XL (Podell et al. 2023) is also told `text_embeds` (B, P), a vector of the
+whole text, and `time_ids` (B, 6), sizes; one with distilled guidance `timestep_cond` (B, G), sinusoids of its strength.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from tinydiff.models.attention import Transformer2DModel
 from tinydiff.models.layers import Downsample2D, ResnetBlock2D, TimestepEmbedding, Upsample2D, timestep_embedding, zero
 from tinydiff.networks.network import Table, pick
-from tinydiff.networks.unet import MIDDLE, SKIP, plan
+from tinydiff.networks.unet import MIDDLE, SKIP, UNetNetwork, plan
 from tinydiff.networks.unet import UNet as Config
 
 
@@ -53,14 +54,16 @@ class DownBlock(Block):
 
 
 class UpBlock(Block):
-    """Takes one skip for each residual block, the last one first."""
+    """Takes one skip for each residual block, the last one first. What is doubled gets the size of `after`, if given."""
 
     upsamplers: nn.ModuleList
 
-    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor, after: Tensor | None = None
+    ) -> Tensor:
         for i in range(len(self.resnets)):
             x = self.layer(i, torch.cat([x, skips[-1 - i]], dim=1), time, context)
-        return self.upsamplers[0](x) if hasattr(self, "upsamplers") else x
+        return self.upsamplers[0](x, after) if hasattr(self, "upsamplers") else x
 
 
 class MidBlock(nn.Module):
@@ -91,27 +94,43 @@ def makers(config: Config, context_dim: int) -> tuple[Callable[[int, int], nn.Mo
 
 
 class Descent(nn.Module):
-    """What a U-Net and a network that controls it share: time, the way down, and the middle."""
+    """What a U-Net and a network that controls it share: time, the way down, and the middle.
 
-    def __init__(self, config: Config, channels: int, context_dim: int):
+    `added`: how many numbers a Stable Diffusion XL is told beside the time; `guidance`: how many where guidance was distilled.
+    """
+
+    def __init__(self, config: Config, channels: int, context_dim: int, added: int = 0, guidance: int = 0):
         super().__init__()
         levels, first = plan(config), config.block_out_channels[0]
         resnet, transformer = makers(config, context_dim)
         self.conv_in = nn.Conv2d(channels, first, 3, padding=1)
-        self.time_embedding = TimestepEmbedding(first, first * 4)
+        self.time_embedding = TimestepEmbedding(first, first * 4, guidance)
+        self.add_embedding = TimestepEmbedding(added, first * 4) if added else None
         self.down_blocks = nn.ModuleList()
         for level in levels:
             block = DownBlock(level.down, resnet, transformer(level.heads, level.depth))
             if not level.last:
                 block.downsamplers = nn.ModuleList([Downsample2D(level.width, 1)])
             self.down_blocks.append(block)
-        middle = transformer(levels[-1].heads, config.transformer_layers_per_block)
+        middle = transformer(levels[-1].heads, config.depths()[-1])
         self.mid_block = MidBlock(levels[-1].width, resnet, middle)
 
-    def embedded(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        """Time as the blocks are told it: (B, 4 C0)."""
+    def embedded(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+    ) -> Tensor:
+        """Time as the blocks are told it, with what is added to it: (B, 4 C0)."""
         time = timestep_embedding(timestep.reshape(-1).expand(sample.shape[0]), self.conv_in.out_channels)
-        return self.time_embedding(time.to(sample.dtype))
+        time = self.time_embedding(time.to(sample.dtype), timestep_cond)
+        if self.add_embedding is None or text_embeds is None or time_ids is None:
+            return time
+        width = (self.add_embedding.linear_1.in_features - text_embeds.shape[1]) // time_ids.shape[1]
+        sizes = timestep_embedding(time_ids.flatten(), width).reshape(len(time_ids), -1)  # (B, 6 E)
+        return time + self.add_embedding(torch.cat([text_embeds, sizes.to(text_embeds.dtype)], -1))
 
     def down(
         self, sample: Tensor, time: Tensor, context: Tensor, control: Tensor | None = None
@@ -132,8 +151,12 @@ class Descent(nn.Module):
 class UNet(Descent):
     """Denoiser over latents of `channels` channels, conditioned on time and on text vectors of width `context_dim`."""
 
-    def __init__(self, config: Config, channels: int, context_dim: int, extra: int = 0):
-        super().__init__(config, channels + extra, context_dim)  # `extra`: 5 in Stable Diffusion's inpainting
+    def __init__(
+        self, config: Config, channels: int, context_dim: int, extra: int = 0, added: int = 0, guidance: int = 0
+    ):
+        super().__init__(
+            config, channels + extra, context_dim, added, guidance
+        )  # `extra`: 5 in Stable Diffusion's inpainting
         levels, first = plan(config), config.block_out_channels[0]
         resnet, transformer = makers(config, context_dim)
         self.up_blocks = nn.ModuleList()
@@ -150,11 +173,14 @@ class UNet(Descent):
         """The network of a `config.json`."""
         channels = int(table["out_channels"])
         extra = int(table["in_channels"]) - channels
-        return cls(pick(Config, table), channels, table["cross_attention_dim"], extra)
+        more = UNetNetwork().added(table), table.get("time_cond_proj_dim") or 0
+        return cls(pick(Config, table), channels, table["cross_attention_dim"], extra, *more)
 
-    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **residuals: Tensor) -> Tensor:
-        """`residuals`: all or none of `networks.unet.residuals`, which are added to the skips and to the middle's output."""
-        time = self.embedded(sample, timestep)
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **told: Tensor) -> Tensor:
+        """`told`: what is added to the time; and all or none of `networks.unet.residuals`, which are added to the skips and to
+        the middle's output."""
+        residuals = {name: told.pop(name) for name in list(told) if name == MIDDLE or name.startswith(SKIP)}
+        time = self.embedded(sample, timestep, **told)
         x, skips = self.down(sample, time, encoder_hidden_states)
         x = self.mid_block(x, time, encoder_hidden_states)
         if residuals:
@@ -166,5 +192,6 @@ class UNet(Descent):
         """The output, from the lowest level's features and `down`'s skips, the last of which is taken first."""
         for block in cast("list[UpBlock]", list(self.up_blocks)):
             left = len(skips) - len(block.resnets)
-            x, skips = block(x, skips[left:], time, context), skips[:left]
+            after = skips[left - 1] if self.add_embedding and left else None  # XL's sizes need not be multiples
+            x, skips = block(x, skips[left:], time, context, after), skips[:left]
         return self.conv_out(F.silu(self.conv_norm_out(x)))

@@ -13,8 +13,8 @@ from tinydiff.networks.autoencoder import autoencoder_of
 from tinydiff.networks.control import ControlNetwork
 from tinydiff.networks.dit import DiTNetwork
 from tinydiff.networks.network import Denoiser, Graph, Network, Table, TextEncoder
-from tinydiff.networks.text import TEXT_ENCODERS
-from tinydiff.networks.unet import UNetNetwork
+from tinydiff.networks.text import PENULTIMATE, TEXT_ENCODERS, text_encoder_of
+from tinydiff.networks.unet import XL, UNetNetwork
 
 DENOISERS: dict[str, Denoiser] = {"unet": UNetNetwork(), "dit": DiTNetwork()}  # by `denoiser.kind`
 CONTROL = ControlNetwork()  # several of a model are in controlnet, controlnet_1, ...
@@ -39,8 +39,7 @@ def network_of(folder: str, table: Table) -> Network:
         return TEXT_ENCODERS["class"]
     if not folder.startswith(TEXT):
         raise KeyError(f"{folder}: no folder of a network")
-    kinds = (row for row in TEXT_ENCODERS.values() if row.only.get("model_type", "") == table.get("model_type"))
-    return next(kinds, TEXT_ENCODERS["clip"])
+    return text_encoder_of(table)
 
 
 def networks(configs: Mapping[str, Table]) -> dict[str, Table]:
@@ -61,6 +60,17 @@ def text_encoders(configs: Mapping[str, Table]) -> dict[str, TextEncoder]:
 def controls_of(configs: Mapping[str, Table]) -> list[str]:
     """A model's control networks, by folder."""
     return [name for name in configs if name.startswith(CONTROL.folder)]
+
+
+def is_xl(configs: Mapping[str, Table]) -> bool:
+    """Whether a model is of Stable Diffusion XL's family: by what its U-Net is told."""
+    return configs[denoiser_in(configs)].get("addition_embed_type") == XL
+
+
+def towers(configs: Mapping[str, Table]) -> dict[str, Table]:
+    """The same JSON, in which text encoders that serve Stable Diffusion XL say so."""
+    read = [name for name in configs if name.startswith(TEXT)] if is_xl(configs) else []
+    return {name: table | ({PENULTIMATE: True} if name in read else {}) for name, table in configs.items()}
 
 
 def tokenizer_folder(text_encoder: str) -> str:

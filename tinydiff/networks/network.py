@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, get_type_hints
 
 from tinydiff.schema import Key, brief
 
@@ -29,19 +29,34 @@ OURS = "TinydiffPipeline"  # in model_index.json where diffusers has no pipeline
 HIDDEN, POOLED = "last_hidden_state", "pooler_output"  # of every text encoder: a vector a token, one a text
 
 
+class Canvas(NamedTuple):
+    """What an image is to be besides its prompt: pixels, how strong guidance is, and the picture that it is a crop of."""
+
+    height: int
+    width: int
+    guidance: float = 1.0
+    original: tuple[int, int] | None = None  # height and width of that picture; None: its own
+    crop: tuple[int, int] = (0, 0)  # from its top and left
+
+    @property
+    def sizes(self) -> list[float]:
+        """Stable Diffusion XL's six numbers (Podell et al. 2023, section 2.2), the image being as large as it is to look."""
+        return [*(self.original or self[:2]), *self.crop, *self[:2]]
+
+
 @dataclass(frozen=True)
 class Array:
     """An input or output of a network. Its axes have a name where their size varies ("height", or "height/2" and "height*8"
     where it follows from another's), and a size where it is fixed.
 
     `values`: what an example holds (`normal`, `pixels`, `unit` for [0, 1], `tokens` or `time`). `of`: where a condition comes
-    from, either the output of this name of the text encoders, or a function (height, width) in pixels -> the row of every
-    such image.
+    from, either the output of this name of the text encoders, or a function of the canvas that gives the row of every such
+    image. A text encoder's own output says there what it is of HIDDEN and POOLED, where its name does not.
     """
 
     axes: tuple[str | int, ...]
     values: str = "normal"
-    of: str | Callable[[int, int], list[float]] = ""
+    of: str | Callable[[Canvas], list[float]] = ""
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Its shape where the axes that vary have these sizes."""
@@ -73,8 +88,8 @@ class OtherNetwork(ValueError):
 
 
 def named(outputs: tuple[Any, ...]) -> dict[str, Any]:
-    """What a text encoder's `forward` returns, by name."""
-    return dict(zip((HIDDEN, POOLED), outputs, strict=True))
+    """What a text encoder's `forward` returns, by name; the pooled vector may be missing."""
+    return dict(zip((HIDDEN, POOLED), outputs, strict=False))
 
 
 def imported(place: str) -> Any:
@@ -266,6 +281,14 @@ class Denoiser(Network):
         """Latents along a side that it reads as one at its lowest resolution."""
         return 1
 
+    def multiple(self, table: Table) -> int:
+        """Latents along a side must be a multiple of this."""
+        return self.reduction(table)
+
+    def told_guidance(self, table: Table) -> bool:
+        """Whether guidance was distilled into it: it is told how strong, and asked once."""
+        return False
+
     def classes(self, table: Table) -> int:
         """How many classes it is conditioned on instead of text; 0 for text."""
         return 0
@@ -315,6 +338,10 @@ class TextEncoder(Network):
     def width(self, table: Table) -> int:
         """The size of the vectors it gives."""
         return table.get("hidden_size", 0)
+
+    def pooled(self, table: Table) -> int:
+        """The size of its one vector of a text, 0 where there is none."""
+        return self.width(table)
 
     def graphs(self, folder: str, table: Table) -> dict[str, Graph]:
         tokens, width = ("batch", "sequence"), self.width(table)

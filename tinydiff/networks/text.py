@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinydiff.errors import ModelError
 from tinydiff.files import read_json, shown
-from tinydiff.networks.network import SIDE, WIDTH, Graph, Table, pick
+from tinydiff.networks.network import HIDDEN, POOLED, SIDE, WIDTH, Array, Graph, Table, pick
 from tinydiff.networks.network import TextEncoder as Network
 from tinydiff.schema import Key, key
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 TEXT_ENCODERS: dict[str, Network] = {}  # by `text_encoder.kind`; filled at the end of this module
 MOST_TOKENS = 2**22
 TOKENS = Key(int, 1, MOST_TOKENS)
-CLIP_UNUSED = ("position_ids", "text_projection.weight")
+PLACES, PROJECTION = "position_ids", "text_projection.weight"
 BERT_PLACES = "embeddings.position_ids"
 NORMS = {"gamma": "weight", "beta": "bias"}
 BERT_NORM = re.compile(rf"(?<=LayerNorm\.)(?:{'|'.join(NORMS)})$")
@@ -91,6 +91,7 @@ def undivided(table: Table) -> Iterator[str]:
 class ClipNetwork(Network):
     single_file = True
     vectors = "text_model.embeddings.token_embedding.weight"
+    left_out: tuple[str, ...] = (PLACES, PROJECTION)  # ends of names of tensors that it does not use
     name, kind, title = "text_encoder", "clip", "CLIP"
     longest = "tinydiff.text.tokenizer:CLIP_LENGTH"
     module = "tinydiff.models.text_encoder:TextEncoder"
@@ -101,10 +102,17 @@ class ClipNetwork(Network):
     defaults = {"num_hidden_layers": 12, "num_attention_heads": 8, "hidden_act": "quick_gelu", "eos_token_id": 49407}
     only = {"layer_norm_eps": 1e-5, "model_type": "clip_text_model"}
     checked = {"vocab_size": TOKENS, "eos_token_id": Key(int, 0, MOST_TOKENS), "max_position_embeddings": SIDE}
-    checked |= {"hidden_size": WIDTH, "intermediate_size": Key(int, 1, 2**20)}
+    checked |= {"hidden_size": WIDTH, "intermediate_size": Key(int, 1, 2**20), "clip_skip": Key(int, 0, 256)}
+    spared = 0  # blocks that never count in what a token gives
 
     def misfits(self, table: Table) -> Iterator[str]:
-        return undivided(table)
+        yield from undivided(table)
+        if (skip := table.get("clip_skip", 0)) > (most := self.most_skipped(table)):
+            yield f"clip_skip: {skip} of {table['num_hidden_layers']} blocks; give at most {most}"
+
+    def most_skipped(self, table: Table) -> int:
+        """How many blocks can be left out of what a token gives."""
+        return self.complete(table)["num_hidden_layers"] - 1 - self.spared
 
     def shapes(self, table: Table) -> dict[str, tuple[int, ...]]:
         width, place = table["hidden_size"], "text_model.embeddings.{}_embedding.weight"
@@ -118,13 +126,54 @@ class ClipNetwork(Network):
         return {"architectures": [self.library[1]], "model_type": "clip_text_model"} | own
 
     def renamed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        kept = {name: tensor for name, tensor in super().renamed(tensors).items() if not name.endswith(CLIP_UNUSED)}
+        kept = {name: tensor for name, tensor in super().renamed(tensors).items() if not name.endswith(self.left_out)}
         return {f"text_model.{name}" if name.startswith(CLIP_BARE) else name: tensor for name, tensor in kept.items()}
 
     def make_tokenizer(self, cfg: Config, source: Source) -> Any:
         text = cfg.text_encoder
         captions = [caption for i in range(min(len(source), 200_000)) for caption in source.captions(i)]
         return self.tokenizer_class.train(captions, text.vocab_size, text.max_position_embeddings)
+
+
+class TowerNetwork(ClipNetwork):
+    """The first text encoder of Stable Diffusion XL, in a table that says PENULTIMATE."""
+
+    module = "tinydiff.models.text_encoder:Tower"
+    spared = 1
+
+    def pooled(self, table: Table) -> int:
+        return 0
+
+    def graphs(self, folder: str, table: Table) -> dict[str, Graph]:
+        """As optimum names the outputs."""
+        graph, hidden = (
+            super().graphs(folder, table)[folder],
+            table["num_hidden_layers"] - 1 - table.get("clip_skip", 0),
+        )
+        outputs = {f"hidden_states.{hidden}": replace(graph.outputs[HIDDEN], of=HIDDEN)}
+        if width := self.pooled(table):
+            outputs["text_embeds"] = Array(("batch", width), of=POOLED)
+        return {folder: replace(graph, outputs=outputs)}
+
+
+class ProjectedNetwork(TowerNetwork):
+    """The second one."""
+
+    left_out = (PLACES,)
+    module = "tinydiff.models.text_encoder:ProjectedTower"
+    library = ("transformers", "CLIPTextModelWithProjection")
+    defaults = ClipNetwork.defaults | {"projection_dim": 512}
+    checked = ClipNetwork.checked | {"projection_dim": WIDTH}
+
+    def pooled(self, table: Table) -> int:
+        return table["projection_dim"]
+
+    def shapes(self, table: Table) -> dict[str, tuple[int, ...]]:
+        return super().shapes(table) | {PROJECTION: (table["projection_dim"], table["hidden_size"])}
+
+
+PENULTIMATE = "_penultimate"  # key of a table: its hidden layer before the last is what counts
+TOWERS = (TowerNetwork(), ProjectedNetwork())
 
 
 class GivenNetwork(Network):
@@ -253,6 +302,14 @@ class ClassNetwork(Network):
         labels = (source.captions(i)[0] for i in range(len(source)))
         names = sorted({label.strip().lower(): label for label in labels if label.strip()}.values())
         return self.tokenizer_class(names, max(LEAST, len(names)))
+
+
+def text_encoder_of(table: Table) -> Network:
+    """The kind of a `config.json`; CLIP's where it says none."""
+    if table.get(PENULTIMATE):
+        return TOWERS[TOWERS[1].library[1] in (table.get("architectures") or ())]
+    kinds = (row for row in TEXT_ENCODERS.values() if row.only.get("model_type", "") == table.get("model_type"))
+    return next(kinds, TEXT_ENCODERS["clip"])
 
 
 TEXT_ENCODERS |= {row.kind: row for row in (ClipNetwork(), T5Network(), BertNetwork(), ClassNetwork())}

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from tinydiff.networks.network import HIDDEN, SIDE, WIDTH, Array, Denoiser, Graph, OtherNetwork, Table, pick
+from tinydiff.networks.network import (
+    HIDDEN,
+    POOLED,
+    SIDE,
+    WIDTH,
+    Array,
+    Canvas,
+    Denoiser,
+    Graph,
+    OtherNetwork,
+    Table,
+    pick,
+)
 from tinydiff.schema import Key, brief, key
 
 if TYPE_CHECKING:
@@ -15,6 +28,8 @@ if TYPE_CHECKING:
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 SKIP, MIDDLE = "down_block_additional_residuals_", "mid_block_additional_residual"  # diffusers' names, and a number
 CONTROLLED = "_controlled"  # in a bundle's config.json: whether its graph takes residuals; diffusers reads no such keys
+XL = "text_time"  # the addition_embed_type of Stable Diffusion XL: a text's one vector and sizes are added to the time
+SIZES = 6  # numbers of `Canvas.sizes`
 
 
 @dataclass(frozen=True)
@@ -24,7 +39,9 @@ class UNet:
         (PLAIN, CROSS), "one a width: with cross-attention to the text, or without", choices=(CROSS, PLAIN)
     )
     layers_per_block: int = key(1, "residual blocks (and transformers) a level", 1, 16)
-    transformer_layers_per_block: int = key(1, "transformer blocks after each residual block", 1, 16)
+    transformer_layers_per_block: int | tuple[int, ...] = key(
+        1, "transformer blocks after each residual block, or a list with one number a width", 1, 16
+    )
     attention_head_dim: int | tuple[int, ...] = key(
         4, "attention heads, or a list with one number a width (diffusers' name; it is not their width)", 1, 2**14
     )
@@ -34,8 +51,14 @@ class UNet:
 
     def heads(self) -> tuple[int, ...]:
         """Attention heads at each width."""
-        each = self.attention_head_dim
-        return each if isinstance(each, tuple) else (each,) * len(self.block_out_channels)
+        return self._each(self.attention_head_dim)
+
+    def depths(self) -> tuple[int, ...]:
+        """Transformer blocks after each residual block at each width that has any."""
+        return self._each(self.transformer_layers_per_block)
+
+    def _each(self, value: int | tuple[int, ...]) -> tuple[int, ...]:
+        return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
 
 
 @dataclass(frozen=True)
@@ -62,7 +85,7 @@ def plan(settings: UNet) -> list[Level]:
     for i, (width, kind) in enumerate(zip(widths, settings.down_block_types, strict=True)):
         skips = [width] * n + [befores[i]]  # in the order in which they are taken
         enters = [afters[i]] + [width] * n
-        depth = settings.transformer_layers_per_block if kind == CROSS else 0
+        depth = settings.depths()[i] if kind == CROSS else 0
         down = tuple((c, width) for c in ([befores[i]] + [width] * n)[:n])
         up = tuple((c + skip, width) for c, skip in zip(enters, skips, strict=True))
         levels.append(Level(width, settings.heads()[i], depth, down, up, last=i == len(widths) - 1))
@@ -82,6 +105,18 @@ def residuals(settings: UNet) -> dict[str, Array]:
     }
 
 
+def of_guidance(width: int) -> Callable[[Canvas], list[float]]:
+    """Sinusoids of how strong guidance is, sines first (Meng et al. 2023, section 3; Luo et al. 2023, appendix F)."""
+    half = width // 2
+    rates = [math.exp(-math.log(10000) * i / max(1, half - 1)) for i in range(half)]
+
+    def row(canvas: Canvas) -> list[float]:
+        angles = [1000 * (canvas.guidance - 1) * rate for rate in rates]
+        return [*map(math.sin, angles), *map(math.cos, angles), *[0.0] * (width % 2)]
+
+    return row
+
+
 class UNetNetwork(Denoiser):
     single_file = controlled = True
     name = folder = "unet"
@@ -96,9 +131,9 @@ class UNetNetwork(Denoiser):
         | {"attention_head_dim": 8, "use_linear_projection": False, "sample_size": 64}
     )
     checked = {"in_channels": WIDTH, "out_channels": WIDTH, "cross_attention_dim": WIDTH, "sample_size": SIDE}
-    checked |= {"up_block_types": Key(tuple[str, ...]), "time_embedding_dim": WIDTH}
-    unused = frozenset(("dropout", "upcast_attention", "addition_embed_type_num_heads", "addition_time_embed_dim"))
-    unused |= {"projection_class_embeddings_input_dim"}  # and those two: of an embedding that `only` refuses
+    checked |= {"up_block_types": Key(tuple[str, ...]), "time_embedding_dim": WIDTH, "time_cond_proj_dim": WIDTH}
+    checked |= dict.fromkeys(("addition_time_embed_dim", "projection_class_embeddings_input_dim"), WIDTH)  # of XL
+    unused = frozenset(("dropout", "upcast_attention", "addition_embed_type_num_heads"))
     nulls = ("mid_block_type", "norm_num_groups")
     only = (
         {"act_fn": "silu", "mid_block_type": "UNetMidBlock2DCrossAttn", "norm_eps": 1e-5, "flip_sin_to_cos": True}
@@ -107,10 +142,9 @@ class UNetNetwork(Denoiser):
         | {"conv_in_kernel": 3, "conv_out_kernel": 3}
         | dict.fromkeys(("center_input_sample", "only_cross_attention", "dual_cross_attention"), False)
         | dict.fromkeys(("resnet_skip_time_act", "class_embeddings_concat"), (False, None))
-        | dict.fromkeys(
-            ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim"), (None, False)
-        )
-        | dict.fromkeys(("time_cond_proj_dim", "timestep_post_act", "cross_attention_norm"), (None, False))
+        | dict.fromkeys(("class_embed_type", "num_class_embeds", "encoder_hid_dim"), (None, False))
+        | {"addition_embed_type": (None, False, XL)}
+        | dict.fromkeys(("timestep_post_act", "cross_attention_norm"), (None, False))
         | dict.fromkeys(
             ("mid_block_only_cross_attention", "time_embedding_act_fn", "encoder_hid_dim_type"), (None, False)
         )
@@ -147,7 +181,7 @@ class UNetNetwork(Denoiser):
             "conv_in.weight": (widths[0], table["in_channels"], 3, 3),
             "conv_out.weight": (table["out_channels"], widths[0], 3, 3),
             middle: (widths[-1], table["cross_attention_dim"]),
-        }
+        } | ({"add_embedding.linear_1.weight": (widths[0] * 4, added)} if (added := self.added(table)) else {})
 
     def graphs(self, folder: str, table: Table) -> dict[str, Graph]:
         made = super().graphs(folder, table)
@@ -157,6 +191,26 @@ class UNetNetwork(Denoiser):
 
     def reduction(self, table: Table) -> int:
         return 2 ** (len(table["block_out_channels"]) - 1)
+
+    def multiple(self, table: Table) -> int:
+        return 1 if self.added(table) else self.reduction(table)
+
+    def added(self, table: Table) -> int:
+        """How many numbers are added to the time, 0 in a U-Net that is not XL's."""
+        return table["projection_class_embeddings_input_dim"] if table.get("addition_embed_type") == XL else 0
+
+    def conditions(self, table: Table) -> dict[str, Array]:
+        told = super().conditions(table)
+        if added := self.added(table):
+            pooled = added - SIZES * table["addition_time_embed_dim"]
+            told |= {"text_embeds": Array(("batch", pooled), of=POOLED)}
+            told |= {"time_ids": Array(("batch", SIZES), "time", of=lambda canvas: canvas.sizes)}
+        if width := table.get("time_cond_proj_dim"):
+            told |= {"timestep_cond": Array(("batch", width), of=of_guidance(width))}
+        return told
+
+    def told_guidance(self, table: Table) -> bool:
+        return bool(table.get("time_cond_proj_dim"))
 
     def middle(self, table: Table) -> tuple[str, int]:
         return "mid_block", table["block_out_channels"][
@@ -183,8 +237,16 @@ class UNetNetwork(Denoiser):
         for width, count in zip(widths, heads, strict=False):
             if width % count:
                 yield f"attention_head_dim: {count} heads do not divide width {width}"
-        if len(heads) != len(widths):
-            yield "attention_head_dim: needs one entry for each of block_out_channels, or one number for all"
+        for name, each in (("attention_head_dim", heads), ("transformer_layers_per_block", s.depths())):
+            if len(each) != len(widths):
+                yield f"{name}: needs one entry for each of block_out_channels, or one number for all"
+        if table.get("addition_embed_type") == XL:
+            pooled, sizes = (
+                table.get(key) for key in ("projection_class_embeddings_input_dim", "addition_time_embed_dim")
+            )
+            if not pooled or not sizes or sizes % 2 or pooled <= SIZES * sizes:
+                needs = f"projection_class_embeddings_input_dim above {SIZES} times an even addition_time_embed_dim"
+                yield f"addition_embed_type: {XL} needs {needs}, and they are {pooled} and {sizes}"
         for kinds in ("down_block_types", "up_block_types"):
             if len(table.get(kinds, widths)) != len(widths):
                 yield f"{kinds}: needs one entry for each of block_out_channels"

@@ -16,14 +16,14 @@ from torch.nn import functional as F
 from tinydiff.backends.pytorch import TorchBackend
 from tinydiff.charts import HELD
 from tinydiff.checkpoints.folder import Model
-from tinydiff.condition import Condition, joined, of_size
+from tinydiff.condition import Condition, joined, of_canvas
 from tinydiff.diffusion.noise import keyed
 from tinydiff.diffusion.predictions import PREDICTIONS
 from tinydiff.errors import ModelError
 from tinydiff.measure.features import open_features
 from tinydiff.models.attention import tokens as as_tokens
 from tinydiff.networks import denoiser_in, network_of
-from tinydiff.networks.network import HIDDEN, named
+from tinydiff.networks.network import HIDDEN, Canvas, named
 from tinydiff.overfitting import ERROR
 from tinydiff.pipeline import Request, generate
 from tinydiff.system import shown
@@ -210,7 +210,8 @@ class DenoiserTask(Task):
         target, level = self.prediction.target(x0, noise, a, s), torch.tensor(picked)
         batch = {"sample": x0 * a + noise * s, "target": target, "timestep": times, "weight": w, "level": level}
         factor = self.description.factor
-        sizes = of_size(self.description.conditions, x0.shape[2] * factor, x0.shape[3] * factor, len(drawn))
+        canvas = Canvas(x0.shape[2] * factor, x0.shape[3] * factor)
+        sizes = of_canvas(self.description.conditions, canvas, len(drawn))
         tokens, condition = self.told(captions)
         return batch | {"tokens": tokens, "condition": condition | {k: torch.from_numpy(v) for k, v in sizes.items()}}
 
