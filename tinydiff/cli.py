@@ -278,7 +278,7 @@ def generate(
     processes.own_device()
     adapters, controls = flags.adapters(lora, lora_dir, prompt, to or ""), flags.controls(control)
     prompt, to = flags.plain(prompt, lora_dir), to and flags.plain(to, lora_dir)
-    parts = {"vae": vae, "prediction": prediction, "adapters": adapters, "words": tuple(word), "anew": verify}
+    parts = {"vae": vae, "prediction": prediction, "adapters": adapters, "words": flags.words(word), "anew": verify}
     parts |= {"controls": flags.networks(controls), "clip_skip": clip_skip}
     opened = opening(model, backend, device, precision, compiled, **parts)
     from tinydiff import drawing, reading  # imported while the graphs are being opened
@@ -301,7 +301,7 @@ def generate(
     jobs = flags.way(given) if moving else drawing.jobs(prompts, seed, count)
     mistakes = drawing.Mistakes()
     for drawn in drawing.draw(opened, jobs, negative, request, size, edit, mistakes, told):
-        drawn = replace(drawn, settings=drawn.settings | flags.named(adapters, word))
+        drawn = replace(drawn, settings=drawn.settings | flags.named(adapters, flags.words(word)))
         path = sink.write(drawn, None if no_metadata else drawn.settings)
         say_image(path, drawn, as_json)
     sink.close()
@@ -401,7 +401,7 @@ def export(
             print(text, file=sys.stderr)
 
     def write() -> list[dict[str, Any]]:
-        parts = {"vae": vae, "prediction": prediction, "adapters": flags.adapters(lora), "words": tuple(word)}
+        parts = {"vae": vae, "prediction": prediction, "adapters": flags.adapters(lora), "words": flags.words(word)}
         parts |= {"controls": tuple(dict.fromkeys(control)), "clip_skip": clip_skip}
         source = look_up(model, **parts, anew=True)
         with undisturbed(source.stamps):

@@ -186,6 +186,16 @@ def strong(text: str) -> tuple[Path, float]:
     return (next(filter(Path.is_file, places), places[0]) if path.is_dir() else path), much
 
 
+def words(given: Sequence[Path]) -> tuple[Path, ...]:
+    """The files of --word; of a folder, such as a run's, the one in it."""
+    folders = {
+        path: [*sorted(path.glob("*.safetensors")), *sorted(path.glob("adapter/*.safetensors"))]
+        for path in given
+        if path.is_dir()
+    }
+    return tuple(next(iter(folders.get(path, [])), path) for path in given)
+
+
 def strength(what: str, text: str) -> float:
     """A finite number; UsageError for anything else."""
     try:

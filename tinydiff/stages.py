@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tinydiff.adapters import STYLES
+from tinydiff.adapters import STYLES, WORD_STYLES
 from tinydiff.networks.contrastive import CONTRASTIVE, Towers
 from tinydiff.schema import key, section
 
@@ -94,6 +94,15 @@ class ControlStage(Stage):
         "what a picture is controlled by: made of it, or the images that its table names",
         choices=(*MADE, GIVEN),
     )
+
+
+@dataclass(frozen=True)
+class WordStage(Stage):
+    word: str = key("<word>", "what stands in prompts for what the images show")
+    vectors: int = key(1, "how many tokens it is", 1, 64)
+    initial: str = key("", "words of the model that its vectors begin as the mean of; empty is all of them")
+    prompt: str = key("a picture of {}", "the caption of every image, with the word where {} is")
+    style: str = key("diffusers", "whose names the published file has", choices=WORD_STYLES)
 
 
 @dataclass(frozen=True)
@@ -193,6 +202,22 @@ STAGES: dict[str, Row] = {
         "tinydiff.training.control:ControlTask",
         "control images above, what is drawn with them below",
         ("control images", "drawn"),
+        adapter=True,
+    ),
+    "word": Row(
+        WordStage,
+        section(
+            WordStage,
+            "with adapter word: vectors of a new word for what the images show",
+            steps=500,
+            batch_size=4,
+            lr=5e-3,
+            warmup=10,
+            weight_decay=0.0,
+            ema=0.95,
+        ),
+        "tinydiff.training.word:WordTask",
+        "generated from the new word, row by row",
         adapter=True,
     ),
 }

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from tinydiff.adapters import WORD_STYLES
 from tinydiff.errors import ModelError
 from tinydiff.files import RESTORE, shown, write_file
 
@@ -107,6 +108,7 @@ def write(path: Path, word: Word, style: str = "diffusers", force: bool = False)
     """Commit a .safetensors file as of "diffusers", or of AUTOMATIC1111's web UI ("a1111"), whose name is then the word."""
     from safetensors.numpy import save
 
+    assert style in WORD_STYLES
     towers = {folder: name for name, folder in TOWERS.items()}
     one = {word.text if style == "diffusers" else ONE: next(iter(word.vectors.values()))}
     tensors = one if len(word.vectors) == 1 else {towers[name]: rows for name, rows in word.vectors.items()}

@@ -1,0 +1,112 @@
+"""A word that a run learns: its vectors alone learn, are saved and published, and say in prompts what the run's own do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs import digests, said, sha256
+
+from tinydiff import config, start
+from tinydiff.checkpoints import folder
+from tinydiff.checkpoints.header import header
+from tinydiff.checkpoints.source import Source
+from tinydiff.errors import UsageError
+from tinydiff.schema import to_toml
+from tinydiff.training import loop
+from tinydiff.training.word import Taught, WordTask
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+QUICK = ["train.threads=1", "train.precision=fp32", "train.device=cpu", "train.validation_samples=0", "data.held_out=0"]
+FEW = {"steps": 6, "batch_size": 8, "warmup": 1, "lr": 0.02, "save_every": 2, "sample_every": 100, "ema": 0.5}
+OWN = {"word": "<thing>", "vectors": 2, "initial": "red", "prompt": "a {}"}
+FILE = Path("adapter") / "<thing>.safetensors"
+
+
+@pytest.fixture(scope="module")
+def settings_of(tiny_model: Path, image_folder: Path) -> Callable[..., config.Config]:
+    def make(*more: str) -> config.Config:
+        few = [f"train.word.{key}={value}" for key, value in (FEW | OWN).items()]
+        own = [f"train.base={tiny_model}", "train.adapter=word", f"data.path={image_folder}", "data.resolution=16"]
+        return config.load(None, [*own, *QUICK, *few, *more], model=start.tables)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def trained(settings_of, tmp_path_factory) -> Callable[..., tuple[Path, WordTask]]:
+    @cache
+    def make(*more: str) -> tuple[Path, WordTask]:
+        run_dir, tasks, stage = tmp_path_factory.mktemp("word") / "run", list[WordTask](), loop.stage
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "stage", lambda run, task: (tasks.append(task), stage(run, task)))
+            assert loop.run(settings_of(*more), run_dir) == run_dir / "adapter"
+        return run_dir, tasks[0]
+
+    return make
+
+
+def test_a_table_is_taught_rows_after_its_own():
+    table, rows = torch.nn.Embedding(5, 3), torch.randn(2, 3)
+    taught, ids = Taught(table, rows.clone()), torch.tensor([[0, 6, 4], [5, 5, 1]])
+    whole = torch.nn.functional.embedding(ids, torch.cat([table.weight, rows]))
+    assert torch.equal(taught(ids), whole)
+    taught(ids).sum().backward()
+    assert taught.rows.grad is not None and torch.equal(taught.rows.grad, torch.tensor([[2.0] * 3, [1.0] * 3]))
+
+
+@pytest.mark.parametrize("style", ["diffusers", "a1111"])
+def test_what_is_published_says_what_the_run_s_own_vectors_do(style, trained, tiny_model):
+    run_dir, task = trained(f"train.word.style={style}")
+    source = Source(tiny_model, words=(run_dir / FILE,))
+    source.check()
+    tokenizer = source.tokenizers["text_encoder"]
+    ids = tokenizer.encode(["a <thing> here", "a red square"])
+    assert np.array_equal(ids, task.model.tokenizers["text_encoder"].encode(["a <thing> here", "a red square"]))
+    with torch.no_grad():
+        ours, theirs = (
+            model.networks["text_encoder"](torch.from_numpy(ids))[0] for model in (folder.load(source), task.model)
+        )
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    plain = Source(tiny_model).tensors("text_encoder")[source.vectors("text_encoder")]
+    begun = plain[Source(tiny_model).tokenizers["text_encoder"].ids("red")].mean(0)
+    learnt = torch.from_numpy(source.learnt[0].vectors["text_encoder"])
+    assert learnt.shape == (2, 16) and 0.01 < (learnt - begun).abs().max() < 1
+    assert (learnt[0] - learnt[1]).abs().max() > 1e-4
+
+
+def test_checkpoints_hold_the_vectors_alone(trained, tiny_model):
+    before = sha256(tiny_model, (p for p in tiny_model.rglob("*") if p.is_file()))
+    run_dir, _ = trained()
+    stored = header(run_dir / "checkpoints" / "word-00000006" / "weights.safetensors").tensors
+    assert [(name.rpartition(".")[2], each.shape) for name, each in stored.items()] == [("rows", (2, 16))]
+    assert sha256(tiny_model, (p for p in tiny_model.rglob("*") if p.is_file())) == before
+
+
+def test_a_run_killed_again_and_again_ends_in_the_same_bits(trained, settings_of, forker, tmp_path):
+    (tmp_path / "c.toml").write_text(to_toml(settings_of()))
+    run_dir, die_at, deaths = tmp_path / "run", 2, 0
+    while (code := forker.run(run_dir, die_at, config_path=tmp_path / "c.toml")) == -9:
+        deaths, die_at = deaths + 1, die_at + (3 if deaths < 8 else 100)
+    assert code == 0 and deaths >= 8, said(run_dir)
+    assert digests(run_dir) == digests(trained()[0])
+
+
+@pytest.mark.parametrize(
+    ("own", "says"),
+    [
+        (["train.word.word=two words"], "train.word.word: 'two words' is not one word"),
+        (["train.word.word=a/b"], "train.word.word: 'a/b' is not one word"),
+        (["train.word.word=e"], "train.word.word: 'e' is a word of the model already"),
+        (["train.word.prompt=a picture"], "train.word.prompt: 'a picture' has no {}, where the word goes"),
+    ],
+)
+def test_what_cannot_be_learnt_is_refused_before_anything_is_written(own, says, settings_of, tmp_path):
+    with pytest.raises(UsageError) as caught:
+        loop.run(settings_of(*own), tmp_path / "run")
+    assert says in str(caught.value) and len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "run").exists()
