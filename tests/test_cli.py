@@ -70,6 +70,9 @@ def test_help_imports_no_array_library(tmp_path: Path) -> None:
         (["train", "--set", "train.sed=1"], "did you mean 'seed'"),
         (["train", "missing.toml"], "missing.toml"),
         (["train", "--stage", "decoder"], "denoiser"),
+        (["train", "--adapter", "lora"], "give --from MODEL"),
+        (["train", "--adapter", "lore", "--from", "emoji"], "did you mean 'lora'"),
+        (["train", "--from", "emoji", "--stage", "autoencoder"], "this run does not train autoencoder"),
         (["train", "--stage", "denoiser", "--set", "train.denoiser.steps=0"], "set train.denoiser.steps"),
     ],
 )
@@ -79,6 +82,7 @@ def test_usage_errors(words: list[str], says: str, tmp_path: Path) -> None:
 
 def test_other_errors(tmp_path: Path) -> None:
     refused(4, "generate", "x", "-m", "nowhere", cwd=tmp_path, says="nowhere")
+    refused(4, "train", "--from", "nowhere", cwd=tmp_path, says="nowhere: no such model")
     (tmp_path / "out.png").write_bytes(b"mine")
     refused(2, "generate", "x", cwd=tmp_path, says="--force")
     assert (tmp_path / "out.png").read_bytes() == b"mine"
