@@ -25,16 +25,14 @@ from tinydiff.pipeline import Request, generate
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
 
-PROMPT, SEED, SIDE, STEPS = "two blue circles", 3, 64, 4
+PROMPT, SEED, SIDE, STEPS = "two blue circles", 3, 32, 4
 
 
 @pytest.fixture(scope="module")
 def xl(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders by whether guidance was distilled into their U-Net."""
-    widths = {"guided": 0, "distilled": 16}
-    parts = {
-        name: tiny_xl.networks(**({"time_cond_proj_dim": width} if width else {})) for name, width in widths.items()
-    }
+    widths = {"guided": None, "distilled": 16}
+    parts = {name: tiny_xl.networks(**tiny_xl.SHALLOW, time_cond_proj_dim=width) for name, width in widths.items()}
     return {name: tiny_xl.written(each, tmp_path_factory.mktemp(name)) for name, each in parts.items()}
 
 

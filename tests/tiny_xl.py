@@ -29,6 +29,16 @@ SCHEDULER: dict[str, Any] = {  # of the published base
 }
 
 
+SHALLOW: dict[str, Any] = {  # a U-Net of two levels
+    "sample_size": 16,
+    "block_out_channels": (32, 64),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": [1, 2],
+    "attention_head_dim": [1, 2],
+}
+
+
 def networks(channels: int = 4, **unet: Any) -> dict[str, torch.nn.Module]:
     """Narrow and shallow, but for the vocabulary, three levels, and a depth of transformers at each."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
