@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from tensors import equal, noise, randomise, same
 from tinydiff import cli, config, control, export, images, start
 from tinydiff.backends import open_backend
 from tinydiff.checkpoints import folder, single_file
+from tinydiff.checkpoints.header import header
 from tinydiff.checkpoints.source import Source
 from tinydiff.data import makers
 from tinydiff.data.dataset import Images, open_source
@@ -303,19 +306,33 @@ def networks(plain, tmp_path_factory) -> list[Path]:
 
 
 @pytest.fixture(scope="session")
-def bundle(plain, networks, tmp_path_factory) -> Path:
-    path, translate, first = tmp_path_factory.mktemp("bundle") / "bundle", export.translate, list[Any]()
+def bundle(plain, networks, tmp_path_factory) -> Callable[[str], Path]:
+    """A function (precision) -> a bundle of `plain` with both networks."""
+    translate, known, home = export.translate, dict[str, Any](), tmp_path_factory.mktemp("bundle")
 
     def translated(name: str, *how: Any) -> Any:
-        """The second control network's graph is the first one's."""
-        made = ir.from_proto(first[0]) if name == "controlnet_1" else translate(name, *how)
-        first.extend([ir.to_proto(made)] if name == "controlnet" else [])
-        return made
+        """Slow, and no weight counts: the second network's graph is the first one's, and so are those of other bundles."""
+        kind = name.removesuffix("_1")
+        if kind not in known:
+            known[kind] = ir.to_proto(translate(name, *how))
+        return ir.from_proto(known[kind])
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "translate", translated)
-        command("export", plain, *(word for each in networks for word in ("--control", each)), "-o", path)
-    return path
+    @cache
+    def make(precision: str) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(export, "translate", translated)
+            told = [word for each in networks for word in ("--control", each)]
+            command("export", plain, *told, "-o", home / precision, "--precision", precision)
+        return home / precision
+
+    return make
+
+
+def test_half_precision_is_checked_with_the_control_networks(bundle, capsys):
+    path = bundle("fp16")
+    rows = dict(row.split(maxsplit=1) for row in capsys.readouterr().out.splitlines())
+    assert "graph=controlnet_1" in rows and float(rows["graph=image"].split()[0].removeprefix("same=")) >= 0.99
+    assert header(path / "controlnet" / CONTROL.file).tensors["conv_in.weight"].dtype == "F16"
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
@@ -326,6 +343,7 @@ def test_the_graphs_draw_what_torch_draws(count, plain, networks, bundle):
         control.Control(f"controlnet_{i}" if i else "controlnet", *each)
         for i, each in enumerate(zip(pictures, flags, strict=False))
     ]
+    bundle = bundle("fp32")
     inside = (bundle / "controlnet", bundle / "controlnet_1")[:count]
     request = Request(6, 3.0, "dpmpp_2m", "trailing", 16, 24)
     opened = [
@@ -610,6 +628,7 @@ def test_a_control_image_is_fitted(bad, plain, monkeypatch):
 
 
 def test_a_bundle_that_takes_no_control_says_so_and_draws_with_torch(bundle, networks):
+    bundle = bundle("fp32")
     with pytest.raises(ModelError, match="its graphs take no such control; export the model with --control"):
         open_backend(Source(bundle, controls=(networks[0],)), "onnx", "cpu")
     assert open_backend(Source(bundle, controls=(networks[0],)), "auto", "cpu").name == "torch"

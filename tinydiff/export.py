@@ -185,7 +185,7 @@ class Recording(TorchBackend):
     def __init__(self, model: Model):
         super().__init__(model)
         self.calls: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in graphs(model.configs)}
-        self.denoiser = next(name for name, graph in graphs(model.configs).items() if "timestep" in graph.inputs)
+        self.denoiser = denoiser_in(model.configs)
 
     def read(self, name: str, ids: np.ndarray) -> dict[str, Tensor]:
         if name in self.calls:
