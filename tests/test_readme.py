@@ -42,6 +42,8 @@ TINY = {
     "train.denoiser.steps": "3",
     "train.denoiser.batch_size": "2",
     "train.distill.steps": "0",
+    "train.control.steps": "2",
+    "train.control.batch_size": "2",
     "train.threads": "1",
 }
 
@@ -110,6 +112,12 @@ def test_train_your_own(photos: Path) -> None:
 def test_judge(home: Path, photos: Path) -> None:
     said = run(home, re.search(r"^tinydiff evaluate .*$", README, re.MULTILINE)[0])
     assert "6 drawings: of 6 images" in said and "reconstruction_perceptual_efficientnet-lite0" in said
+
+
+def test_follow_an_image(home: Path) -> None:
+    run(home, block("control"))
+    assert (home / "runs" / "outlines" / "controlnet" / "config.json").is_file()
+    assert pixels(home / "follows.png").shape == (128, 128, 3)
 
 
 def test_many_processes(home: Path, photos: Path) -> None:
