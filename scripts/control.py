@@ -2,7 +2,7 @@
 
     python scripts/control.py runs/outlines --data data/emoji/heldout -m emoji --count 64 [-o pictures.png]
 
-The edges of each picture, mirrored, are followed under the caption of another one; it is drawn with the same seed without them too.
+The edges of each picture, mirrored, are followed under the caption of another one; it is drawn with the same seed without them.
 A silhouette is what is not white; its overlap with the mirrored picture's is intersection over union. Printed: means over the
 pictures, each with a 95 % interval.
 """

@@ -17,8 +17,8 @@ import tiny_xl
 import torch
 from interpreters import run_without
 from PIL import Image
-from safetensors.torch import load_file
-from tensors import equal
+from safetensors.torch import load_file, save_file
+from tensors import equal, randomise
 from tiny_stable_diffusion import configs_of, sparse
 from tiny_xl import SIDE
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -27,6 +27,7 @@ from tinydiff import cli
 from tinydiff.backends import open_backend
 from tinydiff.checkpoints import folder, single_file
 from tinydiff.checkpoints.source import Source
+from tinydiff.control import Control
 from tinydiff.diffusion import noise
 from tinydiff.editing import Edit
 from tinydiff.errors import UsageError
@@ -180,6 +181,30 @@ def test_diffusers_draws_the_same_image(name, pipe, copied):
             assert not same(
                 generate(backend, [PROMPT], [3], Request(4, 5.0, g.sampler, g.spacing, 120, 88), [negative]), theirs
             )
+
+
+def test_diffusers_follows_a_control_image_alike(made, pipe, tmp_path):
+    """Also at a size that is no multiple of what its lowest level halves to; and from a single file of the network."""
+    from diffusers import ControlNetModel, DDIMScheduler, StableDiffusionXLControlNetPipeline
+
+    network = ControlNetModel.from_unet(made[1]["unet"], conditioning_embedding_out_channels=(16, 32, 96))
+    randomise(network, 3)
+    network.eval().save_pretrained(tmp_path / "network")
+    backend = open_backend(Source(made[0], controls=(tmp_path / "network",)), "torch", "cpu")
+    both = StableDiffusionXLControlNetPipeline(**pipe.components, controlnet=network, add_watermarker=False)
+    both.scheduler = DDIMScheduler.from_config(tiny_xl.SCHEDULER)
+    both.set_progress_bar_config(disable=True)
+    request, d = Request(6, 5.0, "ddim", "leading", 120, 88), backend.description
+    image = np.random.default_rng(0).integers(0, 256, (88, 120, 3), np.uint8)
+    ours = generate(backend, [PROMPT], [3], request, [NEGATIVE], controls=[Control("controlnet", image)])
+    first = d.levels("ddim", 6, "leading")[0]
+    theirs = theirs_of(both, first.sigma, request, NEGATIVE, image=Image.fromarray(image))
+    assert same(ours, theirs)
+    assert not same(generate(backend, [PROMPT], [3], request, [NEGATIVE]), theirs)
+    save_file({k: v.contiguous() for k, v in network.state_dict().items()}, tmp_path / "network.safetensors")
+    source = Source(made[0], controls=(tmp_path / "network.safetensors",))
+    source.check()
+    assert equal(folder.load(source).networks["controlnet"].state_dict(), network.state_dict())
 
 
 def test_an_empty_prompt_is_encoded_where_the_folder_says_so(copied):

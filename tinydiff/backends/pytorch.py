@@ -104,8 +104,9 @@ class TorchBackend:
 
     def control(self, network: str, x: np.ndarray, t: float, condition: Condition) -> Condition:
         module, time = self.model.networks[network], torch.tensor(t, device=self.device)
-        answer = self.ask(module, module, sample=x, timestep=time, **condition)
-        names = CONTROL.graphs(network, CONTROL.complete(self.model.configs[network]))[network].outputs
+        graph = CONTROL.graphs(network, CONTROL.complete(self.model.configs[network]))[network]
+        told = {name: array for name, array in condition.items() if name in graph.inputs}
+        answer, names = self.ask(module, module, sample=x, timestep=time, **told), graph.outputs
         dtype = next(self.model.denoiser.parameters()).dtype
         return {name: array.to(dtype) for name, array in zip(names, answer, strict=True)}
 

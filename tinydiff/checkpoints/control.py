@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tinydiff.checkpoints.source import Source
 
 SUPPORTED = "give a folder of diffusers' ControlNetModel, or a file of one for Stable Diffusion"
-PLAIN, WITH = "StableDiffusionPipeline", "StableDiffusionControlNetPipeline"
+WITH = {f"{family}Pipeline": f"{family}ControlNetPipeline" for family in ("StableDiffusion", "StableDiffusionXL")}
 SEVERAL = ["diffusers", "MultiControlNetModel"]
 
 
@@ -76,7 +76,7 @@ def table(path: Path, header: Callable[[Path], Header], base: Table | None) -> T
 def indexed(index: dict[str, Any], count: int) -> dict[str, Any]:
     """A model's `model_index.json` with so many control networks; one that names others, which are not opened, without them."""
     index = {k: v for k, v in index.items() if k != CONTROL.folder}
-    kinds = {WITH: PLAIN} if not count else {PLAIN: WITH}
+    kinds = WITH if count else {kind: plain for plain, kind in WITH.items()}
     index |= {CONTROL.folder: list(CONTROL.library) if count == 1 else SEVERAL} if count else {}
     kind = index.get("_class_name")
     return index | ({"_class_name": kinds[kind]} if kind in kinds else {})

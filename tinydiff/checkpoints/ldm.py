@@ -31,7 +31,7 @@ UNET_NAMES |= {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1"}
 RESNET |= {"norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
 VAE = ("encoder", "decoder", "quant_conv", "post_quant_conv")
-CONTROL = ("conv_in", "time_embedding", "down_blocks", "mid_block", "controlnet_cond_embedding")
+CONTROL = ("conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block", "controlnet_cond_embedding")
 CONTROL += ("controlnet_down_blocks", "controlnet_mid_block")
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 VAE_HALF = (
@@ -212,6 +212,8 @@ def backward(pairs: Pairs) -> dict[str, list[str]]:
     return table
 
 
+UNSAID = ("attention_head_dim", "norm_num_groups")  # by the shapes of a control network, which are its U-Net's
+ADDED = ("addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim")
 Shapes = Mapping[str, tuple[int, ...]]
 VOCABULARY = 49408
 
@@ -292,7 +294,7 @@ def control(shapes: Shapes, base: Mapping[str, Any]) -> dict[str, Any]:
     halvings = count(shapes, rf"{hint}\.blocks\.(\d+)\.") // 2
     names = [f"{hint}.conv_in", *(f"{hint}.blocks.{2 * i + 1}" for i in range(halvings))]
     table = {"_class_name": "ControlNetModel"} | _descent(shapes)
-    table |= {key: base[key] for key in ("attention_head_dim", "norm_num_groups") if key in base}
+    table |= {key: base[key] for key in (*UNSAID, *ADDED) if key in base}
     table |= {"conditioning_channels": shapes[f"{hint}.conv_in.weight"][1]}
     return table | {"conditioning_embedding_out_channels": [shapes[f"{name}.weight"][0] for name in names]}
 

@@ -18,7 +18,7 @@ from tinydiff.models.unet import Descent, UNet
 from tinydiff.networks.control import Control
 from tinydiff.networks.network import Table, pick
 from tinydiff.networks.unet import UNet as Config
-from tinydiff.networks.unet import residuals
+from tinydiff.networks.unet import UNetNetwork, residuals
 
 
 class ConditioningEmbedding(nn.Module):
@@ -42,8 +42,8 @@ class ConditioningEmbedding(nn.Module):
 class ControlNet(Descent):
     """A control network over latents of `channels` channels for a U-Net of these settings."""
 
-    def __init__(self, config: Config, control: Control, channels: int, context_dim: int):
-        super().__init__(config, channels, context_dim)
+    def __init__(self, config: Config, control: Control, channels: int, context_dim: int, added: int = 0):
+        super().__init__(config, channels, context_dim, added)
         *skips, middle = (array.axes[1] for array in residuals(config).values())
         widths, first = control.conditioning_embedding_out_channels, config.block_out_channels[0]
         self.controlnet_cond_embedding = ConditioningEmbedding(control.conditioning_channels, widths, first)
@@ -53,7 +53,8 @@ class ControlNet(Descent):
     @classmethod
     def of(cls, table: Table, tensors: Mapping[str, Tensor] | None = None) -> ControlNet:
         """The network of a `config.json`."""
-        return cls(pick(Config, table), pick(Control, table), table["in_channels"], table["cross_attention_dim"])
+        channels, added = table["in_channels"], UNetNetwork().added(table)
+        return cls(pick(Config, table), pick(Control, table), channels, table["cross_attention_dim"], added)
 
     def begin_as(self, unet: UNet) -> ControlNet:
         """Copy the U-Net's way down and middle; channels that it reads beside the latents are left out."""
@@ -64,9 +65,10 @@ class ControlNet(Descent):
         return self
 
     def forward(
-        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, controlnet_cond: Tensor
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, controlnet_cond: Tensor, **told: Tensor
     ) -> tuple[Tensor, ...]:
-        time = self.embedded(sample, timestep)
+        """`told`: what is added to the time."""
+        time = self.embedded(sample, timestep, **told)
         hint = self.controlnet_cond_embedding(controlnet_cond)  # (B, C0, h, w)
         x, skips = self.down(sample, time, encoder_hidden_states, hint)
         x = self.mid_block(x, time, encoder_hidden_states)

@@ -10,6 +10,12 @@ from tinydiff.networks.network import Array, Denoiser, Graph, Table, pick
 from tinydiff.networks.unet import UNet, UNetNetwork, residuals
 from tinydiff.schema import Key
 
+APART = (
+    "out_channels",
+    "up_block_types",
+    "sample_size",
+    "time_cond_proj_dim",
+)  # of a U-Net's table, which this has not
 IMAGE = "controlnet_cond"  # the input that is told the control image, in [0, 1]
 
 
@@ -62,10 +68,6 @@ class ControlNetwork(UNetNetwork):
         """The table of a new control network for a U-Net's, whose latents are `factor` pixels along a side."""
         halvings = factor.bit_length() - 1
         widths = (16, 32, 96, 256) if halvings == 3 else (*(16 * 2 ** min(i, 2) for i in range(halvings)), 256)
-        own = {
-            k: v
-            for k, v in table.items()
-            if not k.startswith("_") and k not in ("out_channels", "up_block_types", "sample_size")
-        }
+        own = {k: v for k, v in table.items() if not k.startswith("_") and k not in APART}
         own |= {"in_channels": table["out_channels"], "conditioning_channels": 3}
         return {"_class_name": self.library[1], **own, "conditioning_embedding_out_channels": list(widths)}

@@ -4,7 +4,6 @@ change, and learns with the denoiser's own loss to be told an image.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from tinydiff.diffusion.noise import keyed
 from tinydiff.models.control import ControlNet
 from tinydiff.networks import CONTROL, denoiser_in
 from tinydiff.networks.control import IMAGE
+from tinydiff.networks.network import Graph
 from tinydiff.pipeline import generate
 from tinydiff.stages import GIVEN
 from tinydiff.training.denoiser import Denoise, DenoiserTask
@@ -35,15 +35,15 @@ from tinydiff.training.task import PICTURES, Batch, Player
 class Controlled(Denoise):
     """The denoiser as it is, and the control network that learns."""
 
-    def __init__(self, model: folder.Model, control: ControlNet, names: Sequence[str]):
+    def __init__(self, model: folder.Model, control: ControlNet, graph: Graph):
         super().__init__(model)
-        self.control, self.names = control, names
+        self.control, self.graph = control, graph
 
     def forward(self, sample: Tensor, timestep: Tensor, tokens: dict[str, Tensor], condition: Condition) -> Tensor:
         """The prediction (B, C, h, w); `condition` has the control image too."""
         told = {name: array for name, array in condition.items() if name != IMAGE}
-        added = self.control(sample, timestep, controlnet_cond=condition[IMAGE], **told)
-        return self.denoiser(sample, timestep, **told, **dict(zip(self.names, added, strict=True)))
+        added = self.control(sample, timestep, **{k: x for k, x in condition.items() if k in self.graph.inputs})
+        return self.denoiser(sample, timestep, **told, **dict(zip(self.graph.outputs, added, strict=True)))
 
 
 class ControlTask(DenoiserTask):
@@ -63,8 +63,8 @@ class ControlTask(DenoiserTask):
             torch.manual_seed(int(keyed(self.cfg.train.seed, self.name).integers(2**62)))
             self.network: Any = CONTROL.build(self.table)
         self.network.begin_as(self.model.denoiser).to(self.run.runtime.device)
-        names = CONTROL.graphs(self.name, CONTROL.complete(self.table))[self.name].outputs
-        module = Controlled(self.model, self.network, list(names))
+        graph = CONTROL.graphs(self.name, CONTROL.complete(self.table))[self.name]
+        module = Controlled(self.model, self.network, graph)
         return {self.name: Player(module, module, self.settings, [self.network])}
 
     def made(self, data: Images, indices: np.ndarray) -> np.ndarray:
