@@ -39,6 +39,8 @@ class Painter:
             schedule=SCHEDULES["flow"](10),
             levels=lambda sampler, steps, spacing: sampling_levels(SCHEDULES["flow"](10), steps, spacing),
             prediction="sample",
+            told_guidance=False,
+            zero_empty=False,
             latent_channels=3,
             in_channels=3,
             factor=1,

@@ -398,7 +398,8 @@ def named(random, config_of, tmp_path_factory) -> Path:
     names = ["tench, Tinca tinca", "goldfish, Carassius auratus", "7", "carp, tench", "goldfish"]
     labels = Labels(names, 1000)
     configs = model.configs | {"model_index": new.configs(config_of("dit+class"), labels)["model_index"]}
-    folder.save(path, replace(model, configs=configs, tokenizers={"labels": labels}))  # as one of another program
+    another = replace(model, configs=configs, tokenizers={"labels": labels}, path=Path())  # of another program
+    folder.save(path, another)
     return path
 
 
@@ -761,7 +762,7 @@ def test_a_dit_by_text_without_its_text_encoder_is_no_class_model(random, tmp_pa
 def test_a_bundle_by_text_without_its_text_encoder_is_refused(bundle, tmp_path):
     path = Path(shutil.copytree(bundle("dit+clip"), tmp_path / "bundle"))
     shutil.rmtree(path / "text_encoder")
-    for says in (r"text_encoder.*missing", r"bundle/text_encoder/model.onnx: No such file"):
+    for says in (r"text_encoder.*missing", r"bundle/text_encoder: missing"):
         with pytest.raises(ModelError, match=says):  # as the manifest sees it, and where there is none
             open_backend(Source(path), "onnx", "cpu")
         (path / "manifest.json").unlink(missing_ok=True)

@@ -15,8 +15,10 @@ import tiny_xl
 from interpreters import ENV, ROOT
 from PIL import Image
 
-README = (ROOT / "README.md").read_text()
+from tinydiff.adapters import lora, words
+from tinydiff.checkpoints.source import Source
 
+README = (ROOT / "README.md").read_text()
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 
@@ -142,7 +144,6 @@ def test_use_your_stable_diffusion_weights(home: Path) -> None:
     """On a narrow Stable Diffusion 1 with random weights, which diffusers and transformers build."""
     from scripts.parity import build
     from tinydiff.checkpoints import convert
-    from tinydiff.checkpoints.source import Source
 
     narrow = {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 1, "attention_head_dim": 8}
     build("sd15", home / "sd15", narrow | {"cross_attention_dim": 32, "sample_size": 8})
@@ -158,6 +159,26 @@ def test_use_your_stable_diffusion_weights(home: Path) -> None:
     assert folder.std() > 10 and np.abs(folder - file).max() <= 3  # random networks amplify the last bit
     assert np.abs(folder - half).mean() < 3  # and the rounding of weights to half precision
     assert (home / "sd15-folder" / "unet" / "diffusion_pytorch_model.safetensors").exists()
+    adapters(home)
+
+
+def adapters(home: Path) -> None:
+    """The same model with a LoRA and a word of random numbers."""
+    source, rng, layers = Source(home / "sd15"), np.random.default_rng(0), dict[str, lora.LowRank]()
+    for layer, (out, *reads) in lora.layers_of({"unet": source.shapes("unet")}).items():
+        if layer.endswith("to_q"):
+            layers[layer] = lora.LowRank(rng.standard_normal((2, *reads)), 0.3 * rng.standard_normal((out, 2)), 2.0)
+    lora.write(home / "style.safetensors", layers)
+    words.write(
+        home / "mug.safetensors",
+        words.Word("<mug>", {"text_encoder": rng.standard_normal((2, source.configs["text_encoder"]["hidden_size"]))}),
+    )
+    one, two, *others = block("adapters").strip().splitlines()
+    without_torch(home, two)
+    run(home, "\n".join([one, *others]))
+    plain, style, bundle = (pixels(home / f"{name}.png") for name in ("folder", "style", "style-bundle"))
+    assert np.abs(style - plain).mean() > 1 and np.abs(style - bundle).mean() < 3
+    assert Source(home / "sd15-mine").tokenizers["text_encoder"].runs
 
 
 @pytest.mark.peers
@@ -165,7 +186,6 @@ def test_use_your_stable_diffusion_weights(home: Path) -> None:
 def test_use_stable_diffusion_xl(home: Path) -> None:
     """On a narrow one with random weights."""
     from tinydiff.checkpoints import convert
-    from tinydiff.checkpoints.source import Source
 
     tiny_xl.written(tiny_xl.networks(), home / "xl").rename(home / "sdxl")
     convert.to_single_file(Source(home / "sdxl"), home / "sdxl.safetensors")
