@@ -1,10 +1,10 @@
 """Whether a control network has a model follow outlines: overlap of silhouettes with the pictures that the outlines are of.
 
-    python scripts/control.py runs/outlines --data data/emoji/heldout -m emoji --count 64 [-o pictures.png]
+    python scripts/control.py runs/outlines --data data/emoji/heldout -m emoji --count 64 [--caption other] [-o pictures.png]
 
-The edges of each picture, mirrored, are followed under the caption of another one; it is drawn with the same seed without them.
-A silhouette is what is not white; its overlap with the mirrored picture's is intersection over union. Printed: means over the
-pictures, each with a 95 % interval.
+The edges of each picture, mirrored, are followed under no caption, or that of another picture, or its own; it is drawn with the
+same seed without them. A silhouette is what is not white; its overlap with the mirrored picture's is intersection over union.
+Printed: means over the pictures, each with a 95 % interval.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("-m", "--model")
     parser.add_argument("--count", type=int, default=64)
+    parser.add_argument("--caption", choices=("none", "other", "own"), default="none")
     parser.add_argument("--strength", type=float, default=1.0)
     parser.add_argument("-o", "--output", type=Path)
     asked = parser.parse_args()
@@ -59,14 +60,16 @@ def main() -> None:
     count = min(asked.count, len(pictures))
     for seed, i in enumerate((np.arange(count) * len(pictures) // count).tolist()):
         picture = np.ascontiguousarray(pictures[i][:, ::-1])
-        caption = pictures.source.captions((i + len(pictures) // 2) % len(pictures))[0]
+        whose = (i + len(pictures) // 2) % len(pictures) if asked.caption == "other" else i
+        caption = "" if asked.caption == "none" else pictures.source.captions(whose)[0]
         control = Control("controlnet", edges(picture), Flag(strength=asked.strength))
         with_it = generate(backend, [caption], [seed], request, controls=[control])[0]
         without = generate(backend, [caption], [seed], request)[0]
         told.append(overlap(silhouette(picture), silhouette(with_it)))
         alone.append(overlap(silhouette(picture), silhouette(without)))
         shown += [picture, control.image, with_it, without]
-    print(f"{count} pictures of {asked.data}: overlap {interval(told)} with their edges, {interval(alone)} without")
+    print(f"{count} pictures of {asked.data}, caption {asked.caption}:")
+    print(f"overlap {interval(told)} with their edges, {interval(alone)} without")
     if asked.output:
         asked.output.write_bytes(images.encode_png(images.grid(np.stack(shown[:64]), 16), None))
 

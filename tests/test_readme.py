@@ -44,8 +44,8 @@ TINY = {
     "train.denoiser.steps": "3",
     "train.denoiser.batch_size": "2",
     "train.distill.steps": "0",
-    "train.control.steps": "2",
-    "train.control.batch_size": "2",
+    **{f"train.{name}.steps": "2" for name in ("control", "lora", "word")},
+    **{f"train.{name}.batch_size": "2" for name in ("control", "lora", "word")},
     "train.threads": "1",
 }
 
@@ -116,7 +116,10 @@ def test_judge(home: Path, photos: Path) -> None:
     assert "6 drawings: of 6 images" in said and "reconstruction_perceptual_efficientnet-lite0" in said
 
 
-def test_follow_an_image(home: Path) -> None:
+def test_begin_with_a_model(home: Path) -> None:
+    run(home, block("begin"))
+    assert (home / "runs" / "tuned" / "model" / "model_index.json").is_file()
+    assert pixels(home / "style.png").shape == pixels(home / "mug.png").shape == (128, 128, 3)
     run(home, block("control"))
     assert (home / "runs" / "outlines" / "controlnet" / "config.json").is_file()
     assert pixels(home / "follows.png").shape == (128, 128, 3)
