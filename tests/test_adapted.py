@@ -159,6 +159,8 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "no finite number": (("a", "--lora", "x.safetensors:inf"), "is no strength"),
     "not there": (("a <lora:difusers:1>", "--lora-dir", "DIR"), "did you mean 'diffusers'"),
     "in a prompt, no number": (("a <lora:kohya:x>", "--lora-dir", "DIR"), "is no strength"),
+    "no folder": (("a", "--lora-dir", "nowhere"), "--lora-dir nowhere: no such folder"),
+    "two strengths": (("<lora:kohya:1> <lora:kohya:0.5>", "--lora-dir", "DIR"), "asked for at 1 too"),
     "stdin": (("-", "--lora-dir", "DIR"), "all prompts of stdin are drawn by one model"),
 }
 
@@ -170,6 +172,17 @@ def test_mistakes_on_the_command_line(case, files):
     given = {"given": [words[1]]} if words[0] == "--lora" else {"given": [], "folder": Path(words[1])}
     with pytest.raises(UsageError, match=says):
         flags.adapters(given["given"], given.get("folder"), prompt)
+
+
+def test_a_file_that_two_prompts_name_counts_once(files):
+    found = flags.adapters([], files[0].parent, "a <lora:kohya:0.5>", "b <lora:kohya:0.5> <lora:diffusers>")
+    assert [(each.path.stem, each.strength) for each in found] == [("kohya", 0.5), ("diffusers", 1.0)]
+
+
+def test_a_strength_that_overflows_names_the_file(files):
+    source = Source(model_dir(), adapters=(Adapter(files[0], 1e39),))
+    with pytest.raises(ModelError, match=rf"{files[0].name}: at a strength of 1e\+39 .* overflows; give a lower one"):
+        source.tensors("unet")
 
 
 def test_neither_torch_nor_onnx_is_needed_to_draw(files, tmp_path):

@@ -259,7 +259,23 @@ def not_a_number(tensors: dict[str, np.ndarray]) -> None:
     tensors[key] = np.full_like(tensors[key], np.nan)
 
 
+def with_shape(role: str, *shape: int) -> Callable[[dict[str, np.ndarray]], None]:
+    """A tensor of a linear layer in another shape, or one more of it."""
+
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        layer = next(key for key in tensors if key.endswith("to_q.lora_up.weight")).removesuffix("lora_up.weight")
+        rank = len(tensors[f"{layer}lora_down.weight"])
+        sizes = [{-1: rank, -2: len(tensors[f"{layer}lora_up.weight"])}.get(n, n) for n in shape]
+        tensors[f"{layer}lora_{role}.weight"] = np.ones(sizes, np.float16)
+
+    return change
+
+
 BAD: dict[str, tuple[Callable[[dict[str, np.ndarray]], Any], str]] = {
+    "a kernel on the way up": (with_shape("up", -2, -1, 3, 3), "give a LoRA that was trained on it"),
+    "a flat matrix between": (with_shape("mid", -1, -1), r"has a .*a mid \[., .\], .*; copy or download"),
+    "a number for a matrix": (with_shape("down"), r"a down \[\]"),
+    "a number for the other": (with_shape("up"), r"a up \[\]"),
     "shapes of another model": (of_another_model, "give a LoRA that was trained on it"),
     "layers of another model": (
         lambda t: t.update({"lora_te2_text_model_final.lora_down.weight": np.ones((1, 9))}),
@@ -301,6 +317,13 @@ def test_what_is_damaged_is_refused(base, files, tmp_path):
     source = Source(base, adapters=(Adapter(path),))
     source.check()
     assert "NaN or infinite" in refusal(lambda: source.tensors("unet"))
-    for said in ("{", '{"unet.lora_alpha": "many"}', "[]"):
+    wrong = [
+        '"unet.alpha_pattern": 5',
+        '"unet.lora_alpha": {"a": 1}',
+        '"unet.lora_alpha": NaN',
+        '"unet.lora_alpha": {}',
+    ]
+    wrong += ['"unet.lora_alpha": "many"', f'"unet.lora_alpha": 1{400 * "0"}']
+    for said in ("{", "[]", *(f"{{{each}}}" for each in wrong)):
         save_file(load_file(files["plain"]), tmp_path / "said.safetensors", {lora.METADATA: said})
         assert lora.METADATA in refusal(Source(base, adapters=(Adapter(tmp_path / "said.safetensors"),)).check)

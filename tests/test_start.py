@@ -15,6 +15,7 @@ from tensors import noise, same
 from tiny_stable_diffusion import tiny
 
 from tinydiff import config, start
+from tinydiff.backends import find_model
 from tinydiff.backends.pytorch import TorchBackend
 from tinydiff.checkpoints import folder, single_file
 from tinydiff.checkpoints.convert import to_folder
@@ -169,6 +170,17 @@ def test_an_opened_model_is_distilled(tuned, base_of):
     d = Source(run_dir / "model").description
     assert (d.generate.sampler, d.generate.steps, d.schedule) == ("lcm", 2, Source(base_of("run")).description.schedule)
     assert {n.partition(".")[0] for n in learnt(base_of("run"), run_dir)} == {"unet"}
+
+
+def test_a_model_of_few_calls_is_drawn_with_guidance_after_it_was_tuned():
+    shipped = find_model(None)
+
+    def drawn(*more: str) -> config.Generate:
+        return config.load(None, [f"train.base={shipped}", *more], model=start.tables).generate
+
+    own = Source(shipped).description.generate
+    assert own.few_calls and drawn() == config.Generate() and drawn("generate.steps=7") == config.Generate(steps=7)
+    assert drawn("train.adapter=lora") == drawn("train.distill.steps=9") == own
 
 
 @pytest.mark.peers

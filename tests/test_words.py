@@ -201,6 +201,14 @@ def test_what_is_no_word_of_the_model_is_refused(case, tmp_path):
         assert re.search(says, message), message
 
 
+def test_two_files_of_one_word_are_refused(tmp_path):
+    for name, word in (("one", "<cat>"), ("two", "<cat>"), ("three", "<dog>")):
+        save_file({word: rows(1, 12)}, tmp_path / f"{name}.safetensors")
+    for names in (("one", "two", "three"), ("three", "one", "one")):
+        source = Source(model_dir(), words=tuple(tmp_path / f"{name}.safetensors" for name in names))
+        assert "both hold the word '<cat>'" in refusal(lambda source=source: source.tokenizers)
+
+
 def test_a_pickle_runs_no_code(tmp_path):
     for name, content in {"evil.pt": {"<cat>": Evil()}, "other.bin": [1, 2], "deep.pt": {"string_to_param": 3}}.items():
         torch.save(content, tmp_path / name)

@@ -119,6 +119,11 @@ class Generate:
         """The former name of `spacing`."""
         return self.spacing
 
+    @property
+    def few_calls(self) -> bool:
+        """Whether these are of a model that was distilled."""
+        return self.sampler == "lcm" and self.cfg_scale <= 1
+
 
 @dataclass(frozen=True)
 class Config:

@@ -76,7 +76,7 @@ def complete(opened: Backend, given: Flags) -> tuple[Request, int]:
     for flag, names in (("sampler", SAMPLERS), ("spacing", SPACINGS)):
         if (value := getattr(given, flag)) is not None:
             choose(f"--{flag}", value, tuple(names))
-    for name in SCALES:
+    for name in (*SCALES, "eta"):
         finite(f"--{name.replace('_', '-')}", getattr(given, name) or 0)
     d = opened.description
     values = {k: getattr(d.generate, k) for k in ("steps", "cfg_scale", "sampler", "spacing")}
@@ -124,7 +124,7 @@ def unlike(d: Description, request: Request) -> Iterator[str]:
     others = request.cfg_rescale, request.cfg_max, request.cfg_complex, request.cfg_interval != (0.0, 1.0)
     if d.told_guidance and any(others):
         yield "the model is told how strong guidance is: of the flags of guidance --cfg-scale alone counts"
-    if own.sampler == "lcm" and own.cfg_scale <= 1:
+    if own.few_calls:
         if request.guided:
             yield "the model was distilled with guidance built in, to which that of --cfg-scale is added; leave it out"
         if request.sampler != own.sampler:
@@ -164,12 +164,17 @@ def adapters(given: Sequence[str], folder: Path | None = None, *prompts: str) ->
         return tuple(found)
     if "-" in prompts:
         raise UsageError("--lora-dir: all prompts of stdin are drawn by one model; give its files with --lora")
+    if not folder.is_dir():
+        raise UsageError(f"--lora-dir {shown(folder)}: no such folder; check the path")
     known = {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
+    tagged = dict[str, float]()
     for tag in (tag for prompt in prompts for tag in LORA.finditer(prompt)):
         if tag["name"] not in known:
             raise UsageError(f"{shown(tag[0])}: not in {shown(folder)}{nearest(tag['name'][:100], tuple(known))}")
-        found.append(Adapter(known[tag["name"]], strength(tag[0], tag["strength"] or "1")))
-    return tuple(found)
+        much = strength(tag[0], tag["strength"] or "1")
+        if (other := tagged.setdefault(tag["name"], much)) != much:
+            raise UsageError(f"{shown(tag[0])}: asked for at {other:g} too, and one model draws all; give one strength")
+    return (*found, *(Adapter(known[stem], much) for stem, much in tagged.items()))
 
 
 def strong(text: str) -> tuple[Path, float]:

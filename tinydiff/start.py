@@ -36,8 +36,11 @@ def tables(train: config.Train) -> tuple[Table, Table]:
     """Of the model that a run begins with: keys of a configuration that nobody has to say, and those that are its own."""
     source = source_of(train.base)
     d = source.description
-    usual = {"data": {"resolution": d.size}, "generate": asdict(d.generate)}
-    usual |= {"train": {"denoiser": TUNED}} if train.adapter == NONE else {}
+    usual: Table = {"data": {"resolution": d.size}, "generate": asdict(d.generate)}
+    if train.adapter == NONE:
+        usual["train"] = {"denoiser": TUNED}
+        if d.generate.few_calls and not train.stage("distill").steps:
+            del usual["generate"]  # what is learnt needs guidance and more calls again
     return usual, {**of_networks(source), "diffusion": of_levels(source)}
 
 

@@ -96,7 +96,8 @@ class LowRank(NamedTuple):
         up, down = self.up.reshape(-1, rank).astype(np.float32), self.down.reshape(rank, -1).astype(np.float32)
         if self.mid is not None:
             down = np.einsum("rshw,si->rihw", self.mid.astype(np.float32), down).reshape(rank, -1)
-        changed = weight + (up @ down).reshape(weight.shape) * np.float32(strength * self.alpha / rank)
+        with np.errstate(over="ignore", invalid="ignore"):  # whoever asked for it says what became too large
+            changed = weight + (up @ down).reshape(weight.shape) * np.float32(strength * self.alpha / rank)
         if self.magnitude is not None:
             lengths = np.linalg.norm(changed.reshape(len(changed), -1), axis=1)
             scale = self.magnitude.reshape(-1).astype(np.float32) / lengths
@@ -167,10 +168,10 @@ def settings_of(file: Header) -> dict[str, Any]:
     try:
         settings = json.loads(file.metadata.get(METADATA) or "{}")
         for key, value in settings.items():
-            numbers = value.values() if isinstance(value, dict) else [value]
-            if "alpha" in key and not all(type(n) in (int, float) for n in numbers):
+            numbers = (value or {}).values() if key.endswith("alpha_pattern") else [value]
+            if "alpha" in key and not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
                 raise ValueError(key)
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, AttributeError, RecursionError, OverflowError) as error:
         raise ModelError(f"{shown(file.path)}: its {METADATA} makes no sense ({shown(error)}); {RESTORE}") from None
     return settings
 
@@ -213,12 +214,14 @@ def misfit(shapes: Shapes, weight: tuple[int, ...]) -> str | None:
     """What is wrong with the shapes of a layer's change, by role."""
     if missing := {"down", "up"} - shapes.keys():
         return f"has no {' and no '.join(sorted(missing))}; {RESTORE}"
-    (rank, *reads), (out, inner, *_) = shapes["down"], (*shapes["up"], 0)[:2]
+    if min(len(shapes["down"]), len(shapes["up"])) < 2 or len(shapes.get("mid", (1, 1, 1, 1))) != 4:
+        return f"has {', '.join(f'a {role} {list(shape)}' for role, shape in shapes.items())}; {RESTORE}"
+    (rank, *reads), (out, inner, *kernel) = shapes["down"], shapes["up"]
     if not rank or rank != inner:
         return f"is of rank {rank} in its down {list(shapes['down'])}, and {inner} in its up {list(shapes['up'])}; {RESTORE}"
     mid = shapes.get("mid", (rank, rank))
     size = math.prod(reads) * math.prod(mid[2:])
-    if (out, size) != (weight[0], math.prod(weight[1:])) or mid[:2] != (rank, rank):
+    if (out, size, math.prod(kernel)) != (weight[0], math.prod(weight[1:]), 1) or mid[:2] != (rank, rank):
         other = f"its up {list(shapes['up'])} and down {list(shapes['down'])} change another weight"
         return f"is {list(weight)} in the model, and {other}; give a LoRA that was trained on it"
     lengths = {(out,), (out, 1), (out, 1, 1, 1), (1, out, 1, 1)}

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 PICKLES = (".pt", ".bin")
 TOWERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}  # of a file for two text encoders
 ONE = "emb_params"  # of one for one, where it does not name the word
+LONGEST = 100  # letters of a word
 LARGEST = 2**26  # bytes of a file; a thousand vectors have a twentieth
 KINDS = "give a file of diffusers ({word: vectors}) or of AUTOMATIC1111's web UI (emb_params)"
 
@@ -82,7 +83,7 @@ def of_tensors(path: Path, tensors: Mapping[str, np.ndarray], text: str = "") ->
         raise ModelError(f"{shown(path)}: not a learnt word, its tensors are {shown(shapes)}; {KINDS}")
     if not all(np.isfinite(rows).all() for rows in vectors.values()):
         raise ModelError(f"{shown(path)}: has NaN or infinite values; {RESTORE}")
-    if not text.strip() or not text.isprintable() or any(c.isspace() for c in text) or len(text) > 100:
+    if not text.strip() or not text.isprintable() or any(c.isspace() for c in text) or len(text) > LONGEST:
         raise ModelError(f"{shown(path)}: {shown(text)!r} is not one word; rename it")
     return Word(text, vectors)
 

@@ -221,7 +221,13 @@ class Source:
     @cached_property
     def learnt(self) -> tuple[Word, ...]:
         """The words of `words`. ModelError for a file that holds none, or one of another model."""
-        return tuple(words.opened(path, self.tables, self.header) for path in self.words)
+        learnt, files = [words.opened(path, self.tables, self.header) for path in self.words], dict[str, Path]()
+        for word, path in zip(learnt, self.words, strict=True):
+            if word.text in files:
+                both = f"{shown(files[word.text])}, {shown(path)}"
+                raise ModelError(f"{both}: both hold the word {shown(word.text)!r}; leave one out")
+            files[word.text] = path
+        return tuple(learnt)
 
     def added(self, name: str) -> list[np.ndarray]:
         """The vectors of learnt words, one a token."""
@@ -380,6 +386,9 @@ class Source:
         for each, adapter in zip(self.loras, self.adapters, strict=True):
             if layer in each.places:
                 whole = each.layer(layer).merged(whole, adapter.strength)
+                if not np.isfinite(whole).all():
+                    problem = f"at a strength of {adapter.strength:g} {shown(layer)} overflows; give a lower one"
+                    raise ModelError(f"{shown(adapter.path)}: {problem}")
         return np.stack([*whole, *self.added(name)]) if name in self.tables and weight == self.vectors(name) else whole
 
     def shapes(self, name: str) -> Mapping[str, tuple[int, ...]]:

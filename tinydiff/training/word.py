@@ -43,7 +43,9 @@ class WordTask(DenoiserTask):
 
     @classmethod
     def check(cls, settings: WordStage) -> None:
-        if not settings.word or any(c.isspace() or c == "/" or not c.isprintable() for c in settings.word):
+        if not 0 < len(settings.word.encode()) <= words.LONGEST or any(
+            c.isspace() or c == "/" or not c.isprintable() for c in settings.word
+        ):
             raise UsageError(f"train.word.word: {brief(settings.word)} is not one word; set one such as <cat>")
         if "{}" not in settings.prompt:
             raise UsageError(f"train.word.prompt: {brief(settings.prompt)} has no {{}}, where the word goes")
