@@ -119,7 +119,7 @@ def test_judge(home: Path, photos: Path) -> None:
 def test_begin_with_a_model(home: Path) -> None:
     run(home, block("begin"))
     assert (home / "runs" / "tuned" / "model" / "model_index.json").is_file()
-    assert pixels(home / "style.png").shape == pixels(home / "mug.png").shape == (128, 128, 3)
+    assert pixels(home / "styled.png").shape == pixels(home / "happy-mug.png").shape == (128, 128, 3)
     run(home, block("control"))
     assert (home / "runs" / "outlines" / "controlnet" / "config.json").is_file()
     assert pixels(home / "follows.png").shape == (128, 128, 3)
