@@ -72,7 +72,9 @@ def one(run: Callable[..., Iterator[Row]], row: str, goal: str = "", most: float
 
 def trains(end: str, most: float, **given: object) -> Section:
     row = f"training DiT-L/2, bf16, batch 128{end}"
-    return Section(partial(of.training, **given), {row: "≥ 50 % of the card's peak", f"{row}, kernels": ""}, most)
+    return Section(
+        partial(of.training, row=row, **given), {row: "≥ 50 % of the card's peak", f"{row}, kernels": ""}, most
+    )
 
 
 ALL = {f"{kind} {runtime}": speeds(kind, runtime) for kind in KINDS for runtime in RUNTIMES}
@@ -91,7 +93,7 @@ ALL |= {
     "matrix product": Section(of.products, {"matrix product, fp16": "", "matrix product, bf16": ""}),
     "training": trains("", 0.15, compiled=False),
     "training compiled": trains(", compiled", 0.2, compiled=True),
-    "training muon": trains(", compiled, Muon", 0.2, compiled=True, changed=of.MUON, name=", Muon"),
+    "training muon": trains(", compiled, Muon", 0.2, compiled=True, changed=of.MUON),
     "nccl": one(of.nccl, "nccl in a world of one", "as a lone process"),
     "tests": one(of.tests, "pytest -m gpu", "all pass", 1.0),
 }

@@ -339,7 +339,7 @@ def first_image(at: Place, kind: str, runtime: str) -> Iterator[Row]:
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def training(at: Place, compiled: bool, changed: Sequence[str] = (), name: str = "") -> Iterator[Row]:
+def training(at: Place, row: str, compiled: bool, changed: Sequence[str] = ()) -> Iterator[Row]:
     """Steps of the training loop on DiT-L/2, three times the forward pass's FLOPs each."""
     from bench import prepared
 
@@ -356,13 +356,13 @@ def training(at: Place, compiled: bool, changed: Sequence[str] = (), name: str =
         most = ceiling(at, torch.bfloat16)
         call = lambda: step(run, task, state, *next(coming))  # noqa: E731
         times = timed(at, call, 6.0)
-        computed = kernels(at, f"training DiT-L/2, bf16, batch 128{', compiled' * compiled}{name}", call)
+        computed = kernels(at, row, call)
     speed = flops / statistics.median(times)
     card = torch.cuda.get_device_name() if at.device == "cuda" else ""
     peak = next((peak for name, peak in PEAKS.items() if all(word in card for word in name.split())), None)
     told = f"{spoken(times)}, {speed / 1e12:.4g} TFLOP/s, {speed / most:.1%} of the matrix product"
     told += f", {speed / peak:.1%} of the card's peak" if peak else ""
-    yield computed[0].removesuffix(", kernels"), speed / (peak or most), told
+    yield row, speed / (peak or most), told
     yield computed
 
 

@@ -250,18 +250,8 @@ def test_several_are_written_as_diffusers_opens_them(made, tmp_path):
     from diffusers import StableDiffusionControlNetPipeline, StableDiffusionPipeline
 
     first = made["model"] / "controlnet"
-    command(
-        "export",
-        made["model"],
-        "--control",
-        first,
-        "--control",
-        made["second"],
-        "-o",
-        tmp_path / "two",
-        "--format",
-        "folder",
-    )
+    both = ("export", made["model"], "--control", first, "--control", made["second"], "-o")
+    command(*both, tmp_path / "two", "--format", "folder")
     pipe = StableDiffusionControlNetPipeline.from_pretrained(tmp_path / "two")
     for net, path in zip(pipe.controlnet.nets, (first, made["second"]), strict=True):
         assert equal(net.state_dict(), load_file(path / "diffusion_pytorch_model.safetensors"))
@@ -269,18 +259,7 @@ def test_several_are_written_as_diffusers_opens_them(made, tmp_path):
     assert not (tmp_path / "none" / "controlnet").exists()
     StableDiffusionPipeline.from_pretrained(tmp_path / "none")
     with pytest.raises(ModelError, match="a single file holds one control network"):
-        command(
-            "export",
-            made["model"],
-            "--control",
-            first,
-            "--control",
-            made["second"],
-            "-o",
-            tmp_path / "x.safetensors",
-            "--format",
-            "single-file",
-        )
+        command(*both, tmp_path / "x.safetensors", "--format", "single-file")
 
 
 # ---- graphs -----------------------------------------------------------------------------------------------------------

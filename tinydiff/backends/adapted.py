@@ -38,9 +38,7 @@ class Adapted:
         same = {key: value for key, value in self.values.items() if key not in grown}
         if same:
             options.add_external_initializers([*same], [*same.values()])
-        for (
-            key
-        ) in grown:  # a table that rows are looked up in: of another size, and so put in once the graph is rewritten
+        for key in grown:  # a table that rows are looked up in, of another size: put in once the graph is rewritten
             options.add_initializer(key, self.values[key])
 
     @cached_property
