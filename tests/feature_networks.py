@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from tinydiff.models.inception import Inception
-from tinydiff.models.vgg import VGG16, WIDTHS
+from tinydiff.measure.inception import Inception
+from tinydiff.measure.vgg import VGG16, WIDTHS
 
 
 def seeded(kind: type[nn.Module]) -> dict[str, Tensor]:

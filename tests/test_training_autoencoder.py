@@ -163,7 +163,7 @@ def test_images_too_small_for_the_critic_are_refused_and_no_others(
 def test_images_too_small_for_a_feature_network_are_refused_before_an_update(
     task: Callable[..., AutoencoderTask], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tinydiff.models.efficientnet.EfficientNetLite0.smallest", 16)
+    monkeypatch.setattr("tinydiff.measure.efficientnet.EfficientNetLite0.smallest", 16)
     assert task(perceptual_weight=1.0).features
     for keys in ({"resolution": 8}, {"equivariance": 0.5}):
         with pytest.raises(UsageError, match="needs images of 16 pixels or more; name another"):

@@ -1,6 +1,6 @@
 """What a model's networks cost by their configurations alone: one call of each, of one image, without guidance.
 
-The networks are built on torch's meta device, where nothing is computed, and `models.cost` counts. Any network that can be
+The networks are built on torch's meta device, where nothing is computed, and `measure.cost` counts. Any network that can be
 built is counted so; no formula of any is written down.
 """
 
@@ -21,7 +21,7 @@ def costs(configs: Mapping[str, Table], height: int, width: int, tokens: int, fa
     """
     import torch
 
-    from tinydiff.models.cost import cost
+    from tinydiff.measure.cost import cost
 
     result = {}
     for name, graph in graphs(configs).items():

@@ -27,11 +27,20 @@ except ModuleNotFoundError:  # Python 3.10
 
 MAX_LIST = 16
 Bound = float | None
+EITHER = {
+    int | tuple[int, ...]: (int, tuple[int, ...]),
+    str | tuple[str, ...]: (str, tuple[str, ...]),
+}  # one, or a list
 
 
-def key(default: Any, doc: str, low: Bound = None, high: Bound = None, choices: Collection[str] = ()) -> Any:
-    """A configuration key: default, meaning, closed range, allowed names (a table that grows may be given itself)."""
-    return field(default=default, metadata={"doc": doc, "low": low, "high": high, "choices": choices})
+def key(
+    default: Any, doc: str, low: Bound = None, high: Bound = None, choices: Collection[str] = (), own: bool = False
+) -> Any:
+    """A configuration key: default, meaning, closed range, allowed names (a table that grows may be given itself).
+
+    `own`: of a network's settings, one that other programs have no form of where it is not at its default.
+    """
+    return field(default=default, metadata={"doc": doc, "low": low, "high": high, "choices": choices, "own": own})
 
 
 def section(kind: type, doc: str, after: str = "", **changes: Any) -> Any:
@@ -132,8 +141,8 @@ def nearest(name: str, names: Any) -> str:
 
 def check(kind: Any, value: Any, meta: Mapping[str, Any]) -> tuple[str, Any]:
     """(problem, value): '' and the converted value where it is of the kind and in range."""
-    if kind == int | tuple[int, ...]:
-        kind = tuple[int, ...] if isinstance(value, list | tuple) else int
+    if kind in EITHER:
+        kind = EITHER[kind][isinstance(value, list | tuple)]
     if kind in (tuple[int, ...], tuple[str, ...]):
         if not isinstance(value, list | tuple) or not value:
             return f"expected a list of one or more, got {brief(value)}", value

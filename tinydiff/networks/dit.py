@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tinydiff.networks.network import HIDDEN, SIDE, WIDTH, Array, Denoiser, Table
@@ -23,7 +23,7 @@ class DiT:
     num_layers: int = key(12, "transformer blocks", 1, 128)
     num_attention_heads: int = key(6, "attention heads", 1, 256)
     attention_head_dim: int = key(64, "width of each head", 1, 1024)
-    qk_norm: bool = key(False, "normalise queries and keys of attention; diffusers has no such DiT")
+    qk_norm: bool = key(False, "normalise queries and keys of attention", own=True)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -97,15 +97,15 @@ class DiTNetwork(Denoiser):
         if cfg.text_encoder.kind != "class":  # which is diffusers' Transformer2DModel
             own = {"_class_name": "Transformer2DModel", "num_embeds_ada_norm": 1, "cross_attention_dim": width}
             table |= own | {"interpolation_scale": 1}
-        return table | cfg.latents | ({"qk_norm": True} if settings.qk_norm else {})
+        return table | cfg.latents | self.unusual(settings)
 
     def settings_of(self, table: Table) -> DiT:
         """The settings of a table's sizes, by the paper's name where it has one."""
         sizes = table["num_layers"], table["num_attention_heads"], table["attention_head_dim"]
-        name, norm = next((name for name, known in SIZES.items() if known == sizes), None), table.get("qk_norm", False)
-        return (
-            DiT(name, table["patch_size"], qk_norm=norm) if name else DiT("custom", table["patch_size"], *sizes, norm)
-        )
+        name = next((name for name, known in SIZES.items() if known == sizes), None)
+        settings = DiT(name, table["patch_size"]) if name else DiT("custom", table["patch_size"], *sizes)
+        own = {f.name for f in fields(DiT) if f.metadata["own"]}
+        return replace(settings, **{k: v for k, v in table.items() if k in own})
 
     def conflicts(self, cfg: Config) -> Iterator[str]:
         s: DiT = cfg.network

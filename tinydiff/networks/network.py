@@ -151,12 +151,11 @@ class Network:
             if key in table and table[key] not in known:
                 raise OtherNetwork(f"{self.name}: {key} is {brief(table[key])}, and only {known[0]!r} is supported")
         for key, (kind, _, _, choices) in self.keys.items():
-            value, listed = table.get(key), kind in (tuple[int, ...], tuple[str, ...])
+            value = table.get(key)
             if isinstance(value, tuple) and kind is int:
                 raise OtherNetwork(f"{self.name}: {key} is {brief(value)}, and only equal numbers are supported")
-            if other := [
-                each for each in (value or () if listed else [value]) if choices and each not in (None, *choices)
-            ]:
+            each = value if isinstance(value, tuple) else (value,)
+            if other := [name for name in each if choices and name not in (None, *choices)]:
                 raise OtherNetwork(
                     f"{self.name}: {key} is {brief(other[0])}, and only {', '.join(choices)} are supported"
                 )
@@ -260,10 +259,15 @@ class Denoiser(Network):
         """The settings of a table, which `read` has completed."""
         return pick(self.settings, table)  # type: ignore[arg-type]
 
+    def unusual(self, settings: Any) -> dict[str, Any]:
+        """The settings that diffusers has no form of, where they are not at their defaults."""
+        own = {f.name: f.default for f in fields(settings) if f.metadata["own"]}
+        return {k: value for k, default in own.items() if (value := getattr(settings, k)) != default}
+
     def pipeline(self, cfg: Config) -> tuple[str, str]:
         """The pipeline of diffusers that a configuration's model goes with, or ours and why it goes with none."""
-        if getattr(cfg.network, "qk_norm", False):
-            return OURS, "diffusers does not normalise queries and keys"
+        if own := self.unusual(cfg.network):
+            return OURS, f"diffusers' {self.library[1]} has no {', '.join(own)}"
         name = self.pipelines.get(cfg.text_encoder.kind)
         return (name, "") if name else (OURS, self.no_form)
 

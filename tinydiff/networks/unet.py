@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from tinydiff.networks.network import (
@@ -47,7 +47,7 @@ class UNet:
     )
     norm_num_groups: int = key(32, "group normalisation groups; must divide every width", 1, 2**14)
     use_linear_projection: bool = key(True, "transformers enter and leave by matrices, not 1x1 convolutions")
-    qk_norm: bool = key(False, "normalise queries and keys of attention; diffusers has no such U-Net")
+    qk_norm: bool = key(False, "normalise queries and keys of attention", own=True)
 
     def heads(self) -> tuple[int, ...]:
         """Attention heads at each width."""
@@ -221,9 +221,9 @@ class UNetNetwork(Denoiser):
         settings: UNet = cfg.network
         ups = [kind.replace("Down", "Up") for kind in reversed(settings.down_block_types)]
         own = asdict(settings) | {"up_block_types": ups, "cross_attention_dim": widths[HIDDEN]}
-        if not settings.qk_norm:
-            del own["qk_norm"]  # a key that diffusers does not know
-        return {"_class_name": self.library[1]} | cfg.latents | own
+        for name in [f.name for f in fields(settings) if f.metadata["own"]]:
+            del own[name]  # a key that diffusers does not know
+        return {"_class_name": self.library[1]} | cfg.latents | own | self.unusual(settings)
 
     def conflicts(self, cfg: Config) -> Iterator[str]:
         yield from self.misfits(asdict(cfg.network))

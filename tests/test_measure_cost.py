@@ -19,10 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tinydiff import config
 from tinydiff.cost import costs
+from tinydiff.measure.cost import Cost, cost, reach
 from tinydiff.models.attention import Attention
 from tinydiff.models.autoencoder import Autoencoder
 from tinydiff.models.bert import BertConfig, BertEncoder
-from tinydiff.models.cost import Cost, cost, reach
 from tinydiff.models.dit import Condition, DiT
 from tinydiff.models.t5 import T5Config, T5Encoder
 from tinydiff.models.text_encoder import TextEncoder
