@@ -86,11 +86,14 @@ def test_a_file_without_one_is_refused(tmp_path: Path) -> None:
         load(None, [f"autoencoder.path={tmp_path / 'x.safetensors'}"])
 
 
-@pytest.mark.parametrize("name", ["AutoencoderKLFlux2", "AutoencoderTiny"])
+@pytest.mark.parametrize("name", ["AutoencoderDC", "AutoencoderTiny"])
 def test_one_of_another_class_is_refused_by_name(name: str, tiny_model: Path, tmp_path: Path) -> None:
     table = json.loads((tiny_model / "vae" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(table | {"_class_name": name}))
-    with pytest.raises(ModelError, match=f"_class_name is '{name}', and only AutoencoderKL and VQModel are supported"):
+    with pytest.raises(
+        ModelError,
+        match=f"_class_name is '{name}', and only AutoencoderKL, VQModel and AutoencoderKLFlux2 are supported",
+    ):
         load(None, [f"autoencoder.path={tmp_path}"])
 
 
@@ -149,6 +152,8 @@ def test_another_one_than_the_run_was_begun_with_is_refused_and_the_model_stays_
     with pytest.raises(ModelError, match="vae: not the autoencoder that the run was begun with; put that back"):
         train()
     (vae / "config.json").write_text(table.replace('"latent_channels": 4', '"latent_channels": 8'))
+    wider = {"decoder.conv_in.weight": tensors["decoder.conv_in.weight"].repeat(1, 2, 1, 1)}
+    save_file(tensors | wider, vae / "diffusion_pytorch_model.safetensors")
     with pytest.raises(UsageError, match=r"autoencoder\.latent_channels \(4 -> 8\)"):
         train()
     for damage in ("{", "[]", None):

@@ -163,7 +163,7 @@ class Config:
     @property
     def latents(self) -> dict[str, int]:
         """Side and channels of the latents, as a denoiser's `config.json` has them."""
-        channels = self.autoencoder.latent_channels
+        channels = self.autoencoder.channels
         side = self.data.resolution // self.autoencoder.factor
         return {"sample_size": side, "in_channels": channels, "out_channels": channels}
 

@@ -148,7 +148,7 @@ def facts(cfg: Config | None, run_dir: Path) -> str:
     widths = ", ".join(map(str, cfg.autoencoder.block_out_channels))
     rows = {
         "Data": f"{cfg.data.path}, {size}×{size} pixels",
-        "Latents": f"{cfg.autoencoder.latent_channels}×{side}×{side}",
+        "Latents": f"{cfg.autoencoder.channels}×{side}×{side}",
         "Networks": f"{cfg.denoiser.kind} and {cfg.text_encoder.kind}; autoencoder of widths {widths}",
         "Objective": f"{cfg.diffusion.prediction} on {cfg.diffusion.schedule} noise",
         "Parameters": "; ".join(f"{stage} {count / 1e6:.3g} M" for stage, count in parameters(run_dir).items()),

@@ -6,7 +6,7 @@ Every function yields what does not agree, naming both sides and both numbers. E
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 from tinydiff.checkpoints.header import FLOATS, Stored
 from tinydiff.files import shown
@@ -19,9 +19,11 @@ Name = Callable[[str], str]  # a network's folder -> how a message calls its set
 def of_networks(configs: Mapping[str, Table], name: Name) -> Iterator[str]:
     """Channels of latents and widths of text vectors."""
     tables = {folder: network_of(folder, table).complete(table) for folder, table in networks(configs).items()}
-    folder, latents = denoiser_in(configs), tables[VAE]["latent_channels"]
-    row: Any = network_of(folder, configs[folder])
-    table, theirs = tables[folder], f"{name(VAE)} has latent_channels {latents}"
+    folder = denoiser_in(configs)
+    row, pixels = (cast(Any, network_of(each, configs[each])) for each in (folder, VAE))
+    table, latents, said = tables[folder], pixels.channels(tables[VAE]), tables[VAE]["latent_channels"]
+    patches = f" in patches of {latents}" if latents != said else ""
+    theirs = f"{name(VAE)} has latent_channels {said}{patches}"
     outputs = table.get("out_channels") or table["in_channels"]
     if table["in_channels"] not in (latents, 2 * latents + 1):
         kinds = f"{latents}, or {2 * latents + 1} for inpainting, are supported"
@@ -74,7 +76,9 @@ def of_weights(
     ours = network.renamed(tensors)  # type: ignore[arg-type]
     for key, shape in shapes.items():
         stored = ours.get(key)
-        if stored is not None and tuple(stored.shape) != shape:
+        if stored is None and shapes.keys() & ours.keys():  # else its tensors have the names of another layout
+            yield f"{name} asks for {key} {list(shape)}, and {file} has none"
+        elif stored is not None and tuple(stored.shape) != shape:
             yield f"{name} asks for {key} {list(shape)}, and {file} has {list(stored.shape)}"
     yield from of_types(ours, file)  # type: ignore[arg-type]
 

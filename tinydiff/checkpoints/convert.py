@@ -42,8 +42,10 @@ def to_single_file(source: Source, out: Path, precision: str | None = None, forc
         if len(controls_of(tables)) > 1:
             raise ModelError(f"{shown(source.path)}: a single file holds one control network; write a folder")
         held = {*single_file.PARTS, *([single_file.SECOND] if is_xl(source.configs) else [])}
-        if set(tables) - {CONTROL.folder} != held or not network_of("text_encoder", tables["text_encoder"]).single_file:
-            only = "only a Stable Diffusion U-Net with CLIP's text encoder has a single-file layout"
+        if set(tables) - {CONTROL.folder} != held or not all(network_of(*each).single_file for each in tables.items()):
+            only = (
+                "only a Stable Diffusion U-Net with CLIP's text encoder and a KL autoencoder has a single-file layout"
+            )
             raise ModelError(f"{shown(source.path)}: {only}")
         added = {token.content for tokenizer in source.tokenizers.values() for token in tokenizer.added.values()}
         if words := ", ".join(sorted(added)):

@@ -16,7 +16,6 @@ from tinydiff.checkpoints.scheduler import Scheduler, read
 from tinydiff.diffusion.schedules import Levels
 from tinydiff.errors import ModelError
 from tinydiff.networks import VAE, denoiser_in, is_xl, network_of
-from tinydiff.networks.autoencoder import SCALING
 from tinydiff.networks.network import Array, imported
 from tinydiff.system import shown
 
@@ -83,11 +82,11 @@ def describe(
         return Description(
             path=path,
             scheduler=scheduler,
-            latent_channels=int(autoencoder["latent_channels"]),
+            latent_channels=int(pixels.channels(autoencoder)),
             in_channels=int(table["in_channels"]),
             factor=factor,
             multiple=factor * network.multiple(table),
-            scaling_factor=float(autoencoder.get("scaling_factor") or SCALING),
+            scaling_factor=float(autoencoder["scaling_factor"]),
             size=int(table["sample_size"]) * factor,
             generate=own
             or config.Generate(min(steps, scheduler.most), cfg_scale, scheduler.sampler, scheduler.spacing, 1),

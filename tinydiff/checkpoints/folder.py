@@ -33,7 +33,6 @@ from tinydiff.networks import (
     text_encoders,
     tokenizer_folder,
 )
-from tinydiff.networks.autoencoder import SCALING
 from tinydiff.networks.network import Network, Table
 from tinydiff.schema import to_toml
 from tinydiff.system import RESTORE
@@ -76,7 +75,7 @@ class Model:
     @property
     def scaling_factor(self) -> float:
         """Latents are this times the autoencoder's."""
-        return float(self.configs[VAE].get("scaling_factor") or SCALING)
+        return float(network_of(VAE, self.configs[VAE]).complete(self.configs[VAE])["scaling_factor"])
 
     def scaled(self, factor: float) -> Model:
         """The same model with another scaling factor."""

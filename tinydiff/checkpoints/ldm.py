@@ -30,7 +30,8 @@ UNET_NAMES |= {"conv_norm_out": "out.0", "conv_out": "out.2"}
 UNET_NAMES |= {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}  # of XL
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1"}
 RESNET |= {"norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
-VAE = ("encoder", "decoder", "quant_conv", "post_quant_conv")
+VAE = ("encoder", "decoder", "quant_conv", "post_quant_conv", "bn")
+STATISTICS = "bn.running_mean"  # FLUX.2's autoencoder has them
 CONTROL = ("conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block", "controlnet_cond_embedding")
 CONTROL += ("controlnet_down_blocks", "controlnet_mid_block")
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
@@ -83,6 +84,7 @@ def control_pairs(layout: Layout) -> Pairs:
 def vae_pairs(layout: Layout) -> Pairs:
     """Their decoder's levels are numbered from the image, ours from the latent."""
     levels, n = len(layout["down_block_types"]), layout["layers_per_block"]
+    yield from (("quant_conv", "encoder.quant_conv"), ("post_quant_conv", "decoder.post_quant_conv"))  # FLUX.2's
     yield from ((name, name) for name in VAE[2:])
     for half in VAE[:2]:
         yield from (
@@ -174,7 +176,8 @@ HOMES = {  # where a network can be: what its names begin with, one of them, and
 }
 # Not weights, or not used: of OpenCLIP's 24 blocks the last, for Stable Diffusion 2 is conditioned on the one before it.
 UNUSED = re.compile(
-    r"(^|\.)(position_ids|attn_mask|logit_scale|text_projection(\.weight)?)$|^transformer\.resblocks\.23\."
+    r"(^|\.)(position_ids|attn_mask|logit_scale|num_batches_tracked|text_projection(\.weight)?)$"
+    r"|^transformer\.resblocks\.23\."
 )
 UNUSED_OF = {"projected": re.compile(r"(^|\.)(position_ids|attn_mask|logit_scale)$")}  # where it is not that
 EMA = "model_ema."
@@ -308,6 +311,7 @@ def autoencoder(shapes: Shapes) -> dict[str, Any]:
     table |= {"up_block_types": ["UpDecoderBlock2D"] * levels}
     table |= {"layers_per_block": count(shapes, r"encoder\.down_blocks\.0\.resnets\.(\d+)\.")}
     table |= {"latent_channels": shapes["post_quant_conv.weight"][1], "norm_num_groups": 32, "act_fn": "silu"}
+    table |= {"_class_name": "AutoencoderKLFlux2"} if STATISTICS in shapes else {}
     return table | {"mid_block_add_attention": "decoder.mid_block.attentions.0.group_norm.weight" in shapes}
 
 

@@ -468,6 +468,21 @@ class Source:
         _ = self.tokenizers
 
 
+def check_autoencoder(network: Any, table: Table, place: Path) -> None:
+    """`Source.check` of an autoencoder's folder, or of that in a file; `table` is completed."""
+    if place.is_dir():
+        files = weights.files(place)
+        stored, file = weights.headers(place), files[0]
+    else:
+        from tinydiff.checkpoints import single_file
+
+        read, file = header(place), place
+        places = single_file.required(read, VAE).places
+        stored = {ours: read.tensors[at.name] for ours, at in places.items()}
+    said = shown(place / "config.json") if place.is_dir() else f"the {VAE} of {shown(place)}"
+    refuse(agreement.of_weights(network, network.shapes(table), stored, said, shown(file)))
+
+
 def refuse(problems: Iterable[str]) -> None:
     """Raise ModelError for the first of some problems."""
     if problem := next(iter(problems), None):

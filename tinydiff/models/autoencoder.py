@@ -20,6 +20,7 @@ from tinydiff.networks.autoencoder import Autoencoder as Config
 from tinydiff.networks.network import Table, pick
 
 EPS = 1e-6
+STATISTICS_EPS = 1e-4  # what FLUX.2 adds to the variances of its latents
 
 
 class AttentionBlock(Attention):
@@ -174,6 +175,42 @@ class VQAutoencoder(Autoencoder):
         """The latents, which have no deviation."""
         z = self.encode(sample).float()
         return z, torch.zeros_like(z)
+
+
+class Statistics(nn.Module):
+    """The means and variances of channels, as batch normalisation keeps them."""
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Means and standard deviations, (C, 1, 1) each."""
+        return self.running_mean[:, None, None], (self.running_var + STATISTICS_EPS).sqrt()[:, None, None]
+
+
+class Flux2Autoencoder(Autoencoder):
+    """Image <-> latent, 2x2 of which with their channels are one of a denoiser's, normalised by statistics that came with it.
+
+    Moments and latents are those: (B, 8C, h/2, w/2) and (B, 4C, h/2, w/2) of C channels.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.bn = Statistics(4 * config.latent_channels)
+
+    def encode(self, sample: Tensor) -> Tensor:
+        mean, std = self.bn()
+        means, variances = (F.pixel_unshuffle(part, 2) for part in super().encode(sample).chunk(2, dim=1))
+        return torch.cat([(means - mean) / std, variances - 2 * std.log()], dim=1)
+
+    def decode(self, latent_sample: Tensor) -> Tensor:
+        mean, std = self.bn()
+        return super().decode(F.pixel_shuffle(latent_sample * std + mean, 2))
 
 
 def mean_and_std(moments: Tensor) -> tuple[Tensor, Tensor]:

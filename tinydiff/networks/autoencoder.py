@@ -52,7 +52,11 @@ class Autoencoder:
     latent_channels: int = key(4, "channels of a latent", 1, 64)
     norm_num_groups: int = key(8, "group normalisation groups; must divide every width", 1, 2**14)
     mid_block_add_attention: bool = key(False, "self-attention at the lowest resolution")
-    kind: str = key("kl", "latents near a standard normal (kl), or one of a codebook's each (vq)", choices=AUTOENCODERS)
+    kind: str = key(
+        "kl",
+        "latents near a standard normal (kl), one of a codebook's each (vq), FLUX.2's (flux2)",
+        choices=AUTOENCODERS,
+    )
     num_vq_embeddings: int = key(256, "vq: vectors of the codebook", 2, 2**16)
     path: str = key(
         "", "begin with this one, which then says these keys: a folder, a .safetensors file, or the shipped 'general'"
@@ -61,7 +65,12 @@ class Autoencoder:
     @property
     def factor(self) -> int:
         """Pixels along a side that are one latent."""
-        return 2 ** (len(self.block_out_channels) - 1)
+        return AUTOENCODERS[self.kind].factor(asdict(self))
+
+    @property
+    def channels(self) -> int:
+        """Channels of the latents that a denoiser sees."""
+        return AUTOENCODERS[self.kind].channels(asdict(self))
 
 
 class AutoencoderNetwork(Network):
@@ -70,6 +79,7 @@ class AutoencoderNetwork(Network):
     kind = "kl"
     apart = ("path", "kind", "num_vq_embeddings")  # keys of a configuration that its config.json has not
     values = 2  # of what encodes, for each of a latent: mean and log-variance
+    patch = 1  # along a side, how many of its latents are one of the denoiser's, their channels one after the other
     learner = "tinydiff.training.reconstruct:Reconstruct"  # its training's network
     no_form = ""  # why diffusers has no pipeline with it
     single_file = True
@@ -78,6 +88,7 @@ class AutoencoderNetwork(Network):
     module = "tinydiff.models.autoencoder:Autoencoder"
     library = ("diffusers", "AutoencoderKL")
     defaults = {"latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 32, "mid_block_add_attention": True}
+    defaults |= {"scaling_factor": SCALING}
     only = {"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True, "shift_factor": (None, 0)}
     only |= {"in_channels": 3, "out_channels": 3}
     checked = {"scaling_factor": Key(float, 1e-6, 1e6)}
@@ -91,11 +102,15 @@ class AutoencoderNetwork(Network):
         return {"encoder.conv_in.weight": (widths[0], 3, 3, 3), "decoder.conv_in.weight": (widths[-1], latents, 3, 3)}
 
     def factor(self, table: Table) -> int:
-        """Pixels along a side that are one latent."""
-        return 2 ** (len(table["block_out_channels"]) - 1)
+        """Pixels along a side that are one latent of the denoiser."""
+        return self.patch * 2 ** (len(table["block_out_channels"]) - 1)
+
+    def channels(self, table: Table) -> int:
+        """Channels of the denoiser's latents."""
+        return self.patch**2 * table["latent_channels"]
 
     def graphs(self, folder: str, table: Table) -> dict[str, Graph]:
-        c, factor = table["latent_channels"], self.factor(table)
+        c, factor = self.channels(table), self.factor(table)
         pixels, latent = Array(("batch", 3, "height", "width"), "pixels"), Array(("batch", c, "height", "width"))
         moments = Array(("batch", self.values * c, "latent_height", "latent_width"))
         drawn = Array(("batch", 3, "image_height", "image_width"))
@@ -136,11 +151,14 @@ class AutoencoderNetwork(Network):
         try:
             row = autoencoder_of(table := table_of(place))  # type: ignore[arg-type]
             if table.get("_class_name") not in (None, row.library[1]):
-                known = " and ".join(each.library[1] for each in AUTOENCODERS.values())
-                raise ValueError(f"_class_name is {brief(table['_class_name'])}, and only {known} are supported")
-            return replace(pick(Autoencoder, row.read(table)), path=path, kind=row.kind)
+                *known, last = (each.library[1] for each in AUTOENCODERS.values())
+                only = f"only {', '.join(known)} and {last} are supported"
+                raise ValueError(f"_class_name is {brief(table['_class_name'])}, and {only}")
+            settings = replace(pick(Autoencoder, whole := row.read(table)), path=path, kind=row.kind)
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{shown(path)}: unsupported or incomplete config.json: {shown(error)}") from None
+        imported("tinydiff.checkpoints.source:check_autoencoder")(row, whole, place)  # which imports this module
+        return settings
 
     def conflicts(self, cfg: Config) -> Iterator[str]:
         yield from self.misfits(asdict(cfg.autoencoder))
@@ -187,7 +205,35 @@ class VQNetwork(AutoencoderNetwork):
             yield f"vq_embed_dim: {table['vq_embed_dim']} is not latent_channels {latents}"
 
 
-AUTOENCODERS |= {"kl": AutoencoderNetwork(), "vq": VQNetwork()}
+class Flux2Network(AutoencoderNetwork):
+    """FLUX.2's autoencoder, with the normalisation that it keeps for its denoisers: a latent is a patch of its own."""
+
+    kind = "flux2"
+    patch = 2
+    no_form = (
+        "its pipelines of text do not normalise the latents of an AutoencoderKLFlux2; diffusers opens the folder vae"
+    )
+    single_file = False
+    module = "tinydiff.models.autoencoder:Flux2Autoencoder"
+    library = ("diffusers", "AutoencoderKLFlux2")
+    defaults = AutoencoderNetwork.defaults | {"latent_channels": 32, "layers_per_block": 2, "scaling_factor": 1.0}
+    defaults |= {"block_out_channels": (128, 256, 512, 512)}
+    only = AutoencoderNetwork.only | {
+        "patch_size": ((2, 2),),
+        "batch_norm_eps": 1e-4,
+        "decoder_block_out_channels": (None,),
+    }
+    checked = AutoencoderNetwork.checked | {"patch_size": Key(tuple[int, ...], 1, 64)}
+    unused = frozenset(("sample_size", "force_upcast", "batch_norm_momentum"))
+
+    def shapes(self, table: Table) -> dict[str, tuple[int, ...]]:
+        return super().shapes(table) | dict.fromkeys(("bn.running_mean", "bn.running_var"), (self.channels(table),))
+
+    def renamed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {k: tensor for k, tensor in super().renamed(tensors).items() if k != "bn.num_batches_tracked"}
+
+
+AUTOENCODERS |= {"kl": AutoencoderNetwork(), "vq": VQNetwork(), "flux2": Flux2Network()}
 
 
 def table_of(place: Path) -> Table:

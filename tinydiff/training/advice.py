@@ -98,13 +98,14 @@ def _of_stages(cfg: config.Config, usual: config.Config) -> Iterator[tuple[list[
     changed = {name: _changed(f"train.{name}", cfg, usual) for name in STAGES}
     for name in (name for name in STAGES if name not in trained(cfg.train)):
         yield [key for key in changed[name] if not key.endswith(".steps")], _left_out(name, cfg)
-    kind, others = cfg.autoencoder.kind, {"kl": ("codebook", "commitment_weight"), "vq": ("kl_weight",)}
-    unread = [k for k in _changed("autoencoder", cfg, usual) if kind == "kl" and k.endswith(".num_vq_embeddings")]
+    kind, of_codes = cfg.autoencoder.kind, "num_vq_embeddings" not in cfg.autoencoder_network.apart
+    others = ("kl_weight",) if of_codes else ("codebook", "commitment_weight")
+    unread = [k for k in _changed("autoencoder", cfg, usual) if not of_codes and k.endswith(".num_vq_embeddings")]
     if "autoencoder" in trained(cfg.train):
         stage = cfg.train.stage("autoencoder")
         for weight in (weight for weight in WEIGHED if not getattr(stage, weight)):
             yield _named(changed["autoencoder"], WEIGHED[weight]), f"train.autoencoder.{weight} is 0"
-        unread = _named(changed["autoencoder"], others[kind]) + unread
+        unread = _named(changed["autoencoder"], others) + unread
     yield unread, f"autoencoder.kind is {kind}"
 
 
