@@ -144,7 +144,7 @@ REFUSED = {
         {"a.csv": "image,text\ntrain/0.png,A\ntest/0.png,B\n"},
         "test/0.png and train/0.png would both",
     ),
-    "other pictures": (FLAT, beside(".txt", folder="") | {"2.heic": b"x", "2.txt": "C"}, "2.heic (not a PNG"),
+    "other pictures": (FLAT, beside(".txt", folder="") | {"2.psd": b"x", "2.txt": "C"}, "2.psd (not a PNG"),
     "films": (FLAT, beside(".txt", folder="") | {"2.mp4": b"x", "2.txt": "C"}, "2.mp4 (captioned, but not"),
 }
 

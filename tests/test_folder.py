@@ -18,6 +18,7 @@ from PIL import Image
 from tinydiff.data.captions import MAX_CAPTION, clean_captions
 from tinydiff.data.folder import FolderSource
 from tinydiff.errors import DataError
+from tinydiff.images import KINDS
 
 
 def image(path: Path, colour: tuple[int, ...] = (200, 30, 30), size: tuple[int, int] = (6, 4)) -> Path:
@@ -132,8 +133,8 @@ def test_a_path_is_only_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 def test_an_empty_folder(tmp_path: Path) -> None:
     assert "holds no images; put PNG" in refusal(tmp_path)
-    image(tmp_path / "a.gif")
-    assert "a.gif (not a PNG, JPEG or WEBP image)" in refusal(tmp_path)
+    image(tmp_path / "a.ico")
+    assert f"a.ico (not a {KINDS} image)" in refusal(tmp_path)
 
 
 def test_images_without_captions(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 from tinydiff.data.dataset import examples
 from tinydiff.data.folder import FolderSource
 from tinydiff.errors import DataError
+from tinydiff.images import KINDS
 
 COUNT = 6
 ROWS = [(f"{i}.png", f"number {i}") for i in range(COUNT)]
@@ -141,13 +142,13 @@ def test_jpegs_of_other_suffixes_are_read(tmp_path: Path, kind: str) -> None:
     assert len(FolderSource(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("kind", ["heif", "heic", "avif", "bmp", "tif", "tiff", "gif", "jxl", "dng"])
+@pytest.mark.parametrize("kind", ["heic", "avif", "bmp", "tif", "gif", "jxl", "dng"])
 def test_images_of_other_kinds_count_as_bad(tmp_path: Path, kind: str) -> None:
     images(tmp_path, "b.png")
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(name)
     (tmp_path / f"a.{kind}").write_bytes(b"x")
-    with pytest.raises(DataError, match=rf"1 of 2 images are unusable.*a\.{kind} \(not a PNG, JPEG or WEBP image\)"):
+    with pytest.raises(DataError, match=rf"1 of 2 images are unusable.*a\.{kind} \(not a {KINDS} image\)"):
         FolderSource(tmp_path)
 
 

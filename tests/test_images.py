@@ -23,7 +23,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from tinydiff import images
 from tinydiff.errors import DataError, UsageError
-from tinydiff.images import CROPS, encode_png, fit, grid, open_image, read_settings, to_pixels, to_uint8
+from tinydiff.images import CROPS, encode_png, fit, grid, open_image, read_settings, size_of, to_pixels, to_uint8
 
 RNG = np.random.default_rng(0)
 
@@ -52,7 +52,7 @@ def png(width: int, height: int, depth: int, colour: int, rows: bytes, *chunks: 
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "AVIF"])
 def test_every_orientation(kind, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -60,7 +60,8 @@ def test_every_orientation(kind, orientation):
     data = encoded(Image.fromarray(PHOTO), kind, exif=exif, **options)
     expected = np.asarray(ImageOps.exif_transpose(Image.open(BytesIO(data))).convert("RGB"))
     assert np.array_equal(open_image(data), expected)
-    if kind == "PNG":
+    assert size_of(data) == expected.shape[1::-1]
+    if kind in ("PNG", "TIFF"):
         turned = [PHOTO, PHOTO[:, ::-1], PHOTO[::-1, ::-1], PHOTO[::-1]]
         turned += [image.transpose(1, 0, 2) for image in (turned[0], turned[3], turned[2], turned[1])]
         assert np.array_equal(open_image(data), turned[orientation - 1])
@@ -285,7 +286,7 @@ def test_profile_of_another_mode_is_ignored():
     assert np.array_equal(open_image(encoded(grey, icc_profile=rgb_profile(1.0)))[..., 0], PHOTO[..., 0])
 
 
-@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "GIF"])
 def test_animations_give_their_first_frame(kind):
     frames = [Image.fromarray(PHOTO), Image.fromarray(255 - PHOTO)]
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
@@ -298,14 +299,92 @@ def test_wrong_extension_of_an_allowed_format_opens(tmp_path):
     assert np.array_equal(open_image(tmp_path / "a.jpg"), PHOTO)
 
 
-@pytest.mark.parametrize("kind", ["TIFF", "BMP", "GIF", "PPM", "ICO"])
+GREY16 = np.array([[0, 128, 129, 32768, 65535]], np.uint16)
+HALF = np.array([[[255, 0, 0, 255]] * 8 + [[255, 0, 0, 0]] * 8] * 4, np.uint8)  # red, and what is not seen
+ON_BLUE = np.array([[[255, 0, 0]] * 8 + [[0, 0, 255]] * 8] * 4)
+SEEN = {  # what is written, how, and what is seen of it on a blue background
+    "BMP": (PHOTO, "BMP", {}, PHOTO),
+    "BMP of 1 bit": (np.array([[True, False]]), "BMP", {}, [[[255] * 3, [0] * 3]]),
+    "GIF": (PHOTO[..., 0], "GIF", {}, np.repeat(PHOTO[..., :1], 3, -1)),
+    "GIF with a transparent level": (
+        np.array([[7, 8]], np.uint8),
+        "GIF",
+        {"transparency": 8},
+        [[[7] * 3, [0, 0, 255]]],
+    ),
+    "TIFF": (PHOTO, "TIFF", {}, PHOTO),
+    "TIFF, deflated": (PHOTO, "TIFF", {"compression": "tiff_adobe_deflate"}, PHOTO),
+    "TIFF of 16 bits": (GREY16, "TIFF", {}, [[[level] * 3 for level in (0, 0, 1, 128, 255)]]),
+    "TIFF with alpha": (HALF, "TIFF", {}, ON_BLUE),
+    "AVIF with alpha": (HALF, "AVIF", {"quality": 100}, ON_BLUE),
+}
+
+
+@pytest.mark.parametrize("case", SEEN)
+def test_other_kinds_are_read(case):
+    array, kind, options, expected = SEEN[case]
+    data = encoded(Image.fromarray(array), kind, **options)
+    seen = open_image(data, "#0000ff").astype(int)
+    assert np.abs(seen - np.asarray(expected)).max() <= (2 if kind == "AVIF" else 0)
+    assert size_of(data) == seen.shape[1::-1]
+
+
+def test_inks_of_a_tiff_are_those_of_a_jpeg():
+    inks = Image.fromarray(RNG.integers(0, 256, (5, 7, 4), dtype=np.uint8), "CMYK")
+    assert np.array_equal(open_image(encoded(inks, "TIFF")), np.asarray(inks.convert("RGB")))
+
+
+def test_floats_have_no_range():
+    with pytest.raises(DataError, match="floating-point values have no known range; save it with 8 or 16 bits"):
+        open_image(encoded(Image.fromarray(np.ones((2, 2), np.float32)), "TIFF"))
+
+
+def test_heic_is_read_where_its_library_is(monkeypatch):
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    grey = np.repeat(np.repeat(np.arange(0, 256, 16, np.uint8)[None, :, None], 8, 0), 3, -1)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    data = encoded(Image.fromarray(grey), "HEIF", quality=-1, exif=turned.tobytes())
+    seen = open_image(data)
+    assert seen.shape == (16, 8, 3) and np.abs(seen.astype(int) - grey.transpose(1, 0, 2)[:, ::-1]).max() <= 3
+    assert size_of(data) == (8, 16)
+    monkeypatch.setattr(images, "_formats", lambda: images.FORMATS)
+    with pytest.raises(DataError, match="HEIC is not read without pillow-heif; pip install pillow-heif"):
+        open_image(data)
+
+
+def test_a_large_photograph_is_decoded_at_half_its_sides(monkeypatch):
+    """The means of four pixels, which libjpeg finds without decoding all; others of that size are refused."""
+    smooth = np.asarray(Image.fromarray(PHOTO).resize((120, 80), Image.Resampling.BICUBIC))
+    data = encoded(Image.fromarray(smooth), "JPEG", quality=100, subsampling=0)
+    whole = open_image(data)
+    monkeypatch.setattr(images, "MAX_PIXELS", 120 * 80 - 1)
+    half = open_image(data)
+    means = whole.astype(float).reshape(40, 2, 60, 2, 3).mean((1, 3))
+    assert half.shape == (40, 60, 3) and np.abs(half - means).max() < 6 and size_of(data) == (60, 40)
+    with pytest.raises(DataError, match="120x80 is over"):
+        open_image(encoded(Image.fromarray(smooth)))
+
+
+@pytest.mark.parametrize(("side", "height"), [(12000, 9000), (9000, 12000)])
+def test_108_megapixels_are_taken_by_their_header(side, height):
+    data = encoded(Image.fromarray(PHOTO), "JPEG")
+    place = data.index(b"\xff\xc0") + 5
+    large = data[:place] + struct.pack(">HH", height, side) + data[place + 4 :]
+    assert size_of(large) == (side // 2, height // 2)
+
+
+@pytest.mark.parametrize("kind", ["PPM", "ICO", "JPEG2000", "TGA"])
 def test_other_formats_are_refused(tmp_path, kind):
     (tmp_path / "a.png").write_bytes(encoded(Image.fromarray(PHOTO), kind))
-    with pytest.raises(DataError, match=r"a\.png: not a PNG, JPEG or WEBP image; replace or remove"):
+    with pytest.raises(DataError, match=rf"a\.png: not a {images.KINDS} image; replace or remove"):
         open_image(tmp_path / "a.png")
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+READ = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"]
+
+
+@pytest.mark.parametrize("kind", READ)
 def test_truncated_anywhere_is_refused(kind):
     image = Image.fromarray(RNG.integers(0, 256, (16, 16, 3), dtype=np.uint8))
     data = encoded(image, kind)
@@ -319,7 +398,7 @@ def test_truncated_anywhere_is_refused(kind):
 @settings(deadline=None, max_examples=200)
 @given(data=st.data())
 def test_damaged_files_open_or_are_refused(data):
-    kind = data.draw(st.sampled_from(["PNG", "JPEG", "WEBP"]))
+    kind = data.draw(st.sampled_from(READ))
     content = bytearray(encoded(Image.fromarray(PHOTO), kind))
     for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=4)):
         content[place] = data.draw(st.integers(0, 255))

@@ -195,11 +195,11 @@ def test_cut_at_every_byte(kind: str, options: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    "start", [b"%!PS-Adobe-3.0 EPSF-3.0\n", b"8BPS\0\1", b"SIMPLE  =                    T", b"II*\0", b"\0\0\1\0"]
+    "start", [b"%!PS-Adobe-3.0 EPSF-3.0\n", b"8BPS\0\1", b"SIMPLE  =                    T", b"\0\0\1\0"]
 )
 def test_other_formats_by_another_name(start: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(start + bytes(3000))
-    with pytest.raises(DataError, match="not a PNG, JPEG or WEBP image"):
+    with pytest.raises(DataError, match=f"not a {images.KINDS} image"):
         images.open_image(tmp_path / "a.png")
 
 

@@ -30,6 +30,7 @@ from tinydiff.data.folder import FolderSource
 from tinydiff.data.shards import ShardSource
 from tinydiff.data.tar import MAX_NAME, File, members
 from tinydiff.errors import DataError, UserError
+from tinydiff.images import KINDS
 from tinydiff.user_cache import user_folder
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -211,7 +212,7 @@ def test_the_size_is_upright_and_read_from_the_header(tmp_path, make):
 def test_what_is_unusable_is_named_and_counted(tmp_path, make):
     files = [
         *sample(1).items(), ("bare.png", picture()), ("text.txt", b"alone"), ("empty.png", picture()), ("empty.txt", b" "),
-        ("bad.png", b"not an image"), ("bad.txt", b"x"), ("anim.gif", b"GIF89a"), ("anim.txt", b"x"), ("v.2.png", picture()),
+        ("bad.png", b"not an image"), ("bad.txt", b"x"), ("anim.psd", b"8BPS"), ("anim.txt", b"x"), ("v.2.png", picture()),
         ("v.txt", b"x"), ("w.png", picture()), ("w.json", b'{"text": "w", "weight": -1}'), ("j.png", picture()),
         ("j.json", b"[" * 100_000), ("u.png", picture()), ("u.txt", b"caf\xe9"), ("meta", b"x"), ("001.npy", b"x"),
         ("001.mask.png", picture()), ("big.png", picture()), ("big.txt", b"x" * (2**20 + 1)), ("n.png", picture()),
@@ -223,8 +224,8 @@ def test_what_is_unusable_is_named_and_counted(tmp_path, make):
         "bare": "no caption",
         "text": "caption without an image",
         "empty": "empty caption",
-        "bad": "not a PNG, JPEG or WEBP image",
-        "anim": "not a PNG, JPEG or WEBP image",
+        "bad": f"not a {KINDS} image",
+        "anim": f"not a {KINDS} image",
         "v": "its name has a second dot",
         "w": "weight is not a positive number from 1e-09 to 1e+09",
         "j": "not a JSON object",
@@ -273,7 +274,7 @@ def test_nothing_leaves_the_archive(tmp_path, make):
         "../secret.png": outside, "../secret.txt": outside, str(secret): outside, "a/../../b.png": outside,
         "link.png": "a link", "hard.png": "a link", "link": "caption without an image", "dev.png": "not a regular file",
         "block": "not a regular file", "fifo.png": "not a regular file", "001.png": "appears twice; the first is used",
-        "001.txt": "appears twice; the first is used", "contiguous": "not a PNG, JPEG or WEBP image",
+        "001.txt": "appears twice; the first is used", "contiguous": f"not a {KINDS} image",
     }  # fmt: skip
 
 

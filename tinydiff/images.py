@@ -1,7 +1,7 @@
 """Image files to arrays and back: safe decoding, uint8 <-> [-1, 1], resizing, grids, PNG with settings.
 
 An image is a uint8 array (H, W, 3) in sRGB. Only this module handles what files may hold: palettes, alpha, 16 bits,
-CMYK, colour profiles, EXIF orientation, many frames. It knows no model, no latents and no torch.
+CMYK, colour profiles, EXIF orientation, many frames, more pixels than fit. It knows no model, no latents and no torch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from importlib import import_module
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,10 @@ from PIL.PngImagePlugin import PngInfo
 from tinydiff.errors import DataError, UsageError
 from tinydiff.system import shown, unreadable
 
-FORMATS = ("PNG", "JPEG", "WEBP")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # as Pillow calls them; besides, HEIF by pillow-heif
+PLUGINS = {"WEBP": "WebP"}  # modules of Pillow that are not the format in title case
+KINDS = "PNG, JPEG, WEBP, GIF, BMP, TIFF, AVIF or HEIC"
+HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1")  # brands of ISO/IEC 23008-12
 MAX_PIXELS = 64 * 2**20
 MAX_BYTES = 256 * 2**20
 MAX_SETTINGS = 64 * 2**10
@@ -70,18 +74,18 @@ ROOM = Room(MAX_PIXELS)  # the largest image alone, which takes half a gigabyte 
 
 
 def open_image(source: Path | bytes, background: str = WHITE) -> np.ndarray:
-    """Decode the first frame of a PNG, JPEG or WEBP file, or its bytes: uint8 (H, W, 3), upright, in sRGB.
+    """Decode the first frame of a file of one of KINDS, or its bytes: uint8 (H, W, 3), upright, in sRGB.
 
-    Transparency is composited on `background`. Raises DataError with the file and the reason (not a regular file,
-    another format, truncated, over 64 megapixels), and UsageError if `background` is not a colour. Threads that decode at
-    the same time share `ROOM`.
+    Transparency is composited on `background`. A JPEG over 64 megapixels is decoded at half its sides. Raises
+    DataError with the file and the reason (not a regular file, another format, truncated, over 64 megapixels), and UsageError
+    if `background` is not a colour. Threads that decode at the same time share `ROOM`.
     """
     colour = _colour(background)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what Pillow warns of is checked here, or raises as well
         try:
             image = _open(source)
-            with ROOM.of(image.width * image.height):
+            with ROOM.of(_reduced(image, source)):
                 return _array(_upright(image), colour)
         except (DataError, MemoryError):
             raise
@@ -89,6 +93,24 @@ def open_image(source: Path | bytes, background: str = WHITE) -> np.ndarray:
             if isinstance(error, OSError) and error.errno:
                 raise unreadable(error, _name(source), DataError) from error
             raise DataError(f"{_name(source)}: {_reason(error)}; replace or remove the file") from error
+
+
+def size_of(data: bytes) -> tuple[int, int]:
+    """(width, height) of what `open_image` gives, from the header, or by decoding where that fails. Raises DataError."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            image = _open(data)
+            _reduced(image, data)
+            (width, height), sources = image.size, {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}
+            has_exif = image.format != "PNG" or sources & image.info.keys()  # else Pillow would decode it to search it
+            turned = has_exif and image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+            return (height, width) if turned else (width, height)  # Pillow gives a TIFF's size upright
+        except MemoryError:
+            raise
+        except Exception:  # Pillow's plugins raise many kinds; open_image names the problem
+            height, width = open_image(data).shape[:2]
+            return width, height
 
 
 def to_pixels(image: np.ndarray) -> np.ndarray:
@@ -178,21 +200,43 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def _open(source: Path | bytes) -> Image.Image:
-    """The image, its size checked but its pixels not yet decoded. Raises DataError if it is too large."""
-    from PIL import JpegImagePlugin, PngImagePlugin, WebPImagePlugin  # noqa: F401  (else Pillow loads all its plugins)
+    """The image, its pixels not yet decoded."""
+    data = source if isinstance(source, bytes) else read_image(source)
+    try:
+        return Image.open(BytesIO(data), formats=_formats())
+    except Image.UnidentifiedImageError:
+        if data[4:8] == b"ftyp" and data[8:12] in HEIC and "HEIF" not in _formats():
+            raise DataError(f"{_name(source)}: HEIC is not read without pillow-heif; pip install pillow-heif") from None
+        raise
 
-    image = Image.open(BytesIO(source if isinstance(source, bytes) else read_image(source)), formats=FORMATS)
+
+@lru_cache
+def _formats() -> tuple[str, ...]:
+    """FORMATS and what else is installed, whose plugins are loaded, and no others of Pillow's."""
+    for name in FORMATS:
+        import_module(f"PIL.{PLUGINS.get(name, name.title())}ImagePlugin")
+    try:
+        import_module("pillow_heif").register_heif_opener()
+    except ImportError:
+        return FORMATS
+    return (*FORMATS, "HEIF")
+
+
+def _reduced(image: Image.Image, source: Path | bytes) -> int:
+    """Have a JPEG over MAX_PIXELS decoded at half its sides; DataError for others. Returns the pixels to make room for."""
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise DataError(f"{_name(source)}: {width}x{height} is over {MAX_PIXELS >> 20} megapixels; make it smaller")
-    return image
+        image.draft(image.mode, (width // 2, height // 2))
+        if image.width * image.height > MAX_PIXELS:
+            raise DataError(f"{_name(source)}: {width}x{height} is over {MAX_PIXELS >> 20} megapixels; make it smaller")
+    return width * height
 
 
 def read_image(path: Path) -> bytes:
     """The bytes of a regular file of at most MAX_BYTES; a FIFO or device is never opened."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        raise DataError(f"{_name(path)}: not a regular file; give a PNG, JPEG or WEBP file")
+        raise DataError(f"{_name(path)}: not a regular file; give a {KINDS} file")
     if status.st_size > MAX_BYTES:
         raise DataError(f"{_name(path)}: {status.st_size} bytes are over {MAX_BYTES >> 20} MiB; make it smaller")
     return path.read_bytes()
@@ -223,6 +267,8 @@ def _array(image: Image.Image, colour: tuple[int, int, int]) -> np.ndarray:
 def _to_srgb(image: Image.Image) -> Image.Image:
     """Any mode to RGB, or RGBA if there is transparency, with its colour profile applied if possible."""
     profile = image.info.get("icc_profile") or b""
+    if image.mode == "F":
+        raise ValueError("its floating-point values have no known range; save it with 8 or 16 bits")
     if image.mode in ("L", "LA") or image.mode.startswith("I"):
         return _from_grey(image, profile)
     if image.mode in ("P", "1") or image.has_transparency_data:
@@ -297,5 +343,5 @@ def _name(source: Path | bytes) -> str:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
-        return f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image"
+        return f"not a {KINDS} image"
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -32,6 +32,7 @@ from tinydiff.data.captions import (
 from tinydiff.data.listing import IMAGES, Skips, kind, stem, summary
 from tinydiff.data.tables import CONTROL_KEYS, NUMBERED, TABLES, Names, Row, file_of, names_images, rows, slashed
 from tinydiff.errors import DataError
+from tinydiff.images import KINDS
 from tinydiff.system import shown
 
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -79,7 +80,7 @@ def entries(root: Path, names: list[str], skips: Skips) -> Found:
         reasons = f" ({summary(sorted(skips.bad))})" if skips.bad else ""
         tars = [name for name in names if kind(name) == ".tar"]
         hint = f", or data.path to {shown(root / posixpath.dirname(tars[0]))} for the .tar shards there" if tars else ""
-        raise DataError(f"data folder {shown(root)} holds no images; put PNG, JPEG or WEBP files there{hint}{reasons}")
+        raise DataError(f"data folder {shown(root)} holds no images; put {KINDS} files there{hint}{reasons}")
     sidecars, stems = _by_stem(names, SIDECARS, "{} is used", skips), set(map(stem, images))
     orphans = {key: name for key, name in sidecars.items() if key not in stems}
     if stems & sidecars.keys():
@@ -203,7 +204,7 @@ def _skip_orphans(names: list[str], orphans: dict[str, str], skips: Skips) -> No
     """What has a caption and is no image is a bad one (a.mp4); a caption of nothing is only reported."""
     others = (n for n in names if kind(n) not in (*SIDECARS, *TABLES) and not _document(n))
     captioned = {stem(name): name for name in others if stem(name) in orphans}
-    skips.bad += [(shown(name), "captioned, but not a PNG, JPEG or WEBP image") for name in captioned.values()]
+    skips.bad += [(shown(name), f"captioned, but not a {KINDS} image") for name in captioned.values()]
     for key, name in orphans.items():
         if key not in captioned:
             skips.note(name, "caption without an image")

@@ -14,12 +14,33 @@ from pathlib import Path
 
 from tinydiff.errors import DataError
 from tinydiff.files import MANIFEST, shown
+from tinydiff.images import KINDS
 from tinydiff.system import unreadable
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".jfif", ".jpe", ".pjpeg", ".pjp", ".jfi", ".jif", ".apng")
+IMAGES = (
+    *(".png", ".jpg", ".jpeg", ".webp", ".jfif", ".jpe", ".pjpeg", ".pjp", ".jfi", ".jif", ".apng"),
+    *(".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif", ".heic", ".heif", ".hif"),
+)
 REFUSED = (  # counted as unusable images
-    *(".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif", ".heic", ".heif", ".hif", ".jp2", ".j2k", ".jpx", ".jxl"),
-    *(".psd", ".svg", ".ico", ".tga", ".exr", ".hdr", ".ppm", ".pgm", ".pbm", ".pnm", ".eps", ".qoi", ".dds"),
+    *(
+        ".jp2",
+        ".j2k",
+        ".jpx",
+        ".jxl",
+        ".psd",
+        ".svg",
+        ".ico",
+        ".tga",
+        ".exr",
+        ".hdr",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".pnm",
+        ".eps",
+        ".qoi",
+        ".dds",
+    ),
     *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"),
 )
 SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -112,7 +133,7 @@ def _enter(name: str, path: Path, skips: Skips) -> bool:
 
 def _admit(name: str, path: Path, inside: str, skips: Skips) -> bool:
     """Whether a file may be opened; if not, `skips` gets the reason."""
-    reason = "not a PNG, JPEG or WEBP image" if kind(name) in REFUSED else _bad_name(name) or _bad_file(path, inside)
+    reason = f"not a {KINDS} image" if kind(name) in REFUSED else _bad_name(name) or _bad_file(path, inside)
     if reason:
         skips.add(name, reason)
     return not reason

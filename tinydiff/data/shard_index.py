@@ -14,19 +14,15 @@ import json
 import os
 import posixpath
 import struct
-import warnings
 import zlib
 from collections import namedtuple
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from threading import Event
 from typing import NamedTuple
-
-from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin  # noqa: F401  (else Pillow loads all plugins)
 
 from tinydiff.data.captions import (
     MAX_CAPTION_FILE,
@@ -41,9 +37,9 @@ from tinydiff.data.listing import IMAGES, REFUSED
 from tinydiff.data.tar import File, Member, members
 from tinydiff.errors import DataError
 from tinydiff.files import shown, written
-from tinydiff.images import FORMATS, MAX_BYTES, MAX_PIXELS, ORIENTATION, open_image
+from tinydiff.images import KINDS, MAX_BYTES, size_of
 
-FORMAT = 2
+FORMAT = 3
 MAX_SKIPPED = 1000  # reasons kept, per shard and in all
 MAX_TEXT = 256 * 2**20  # bytes of names and captions in one shard
 RANKS = {kind[1:]: rank for rank, kind in enumerate((*IMAGES, *SIDECARS, ".cls"))}
@@ -79,8 +75,7 @@ def indexed(paths: list[Path], folder: Path, progress: Callable[[int, int], None
     Calls `progress(shards done, shards in all)`. Raises DataError for a shard that cannot be read.
     """
     shards, skipped, stop = list[Shard](), Skips(), Event()
-    with warnings.catch_warnings(), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        warnings.simplefilter("ignore")  # what Pillow warns of is checked here
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         try:
             for shard, skips in pool.map(partial(_index, folder, stop), paths):
                 shards.append(shard)
@@ -209,7 +204,7 @@ class _Contents:
                 self._count(len(key))
             sample = self.samples[key]
             if kind not in RANKS:
-                reason = "not a PNG, JPEG or WEBP image" if last in REFUSED else "its name has a second dot"
+                reason = f"not a {KINDS} image" if last in REFUSED else "its name has a second dot"
                 sample.image = sample.image if sample.image[0] < NONE else (ODD, reason)
             elif sample.seen & 1 << RANKS[kind]:
                 self.skip(name, "appears twice; the first is used")
@@ -244,7 +239,7 @@ class _Contents:
             return f"over {MAX_BYTES >> 20} MiB"
         data = self.file.read(member.start, member.size)
         try:
-            return member, _size(data), hashlib.sha256(data).digest()[:16]
+            return member, size_of(data), hashlib.sha256(data).digest()[:16]
         except DataError as error:
             return str(error).removeprefix("image: ").split("; ")[0]
 
@@ -265,20 +260,3 @@ def _parse(text: str) -> tuple[list[str], float]:
     """Captions, if there are any, and weight in a sample's .json. Raises ValueError if it is unusable."""
     row = json_object(text)
     return texts_of(row), weight_of(row)
-
-
-def _size(data: bytes) -> tuple[int, int]:
-    """(width, height), upright, from the header, or by decoding where that fails. Raises DataError."""
-    try:
-        image = Image.open(BytesIO(data), formats=FORMATS)
-        (width, height), sources = image.size, {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}
-        has_exif = image.format != "PNG" or sources & image.info.keys()  # else Pillow would decode the PNG to search it
-        turned = has_exif and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
-        if width * height <= MAX_PIXELS:
-            return (height, width) if turned else (width, height)
-    except MemoryError:
-        raise
-    except Exception:  # Pillow's plugins raise many kinds; open_image names the problem
-        pass
-    height, width = open_image(data).shape[:2]
-    return width, height
