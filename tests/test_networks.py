@@ -132,7 +132,7 @@ def test_inspect_and_generate_name_the_file_and_the_key(changed, file, key):
 
 
 PAIRS = [  # a change of one part that is a network by itself, and what both parts then are
-    ("unet/config.json", {"in_channels": 8}, ["in_channels 8", "latent_channels 4", "vae/config.json"]),
+    ("unet/config.json", {"in_channels": 7}, ["in_channels 7", "latent_channels 4", "vae/config.json"]),
     ("unet/config.json", {"in_channels": 5}, ["in_channels 5", "latent_channels 4", "vae/config.json"]),
     ("unet/config.json", {"out_channels": 8}, ["out_channels 8", "latent_channels 4", "vae/config.json"]),
     (
@@ -191,7 +191,7 @@ CLIP |= {"eos_token_id": 98, "bos_token_id": 97, "projection_dim": 32}
 # Values by key: those before "-" give the network that diffusers and transformers make of them, those after are refused.
 UNET_KEYS: dict[str, list[Any]] = {
     "sample_size": [None, 16, [8, 8], 64],
-    "in_channels": [9, 8],
+    "in_channels": [9, 7],  # 8 is two inputs of ours, as in test_conditions
     "center_input_sample": [False, "-", True],
     "flip_sin_to_cos": [True, "-", False],
     "freq_shift": [0, "-", 1],
@@ -213,7 +213,7 @@ UNET_KEYS: dict[str, list[Any]] = {
     "use_linear_projection": [True, False],
     "class_embed_type": [None, "-", "timestep", "identity"],
     "addition_embed_type": [None, "-", "text_time", "text", "image"],
-    "num_class_embeds": ["-", 10],
+    "num_class_embeds": ["-", 0, "10"],  # as in test_conditions
     "encoder_hid_dim": ["-", 24],
     "encoder_hid_dim_type": ["-", "text_proj"],
     "upcast_attention": [True, False],

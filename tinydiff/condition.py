@@ -35,7 +35,7 @@ def texts_of(wanted: Wanted) -> dict[str, str]:
 
 def of_canvas(wanted: Wanted, canvas: Canvas, rows: int) -> Condition:
     """The conditions that the images' canvas gives: float32 (rows, ...)."""
-    made = {name: array.of(canvas) for name, array in wanted.items() if not isinstance(array.of, str)}
+    made = {name: array.of(canvas) for name, array in wanted.items() if callable(array.of)}
     return {name: np.repeat(np.array([row], np.float32), rows, 0) for name, row in made.items()}
 
 

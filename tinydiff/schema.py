@@ -34,11 +34,17 @@ EITHER = {
 
 
 def key(
-    default: Any, doc: str, low: Bound = None, high: Bound = None, choices: Collection[str] = (), own: bool = False
+    default: Any,
+    doc: str,
+    low: Bound = None,
+    high: Bound = None,
+    choices: Collection[str] = (),
+    own: bool | Collection[Any] = False,
 ) -> Any:
     """A configuration key: default, meaning, closed range, allowed names (a table that grows may be given itself).
 
-    `own`: of a network's settings, one that other programs have no form of where it is not at its default.
+    `own`: of a network's settings, one that other programs have no form of where it is not at its default, or its values that
+    they have no form of.
     """
     return field(default=default, metadata={"doc": doc, "low": low, "high": high, "choices": choices, "own": own})
 

@@ -25,7 +25,7 @@ def of_networks(configs: Mapping[str, Table], name: Name) -> Iterator[str]:
     patches = f" in patches of {latents}" if latents != said else ""
     theirs = f"{name(VAE)} has latent_channels {said}{patches}"
     outputs = table.get("out_channels") or table["in_channels"]
-    if table["in_channels"] not in (latents, 2 * latents + 1):
+    if row.noisy(table) not in (latents, 2 * latents + 1):
         kinds = f"{latents}, or {2 * latents + 1} for inpainting, are supported"
         yield f"{name(folder)} has in_channels {table['in_channels']}, and {theirs}; {kinds}"
     if outputs not in [latents * n for n in row.outputs]:

@@ -83,7 +83,7 @@ def describe(
             path=path,
             scheduler=scheduler,
             latent_channels=int(pixels.channels(autoencoder)),
-            in_channels=int(table["in_channels"]),
+            in_channels=int(network.noisy(table)),
             factor=factor,
             multiple=factor * network.multiple(table),
             scaling_factor=float(autoencoder["scaling_factor"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,10 +32,32 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
-        q, k, v = self.split(self.to_q(x)), self.split(self.to_k(context)), self.split(self.to_v(context))
+        y = self.read(self.to_q(x), self.to_k(context), self.to_v(context))
+        return self.to_out[0](y.transpose(1, 2).flatten(2))  # (B, T, D)
+
+    def read(self, *qkv: Tensor) -> Tensor:
+        """What each head reads: (B, T, D), (B, S, D) twice -> (B, N, T, D/N)."""
+        q, k, v = map(self.split, qkv)
         if self.norm_q is not None and self.norm_k is not None:
             q, k = (norm(x.to(norm.weight.dtype)).to(v.dtype) for norm, x in ((self.norm_q, q), (self.norm_k, k)))
-        y = F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class FusedAttention(Attention):
+    """Attention of x (B, T, D) to several sources (B, S_m, context_dim): sum_m w_m Attention(Q, K_m, V_m), whose weights w
+    are the softmax of a learnt number a source. Queries are shared, as in Ye et al. 2023 (IP-Adapter, equation 5)."""
+
+    def __init__(self, dim: int, heads: int, context_dim: int, sources: int, qk_norm: bool = False):
+        super().__init__(dim, heads, context_dim, qk_norm=qk_norm)
+        more = [[nn.Linear(context_dim, dim, bias=False) for _ in "kv"] for _ in range(sources - 1)]
+        self.more_k, self.more_v = (nn.ModuleList(each) for each in zip(*more, strict=True))
+        self.fusion = nn.Parameter(torch.zeros(sources))
+
+    def forward(self, x: Tensor, context: list[Tensor]) -> Tensor:  # type: ignore[override]
+        q, w = self.to_q(x), self.fusion.softmax(0)
+        pairs = zip((self.to_k, *self.more_k), (self.to_v, *self.more_v), context, strict=True)
+        first, *others = (w[m] * self.read(q, k(c), v(c)) for m, (k, v, c) in enumerate(pairs))
+        y = sum(others, first)
         return self.to_out[0](y.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
@@ -76,14 +99,15 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text, perceptron; each pre-normalised and residual."""
+    """Self-attention, cross-attention to the text, or to several `sources`, perceptron; each pre-normalised and residual."""
 
-    def __init__(self, dim: int, heads: int, context_dim: int, qk_norm: bool):
+    def __init__(self, dim: int, heads: int, context_dim: int, qk_norm: bool, sources: int = 1):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn1 = Attention(dim, heads, qk_norm=qk_norm)
         self.norm2 = nn.LayerNorm(dim)
-        self.attn2 = Attention(dim, heads, context_dim, qk_norm=qk_norm)
+        fused = FusedAttention(dim, heads, context_dim, sources, qk_norm) if sources > 1 else None
+        self.attn2 = fused or Attention(dim, heads, context_dim, qk_norm=qk_norm)
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
@@ -97,13 +121,21 @@ class Transformer2DModel(nn.Module):
     """Transformer blocks over the pixels of a feature map: (B, C, h, w) -> (B, C, h, w)."""
 
     def __init__(
-        self, channels: int, heads: int, depth: int, context_dim: int, groups: int, linear: bool, qk_norm: bool = False
+        self,
+        channels: int,
+        heads: int,
+        depth: int,
+        context_dim: int,
+        groups: int,
+        linear: bool,
+        qk_norm: bool = False,
+        sources: int = 1,
     ):
         super().__init__()
         self.linear = linear
         self.norm = nn.GroupNorm(groups, channels, 1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
-        blocks = [BasicTransformerBlock(channels, heads, context_dim, qk_norm) for _ in range(depth)]
+        blocks = [BasicTransformerBlock(channels, heads, context_dim, qk_norm, sources) for _ in range(depth)]
         self.transformer_blocks = nn.ModuleList(blocks)
         self.proj_out = zero(nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1))
 

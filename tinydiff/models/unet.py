@@ -15,9 +15,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinydiff.models.attention import Transformer2DModel
-from tinydiff.models.layers import Downsample2D, ResnetBlock2D, TimestepEmbedding, Upsample2D, timestep_embedding, zero
-from tinydiff.networks.network import Table, pick
-from tinydiff.networks.unet import MIDDLE, SKIP, UNetNetwork, plan
+from tinydiff.models.layers import (
+    Downsample2D,
+    ResnetBlock2D,
+    TimestepEmbedding,
+    Upsample2D,
+    embedding,
+    timestep_embedding,
+    zero,
+)
+from tinydiff.models.sources import Sources
+from tinydiff.networks.network import Table
+from tinydiff.networks.unet import ADDED, BESIDE, LABEL, MIDDLE, PICTURE, SKIP, UNetNetwork, plan
 from tinydiff.networks.unet import UNet as Config
 
 
@@ -88,7 +97,8 @@ def makers(config: Config, context_dim: int) -> tuple[Callable[[int, int], nn.Mo
         return block
 
     def transformer(heads: int, depth: int) -> Any:
-        return depth and (lambda c: Transformer2DModel(c, heads, depth, context_dim, groups, linear, config.qk_norm))
+        more = config.qk_norm, config.sources
+        return depth and (lambda c: Transformer2DModel(c, heads, depth, context_dim, groups, linear, *more))
 
     return resnet, transformer
 
@@ -106,6 +116,7 @@ class Descent(nn.Module):
         self.conv_in = nn.Conv2d(channels, first, 3, padding=1)
         self.time_embedding = TimestepEmbedding(first, first * 4, guidance)
         self.add_embedding = TimestepEmbedding(added, first * 4) if added else None
+        self.class_embedding: nn.Embedding | None = None
         self.down_blocks = nn.ModuleList()
         for level in levels:
             block = DownBlock(level.down, resnet, transformer(level.heads, level.depth))
@@ -122,10 +133,14 @@ class Descent(nn.Module):
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
         timestep_cond: Tensor | None = None,
+        class_labels: Tensor | None = None,
     ) -> Tensor:
         """Time as the blocks are told it, with what is added to it: (B, 4 C0)."""
         time = timestep_embedding(timestep.reshape(-1).expand(sample.shape[0]), self.conv_in.out_channels)
         time = self.time_embedding(time.to(sample.dtype), timestep_cond)
+        if self.class_embedding is not None:
+            assert class_labels is not None, "it is told a class"
+            time = time + class_labels.to(time.dtype) @ self.class_embedding.weight
         if self.add_embedding is None or text_embeds is None or time_ids is None:
             return time
         width = (self.add_embedding.linear_1.in_features - text_embeds.shape[1]) // time_ids.shape[1]
@@ -167,6 +182,7 @@ class UNet(Descent):
             self.up_blocks.append(block)
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, first, 1e-5)
         self.conv_out = zero(nn.Conv2d(first, channels, 3, padding=1))
+        self.beside, self.sources = config.image == BESIDE, None
 
     @classmethod
     def of(cls, table: Table, tensors: Mapping[str, Tensor] | None = None) -> UNet:
@@ -174,19 +190,33 @@ class UNet(Descent):
         channels = int(table["out_channels"])
         extra = int(table["in_channels"]) - channels
         more = UNetNetwork().added(table), table.get("time_cond_proj_dim") or 0
-        return cls(pick(Config, table), channels, table["cross_attention_dim"], extra, *more)
+        settings = UNetNetwork().settings_of(table)
+        network, time = (
+            cls(settings, channels, table["cross_attention_dim"], extra, *more),
+            settings.block_out_channels[0] * 4,
+        )
+        if settings.label == ADDED:
+            network.class_embedding = embedding(table["num_class_embeds"], time)
+        network.sources = Sources(settings, table, time) if settings.sources > 1 else None
+        return network
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **told: Tensor) -> Tensor:
-        """`told`: what is added to the time; and all or none of `networks.unet.residuals`, which are added to the skips and to
-        the middle's output."""
+        """`told`: what is added to the time, read by cross-attention or concatenated to the latents; and all or none of
+        `networks.unet.residuals`, which are added to the skips and to the middle's output."""
         residuals = {name: told.pop(name) for name in list(told) if name == MIDDLE or name.startswith(SKIP)}
+        given = {name: told[name] for name in (LABEL, PICTURE) if name in told}
+        told.pop(PICTURE, None)
+        sample = torch.cat([sample, given[PICTURE]], 1) if self.beside else sample
         time = self.embedded(sample, timestep, **told)
-        x, skips = self.down(sample, time, encoder_hidden_states)
-        x = self.mid_block(x, time, encoder_hidden_states)
+        context: Any = encoder_hidden_states
+        if self.sources is not None:
+            context = self.sources(context, time, given)
+        x, skips = self.down(sample, time, context)
+        x = self.mid_block(x, time, context)
         if residuals:
             x = x + residuals[MIDDLE]
             skips = [skip + residuals[f"{SKIP}{i}"] for i, skip in enumerate(skips)]
-        return self.up(x, skips, time, encoder_hidden_states)
+        return self.up(x, skips, time, context)
 
     def up(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
         """The output, from the lowest level's features and `down`'s skips, the last of which is taken first."""

@@ -44,19 +44,25 @@ class Canvas(NamedTuple):
         return [*(self.original or self[:2]), *self.crop, *self[:2]]
 
 
+class Given(NamedTuple):
+    """Where a condition comes from that data have in a column of this name and drawing in a flag."""
+
+    column: str
+
+
 @dataclass(frozen=True)
 class Array:
     """An input or output of a network. Its axes have a name where their size varies ("height", or "height/2" and "height*8"
     where it follows from another's), and a size where it is fixed.
 
     `values`: what an example holds (`normal`, `pixels`, `unit` for [0, 1], `tokens` or `time`). `of`: where a condition comes
-    from, either the output of this name of the text encoders, or a function of the canvas that gives the row of every such
-    image. A text encoder's own output says there what it is of HIDDEN and POOLED, where its name does not.
+    from: the output of this name of the text encoders, a function of the canvas that gives the row of every such image, or what
+    is given with each. A text encoder's own output says there what it is of HIDDEN and POOLED, where its name does not.
     """
 
     axes: tuple[str | int, ...]
     values: str = "normal"
-    of: str | Callable[[Canvas], list[float]] = ""
+    of: str | Callable[[Canvas], list[float]] | Given = ""
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Its shape where the axes that vary have these sizes."""
@@ -261,8 +267,8 @@ class Denoiser(Network):
 
     def unusual(self, settings: Any) -> dict[str, Any]:
         """The settings that diffusers has no form of, where they are not at their defaults."""
-        own = {f.name: f.default for f in fields(settings) if f.metadata["own"]}
-        return {k: value for k, default in own.items() if (value := getattr(settings, k)) != default}
+        own = [(f, f.metadata["own"], getattr(settings, f.name)) for f in fields(settings) if f.metadata["own"]]
+        return {f.name: x for f, which, x in own if x != f.default and (which is True or x in which)}
 
     def pipeline(self, cfg: Config) -> tuple[str, str]:
         """The pipeline of diffusers that a configuration's model goes with, or ours and why it goes with none."""
@@ -276,10 +282,14 @@ class Denoiser(Network):
         return {"encoder_hidden_states": Array(("batch", "sequence", table.get("cross_attention_dim", 0)), of=HIDDEN)}
 
     def graphs(self, folder: str, table: Table) -> dict[str, Graph]:
-        channels, outputs = table["in_channels"], table.get("out_channels") or table["in_channels"]
+        channels, outputs = self.noisy(table), table.get("out_channels") or table["in_channels"]
         sample, predicted = (Array(("batch", c, "height", "width")) for c in (channels, outputs))
         given = {"sample": sample, "timestep": Array((), "time"), **self.conditions(table)}
         return {folder: Graph("forward", given, {"out_sample": predicted}, self.reduction(table))}
+
+    def noisy(self, table: Table) -> int:
+        """Channels of `sample`."""
+        return table["in_channels"]
 
     def reduction(self, table: Table) -> int:
         """Latents along a side that it reads as one at its lowest resolution."""

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from tinydiff.networks.network import (
     HIDDEN,
+    OURS,
     POOLED,
     SIDE,
     WIDTH,
     Array,
     Canvas,
     Denoiser,
+    Given,
     Graph,
     OtherNetwork,
     Table,
@@ -30,6 +32,12 @@ SKIP, MIDDLE = "down_block_additional_residuals_", "mid_block_additional_residua
 CONTROLLED = "_controlled"  # in a bundle's config.json: whether its graph takes residuals; diffusers reads no such keys
 XL = "text_time"  # the addition_embed_type of Stable Diffusion XL: a text's one vector and sizes are added to the time
 SIZES = 6  # numbers of `Canvas.sizes`
+LABEL, PICTURE = (
+    "class_labels",
+    "image_latents",
+)  # inputs: weights of classes, one-hot in most cases; another image's latents
+NONE, ADDED, BESIDE, ATTENDED = "none", "time", "concat", "cross"  # how they are told
+SOME = 1001  # classes, where there are no data to count them
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,24 @@ class UNet:
     norm_num_groups: int = key(32, "group normalisation groups; must divide every width", 1, 2**14)
     use_linear_projection: bool = key(True, "transformers enter and leave by matrices, not 1x1 convolutions")
     qk_norm: bool = key(False, "normalise queries and keys of attention", own=True)
+    label: str = key(
+        NONE,
+        "how it is told a class, of the column label: added to the time, or by cross-attention",
+        choices=(NONE, ADDED, ATTENDED),
+        own=(ATTENDED,),
+    )
+    image: str = key(
+        NONE,
+        "how it is told another image, of the column image: its latents beside the noisy ones, or by cross-attention",
+        choices=(NONE, BESIDE, ATTENDED),
+        own=(ATTENDED,),
+    )
+    time_tokens: int = key(0, "tokens of the noise level that cross-attention reads too", 0, 64, own=True)
+
+    @property
+    def sources(self) -> int:
+        """What cross-attention reads: the text, and what the three keys above add."""
+        return 1 + (self.label == ATTENDED) + (self.image == ATTENDED) + bool(self.time_tokens)
 
     def heads(self) -> tuple[int, ...]:
         """Attention heads at each width."""
@@ -132,6 +158,7 @@ class UNetNetwork(Denoiser):
     )
     checked = {"in_channels": WIDTH, "out_channels": WIDTH, "cross_attention_dim": WIDTH, "sample_size": SIDE}
     checked |= {"up_block_types": Key(tuple[str, ...]), "time_embedding_dim": WIDTH, "time_cond_proj_dim": WIDTH}
+    checked |= {"num_class_embeds": Key(int, 1, 2**20)}
     checked |= dict.fromkeys(("addition_time_embed_dim", "projection_class_embeddings_input_dim"), WIDTH)  # of XL
     unused = frozenset(("dropout", "upcast_attention", "addition_embed_type_num_heads"))
     nulls = ("mid_block_type", "norm_num_groups")
@@ -142,7 +169,7 @@ class UNetNetwork(Denoiser):
         | {"conv_in_kernel": 3, "conv_out_kernel": 3}
         | dict.fromkeys(("center_input_sample", "only_cross_attention", "dual_cross_attention"), False)
         | dict.fromkeys(("resnet_skip_time_act", "class_embeddings_concat"), (False, None))
-        | dict.fromkeys(("class_embed_type", "num_class_embeds", "encoder_hid_dim"), (None, False))
+        | dict.fromkeys(("class_embed_type", "encoder_hid_dim"), (None, False))
         | {"addition_embed_type": (None, False, XL)}
         | dict.fromkeys(("timestep_post_act", "cross_attention_norm"), (None, False))
         | dict.fromkeys(
@@ -181,7 +208,9 @@ class UNetNetwork(Denoiser):
             "conv_in.weight": (widths[0], table["in_channels"], 3, 3),
             "conv_out.weight": (table["out_channels"], widths[0], 3, 3),
             middle: (widths[-1], table["cross_attention_dim"]),
-        } | ({"add_embedding.linear_1.weight": (widths[0] * 4, added)} if (added := self.added(table)) else {})
+            **({"add_embedding.linear_1.weight": (widths[0] * 4, added)} if (added := self.added(table)) else {}),
+            **({"class_embedding.weight": (n, widths[0] * 4)} if (n := table.get("num_class_embeds")) else {}),
+        }
 
     def graphs(self, folder: str, table: Table) -> dict[str, Graph]:
         made = super().graphs(folder, table)
@@ -207,7 +236,22 @@ class UNetNetwork(Denoiser):
             told |= {"time_ids": Array(("batch", SIZES), "time", of=lambda canvas: canvas.sizes)}
         if width := table.get("time_cond_proj_dim"):
             told |= {"timestep_cond": Array(("batch", width), of=of_guidance(width))}
+        if classes := table.get("num_class_embeds"):
+            told |= {LABEL: Array(("batch", classes), of=Given("label"))}
+        if self.settings_of(table).image != NONE:
+            told |= {PICTURE: Array(("batch", table["out_channels"], "height", "width"), of=Given("image"))}
         return told
+
+    def settings_of(self, table: Table) -> UNet:
+        """The settings of a table, where diffusers' forms of a class and of an image beside are numbers."""
+        settings = pick(UNet, table)
+        label = ADDED if table.get("num_class_embeds") and settings.label == NONE else settings.label
+        beside = table["in_channels"] == 2 * table["out_channels"]  # Brooks et al. 2023, section 3.2
+        return replace(settings, label=label, image=BESIDE if beside else settings.image)
+
+    def noisy(self, table: Table) -> int:
+        beside = self.settings_of(table).image == BESIDE
+        return table["out_channels"] if beside else table["in_channels"]
 
     def told_guidance(self, table: Table) -> bool:
         return bool(table.get("time_cond_proj_dim"))
@@ -223,7 +267,15 @@ class UNetNetwork(Denoiser):
         own = asdict(settings) | {"up_block_types": ups, "cross_attention_dim": widths[HIDDEN]}
         for name in [f.name for f in fields(settings) if f.metadata["own"]]:
             del own[name]  # a key that diffusers does not know
+        own |= {"num_class_embeds": widths.get("label", SOME)} if settings.label != NONE else {}
+        own |= {"in_channels": 2 * cfg.latents["in_channels"]} if settings.image == BESIDE else {}
         return {"_class_name": self.library[1]} | cfg.latents | own | self.unusual(settings)
+
+    def pipeline(self, cfg: Config) -> tuple[str, str]:
+        told = [name for name in ("label", "image") if getattr(cfg.network, name) != NONE]
+        name, reason = super().pipeline(cfg)
+        given = f"its pipelines give this U-Net no {' and no '.join(told)}"
+        return (OURS, reason or given) if told else (name, reason)
 
     def conflicts(self, cfg: Config) -> Iterator[str]:
         yield from self.misfits(asdict(cfg.network))
@@ -250,5 +302,9 @@ class UNetNetwork(Denoiser):
         for kinds in ("down_block_types", "up_block_types"):
             if len(table.get(kinds, widths)) != len(widths):
                 yield f"{kinds}: needs one entry for each of block_out_channels"
+        if s.image == ATTENDED and (self.reduction(asdict(s)) < 2 or table.get("cross_attention_dim", 4) % 4):
+            yield "image: cross-attention reads 2x2 latents as a token; it needs two widths, and vectors of a multiple of 4"
+        if s.label == ATTENDED and "in_channels" in table and not table.get("num_class_embeds"):
+            yield "label: there are no classes; set num_class_embeds"
         if widths[0] % 2:
             yield "block_out_channels: the first width is also that of the time's sines and cosines; it must be even"
