@@ -130,6 +130,10 @@ def train(
     config: ConfigFile = None,
     run_dir: Annotated[Path | None, flag("Where the run lives; runs/NAME by default.", parser=path)] = None,
     set_: Annotated[list[str], flag("Change a key, such as train.seed=1.", "--set", metavar="KEY=VALUE")] = [],  # noqa: B006
+    time: Annotated[
+        str | None,
+        flag("How long the run takes, such as 30m or 2h; one that has ended goes on for so long.", metavar="TIME"),
+    ] = None,
     from_: Annotated[
         str | None,
         flag("Begin with this model: folder, .safetensors file, run or shipped name.", "--from", parser=name),
@@ -155,7 +159,8 @@ def train(
     path = config or (Path("tinydiff.toml") if Path("tinydiff.toml").exists() else None)
     if adapter is not None:
         flags.choose("--adapter", adapter, ADAPTERS)
-    begun = {"train.base": from_, "train.adapter": adapter}
+    seconds = None if time is None else flags.seconds(time)
+    begun = {"train.base": from_, "train.adapter": adapter, "train.time": seconds}
     given = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in begun.items() if value is not None]
     cfg = configuration.load(path, [*set_, *given], note, model=tables)
     if stage is not None:
@@ -174,7 +179,7 @@ def train(
     from tinydiff.training.loop import run
 
     folder = run_dir or Path("runs") / default_name(path)
-    result = run(cfg, unused(folder) if fresh else folder, stage, accept_changes, strict)
+    result = run(cfg, unused(folder) if fresh else folder, stage, accept_changes, strict, time is not None)
     if processes.rank() == 0:
         print(result)
 

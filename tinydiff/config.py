@@ -76,6 +76,11 @@ class Train:
     seed: int = key(0, "key of all randomness", 0, 2**63 - 1)
     base: str = key("", "begin with this model, which then says its networks, noise levels and prediction")
     learn: str = key("all", "what of that learns: all, denoiser, attention, or parts of parameters' names, with commas")
+    time: int = key(
+        0,
+        "seconds that the run takes: its stages get the steps that fit, as fast as they prove; 0: as their steps say",
+        0,
+    )
     adapter: str = key(NONE, "what is trained beside that instead", choices=(NONE, *ADAPTERS))
     precision: str = key("auto", "arithmetic; auto is bf16 where the hardware has it", choices=PRECISIONS)
     device: str = key("auto", "where to train", choices=("auto", "cpu", "cuda"))

@@ -26,6 +26,7 @@ PLUGINS = (
     "mlx",
 )  # published as onnxruntime-ep-NAME; others of such names work too
 LORA = re.compile(r"<lora:(?P<name>[^<>:]*)(?::(?P<strength>[^<>]*))?>")
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 SCALES = ("cfg_scale", "cfg_max", "cfg_complex", "cfg_rescale")
 
 if TYPE_CHECKING:
@@ -280,6 +281,15 @@ def interval(text: str) -> tuple[float, float]:
     if not 0 <= low <= high <= 1:
         raise UsageError(f"--cfg-interval {shown(text)}: give two shares of the noise levels, such as 0.2,0.8")
     return low, high
+
+
+def seconds(text: str) -> int:
+    """ "90s", "30m" or "2h" as seconds; UsageError for anything else."""
+    found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?)([smhd])", text.strip().lower())
+    value = round(float(found[1]) * UNITS[found[2]]) if found else 0
+    if not 10 <= value <= 100 * UNITS["d"]:
+        raise UsageError(f"--time {shown(text)}: give a time from 10s to 100d, such as 90s, 30m or 2h")
+    return value
 
 
 def finite(flag: str, value: float) -> None:

@@ -31,14 +31,16 @@ class Progress:
         self.bar = self.stream.isatty()
         self.begun = self.shown = time.monotonic()
 
-    def update(self, step: int, note: str = "") -> None:
+    def update(self, step: int, note: str = "", rest: float | None = None) -> None:
+        """Of the whole run, of which this is a part, `rest` seconds are left, where that is known."""
         now = time.monotonic()
         if step < self.total and now - self.shown < (0.1 if self.bar else self.every):
             return
         self.shown = now
         rate = (step - self.first) / max(1e-9, now - self.begun)
         left = duration((self.total - step) / rate) if rate > 0 else "?"
-        text = f"{self.label} {step}/{self.total} {note} {rate:.2f} steps/s, {left} left"
+        left += f" left, of the run {duration(rest)}" if rest is not None else " left"
+        text = f"{self.label} {step}/{self.total} {note} {rate:.2f} steps/s, {left}"
         if self.bar:
             done = 24 * step // max(1, self.total)
             self.write(f"\r\x1b[K[{'=' * done}{' ' * (24 - done)}] {text}" + ("\n" if step >= self.total else ""))

@@ -118,6 +118,7 @@ class Row:
     divided: bool = False  # whether fsdp divides its network among processes
     follows: bool = False  # whether it goes on from a model that is opened
     adapter: bool = False  # whether it trains what changes a model that itself stays as it is
+    share: float = 1.0  # of the time of a run, beside the other stages
 
 
 STAGES: dict[str, Row] = {
@@ -137,6 +138,7 @@ STAGES: dict[str, Row] = {
         "images of the data above, their reconstructions below",
         ("images", "reconstructions"),
         "l1",
+        share=0.35,
     ),
     CONTRASTIVE: Row(
         ContrastiveStage,
@@ -149,6 +151,7 @@ STAGES: dict[str, Row] = {
         "tinydiff.training.contrastive:ContrastiveTask",
         "images of some captions above, the images nearest to these captions below",
         ("images of captions", "nearest to the captions"),
+        share=0.2,
     ),
     "denoiser": Row(
         DenoiserStage,
@@ -173,6 +176,7 @@ STAGES: dict[str, Row] = {
         "generated from these captions in few calls, row by row",
         divided=True,
         follows=True,
+        share=0.2,
     ),
     "lora": Row(
         LoraStage,

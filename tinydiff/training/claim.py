@@ -25,7 +25,7 @@ from tinydiff.verified import verify
 CONFIG, DATA, BASE = "tinydiff.toml", "data.json", "base.json"
 FREE = (  # keys that change nothing that is learnt; those of stages ahead are free too
     "generate.",
-    *(f"train.{k}" for k in ("threads", "keep", "device", "timeout", "max_skipped", "tensorboard", "parallel")),
+    *(f"train.{k}" for k in ("time", "threads", "keep", "device", "timeout", "max_skipped", "tensorboard", "parallel")),
     *(f"train.{k}" for k in ("tensor_parallel", "gradient_checkpointing", "compile")),
     "data.path",  # what is there is compared by its content
     "train.base",  # as is this
@@ -36,6 +36,9 @@ FREE = (  # keys that change nothing that is learnt; those of stages ahead are f
     ".save_every",
     ".sample_every",
 )
+
+
+TIMED = (".steps", ".warmup", ".ema")  # what the time of a run lays out
 
 
 @contextlib.contextmanager
@@ -77,7 +80,7 @@ class Claim:
     def configuration(self, cfg: config.Config) -> None:
         """Refuse another configuration for a run that has begun, unless it is accepted."""
         old, new = flat(config.load(self.dir / CONFIG, stored=True)) if self.begun else {}, flat(cfg)
-        free = (*FREE, *(f"train.{name}." for name in self.ahead))
+        free = (*FREE, *(f"train.{name}." for name in self.ahead), *(TIMED if cfg.train.time else ()))
         changed = [k for k in old if new[k] != old[k] and not any(f in k for f in free)]
         if changed and not self.accept:
             what = ", ".join(f"{k} ({shown(old[k])} -> {shown(new[k])})" for k in changed[:10])
@@ -85,6 +88,11 @@ class Claim:
             raise UsageError(f"{shown(self.dir)}: the run was begun with other settings: {what}; {fix}")
         if new != old:
             self.notes[CONFIG] = to_toml(cfg).encode()
+
+    def laid(self, cfg: config.Config) -> None:
+        """Write the configuration of a run that has begun again, some of whose stages have other steps."""
+        if self.runtime.world.rank == 0:
+            files.write_file(self.dir / CONFIG, to_toml(cfg).encode(), force=True)
 
     def base(self, source: Source) -> None:
         """Refuse another model to begin with than the run was begun with, unless it is accepted."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -30,6 +31,7 @@ from tinydiff.schema import to_toml
 from tinydiff.stages import trained
 from tinydiff.start import source_of
 from tinydiff.training import advice, claim, state
+from tinydiff.training.budget import Budget
 from tinydiff.training.metrics import Metrics, writer
 from tinydiff.training.optim import clip, learning_rate
 from tinydiff.training.parallel import divides, norm, spread, synced
@@ -43,17 +45,28 @@ from tinydiff.training.validation import Looks, held_out
 from tinydiff.verified import verify
 
 
-def run(cfg: config.Config, run_dir: Path, last: str | None = None, accept: bool = False, strict: bool = False) -> Path:
+def run(
+    cfg: config.Config,
+    run_dir: Path,
+    last: str | None = None,
+    accept: bool = False,
+    strict: bool = False,
+    more: bool = False,
+    begun: float | None = None,
+) -> Path:
     """Train the stages in order, up to the `last`, continuing a run. Returns the folder that was published last.
 
-    `accept` goes on with another configuration or other data; `strict` refuses to pass over a damaged checkpoint.
+    `accept` goes on with another configuration or other data; `strict` refuses to pass over a damaged checkpoint; `more`
+    goes on from the end of a run that has ended, for its time again, which counts from when this was `begun` (`time.monotonic`).
     """
+    budget = Budget(run_dir, cfg, more, begun)
+    cfg = budget.cfg
     with enough_memory(cfg), Runtime(cfg) as runtime, runtime.world.together(), claim.held(runtime, run_dir):
-        this, made, publishers = Run(runtime, run_dir, accept, strict), run_dir, dict[str, Task]()
+        this, made, publishers = Run(runtime, run_dir, accept, strict, budget), run_dir, dict[str, Task]()
         this.claim.configuration(cfg)
         if cfg.train.tensorboard:
             writer()  # refused now, if it is not installed
-        for line in advice.of_settings(cfg):
+        for line in (*advice.of_settings(cfg), *filter(None, [budget.said])):
             runtime.say(f"note: {line}")
         for name, row in trained(cfg.train).items():
             settings, task = cfg.train.stage(name), imported(row.task)
@@ -88,6 +101,7 @@ def run(cfg: config.Config, run_dir: Path, last: str | None = None, accept: bool
             if name == last:
                 break
         for task in publishers.values():
+            task.cfg = this.cfg
             put_right(this, task)
         this.claim.write()
     return made
@@ -128,7 +142,7 @@ def stage(run: Run, task: Task) -> None:
         player.network = spread(player.network, player.parts, world, run.runtime.cfg, run.runtime.dtype)
     training = Training([Learner.of(k, each.module, each.settings, world) for k, each in task.players.items()])
     start, skipped = resume(run, task, training)
-    if start < cfg.steps:
+    if start < task.settings.steps:
         with world.first() as first:
             if first:
                 state.make_room(run.checkpoints, training)
@@ -137,7 +151,7 @@ def stage(run: Run, task: Task) -> None:
             train(run, task, training, saver, start, skipped)
     if task.looks.keeps:
         best = Path(world.share(str(result(run, task) if world.rank == 0 else "")))
-        if best.name != f"{task.name}-{max(start, cfg.steps):08d}":
+        if best.name != f"{task.name}-{max(start, task.settings.steps):08d}":
             state.load(best, training)
     training.exchange()
     for player in task.players.values():
@@ -198,22 +212,29 @@ def resume(run: Run, task: Task, training: Training) -> tuple[int, int]:
 
 def train(run: Run, task: Task, training: Training, saver: Saver, start: int, skipped: int) -> None:
     """The updates from `start` on, and what happens between them: metrics, pictures, checkpoints, signals."""
-    cfg, world, timeout = task.settings, run.world, run.runtime.cfg.timeout
-    log = Metrics(run.dir, task.name, start, cfg.batch_size, run.runtime.cfg.tensorboard) if world.rank == 0 else None
-    bar, save = Progress(task.name, cfg.steps, start), partial(commit, run, task, training, saver)
-    for n, batch in Ahead(partial(parts_of, task), range(start, cfg.steps), timeout):
+    world, own, board, size = run.world, run.runtime.cfg, run.runtime.cfg.tensorboard, task.settings.batch_size
+    log = Metrics(run.dir, task.name, start, size, board) if world.rank == 0 else None
+    bar, save = Progress(task.name, task.settings.steps, start), partial(commit, run, task, training, saver)
+    pace = run.budget.pace(task.name, task.settings, start)
+    for n, batch in Ahead(
+        partial(parts_of, task), range(start, sys.maxsize if pace else task.settings.steps), own.timeout
+    ):
+        if pace:
+            pace.follow(run, task, training, n)
+        cfg = task.settings
         done, last, better = step(run, task, training, n, batch, saver.settle), n + 1 == cfg.steps, False
         skipped = skipped + 1 if done.reason else 0
         if done.reason:
             left_out(run, task, training, n, done, log)
-            if skipped >= run.runtime.cfg.max_skipped:
+            if skipped >= own.max_skipped:
                 save(n + 1, 0)
                 saver.wait()
                 raise diverged(task, f"{skipped} updates in a row left out up to step {n + 1}, {done.reason}")
         if log:
             log.add(n + 1, done.values)
-            bar.update(n + 1, f"loss {log.recent:.4f}")
-        if last or (n + 1) % cfg.sample_every == 0:
+            bar.total = cfg.steps
+            bar.update(n + 1, f"loss {log.recent:.4f}", run.budget.left if pace else None)
+        if looked := last or (n + 1) % cfg.sample_every == 0:
             saver.settle()
             better = look(run, task, training, n + 1, log)
         if last or (n + 1) % cfg.save_every == 0 or done.caught or better:
@@ -223,6 +244,10 @@ def train(run: Run, task: Task, training: Training, saver: Saver, start: int, sk
             saver.wait()
             message = f"stopped and saved at step {n + 1} of {task.name}; run the same command to go on"
             raise Interrupted(done.caught, message if world.rank == 0 else "")
+        if pace and (leg := pace.after(n + 1, looked)):
+            pace.lay(run, task, leg)
+        if last:
+            break
     saver.wait()
     log.close() if log else None
 
@@ -284,7 +309,7 @@ def update(
     """One player's gradients over the batch, clipped and applied where finite: (what was measured, finite, signal caught)."""
     player, cfg, scaler, totals = task.players[learner.name], learner.settings, run.runtime.scaler, dict[str, Tensor]()
     for group in learner.optimizer.param_groups:
-        group["lr"] = learning_rate(n, cfg)
+        group["lr"] = learning_rate(n - learner.begin, cfg)
     for i, (rows, part) in enumerate(zip(task.rows, batch, strict=True)):
         last = i + 1 == len(batch)
         with synced(player.network, player.parts, last), run.runtime.attention():  # backward may compute blocks anew
@@ -304,7 +329,11 @@ def update(
         scaler.step(learner.optimizer)
     for piece in learner.pieces:
         piece.parameter.grad = None
-    return {"loss": values.pop("loss"), "lr": learning_rate(n, cfg), "grad_norm": size} | values, finite, caught
+    return (
+        {"loss": values.pop("loss"), "lr": learning_rate(n - learner.begin, cfg), "grad_norm": size} | values,
+        finite,
+        caught,
+    )
 
 
 def evaluated(run: Run, task: Task, player: str, n: int, rows: range, part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -405,6 +434,8 @@ def commit(run: Run, task: Task, training: Training, saver: Saver, n: int, skipp
     about = {"stage": task.name, "step": n, "skipped": skipped, "updates": updates}
     about |= {"scaler": run.runtime.scaler.state_dict(), "processes": world.size, "task": task.state()}
     looks, best = task.looks, task.looks.best  # as they are now
+    if world.rank == 0:
+        run.budget.write()
     about |= {"best": best} if best else {}
 
     def publish(checkpoint: Path) -> None:

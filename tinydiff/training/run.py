@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from tinydiff.errors import UsageError
 from tinydiff.progress import Progress
+from tinydiff.training.budget import Budget
 from tinydiff.training.claim import Claim
 from tinydiff.training.runtime import Interrupted, Runtime
 
@@ -22,16 +23,24 @@ if TYPE_CHECKING:
 class Run:
     """What every stage of a run is given.
 
-    `accept` goes on with another configuration or other data; `strict` refuses to pass over a damaged checkpoint.
+    `accept` goes on with another configuration or other data; `strict` refuses to pass over a damaged checkpoint; the
+    `budget` is of its time.
     """
 
     data: Images
     held: Held | None = None
     model: Model
 
-    def __init__(self, runtime: Runtime, directory: Path, accept: bool = False, strict: bool = False):
+    def __init__(
+        self,
+        runtime: Runtime,
+        directory: Path,
+        accept: bool = False,
+        strict: bool = False,
+        budget: Budget | None = None,
+    ):
         self.runtime, self.dir, self.strict = runtime, directory, strict
-        self.claim = Claim(runtime, directory, accept)
+        self.claim, self.budget = Claim(runtime, directory, accept), budget or Budget(directory, runtime.config)
         self.cfg, self.world, self.checkpoints = runtime.config, runtime.world, directory / "checkpoints"
 
     @cached_property

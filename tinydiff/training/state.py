@@ -12,9 +12,9 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import torch
@@ -32,13 +32,16 @@ from tinydiff.training.optim import MOMENTS, Average, moments, optimizer
 from tinydiff.training.parallel import Piece, World, pieces
 from tinydiff.verified import verify
 
+if TYPE_CHECKING:
+    from tinydiff.training.budget import Leg
+
 FORMAT = 3
 OLDER = 2  # a format that is still read: without buffers, of one player, whose name is the stage's
 KINDS = ("weights", "average", *MOMENTS, "buffers")
 OLD = re.compile(r"\.tmp-.+-[0-9a-f]{32}")  # what older versions left when they were killed
 
 
-@dataclass(frozen=True)
+@dataclass
 class Learner:
     """The state of one player: its blocks of parameters, their average, the optimizer's moments, and its module's buffers."""
 
@@ -48,6 +51,7 @@ class Learner:
     average: Average
     optimizer: torch.optim.Optimizer
     buffers: dict[str, Tensor]
+    begin: int = 0  # update at which the schedule of its learning rate begins
 
     @classmethod
     def of(cls, name: str, module: nn.Module, settings: Stage, world: World) -> Learner:
@@ -56,6 +60,12 @@ class Learner:
         buffers = {f"{name}.{k}": b for k, b in module.named_buffers() if k in kept}
         learns = optimizer(module, {p.name.removeprefix(f"{name}."): p.tensor for p in held}, settings)
         return cls(name, settings, held, Average(tensors, settings.ema), learns, buffers)
+
+    def follow(self, leg: Leg) -> None:
+        """Go on by the steps, warm-up and averaging of a leg."""
+        steps, self.begin = leg.steps - leg.begin, leg.begin
+        self.settings = replace(self.settings, steps=steps, warmup=leg.warmup, ema=leg.ema)
+        self.average.decay = leg.ema
 
     def tensors(self, kind: str) -> dict[str, Tensor]:
         """Blocks in their memory, by name; before the first update there are no moments."""
