@@ -156,7 +156,7 @@ def test_a_run_ends_in_its_time_stopped_or_not_and_goes_on_from_its_end(timed, t
     rows = [json.loads(line) for line in (tmp_path / "again" / "metrics.jsonl").read_text().splitlines()]
     rates = {row["step"]: row["lr"] for row in rows if row["stage"] == "denoiser" and "lr" in row}
     peak = cfg.train.stage("denoiser").lr
-    assert rates[done - done % 10] < 0.2 * peak < 0.8 * peak < max(v for k, v in rates.items() if k > done)
+    assert rates[done - done % 10] < 0.4 * peak < 0.8 * peak < max(v for k, v in rates.items() if k > done)
     settings = replace(cfg.train.stage("denoiser"), steps=now[1] - done, warmup=now[2])
     last = max(rates)
     assert rates[last] == pytest.approx(learning_rate(last - 1 - done, settings), rel=1e-6)
