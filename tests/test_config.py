@@ -39,6 +39,7 @@ FITTED = {
     "image_channels",
     "levels",
     "calls",
+    "middle_layers",
     "base",
     "learn",
     "adapter",

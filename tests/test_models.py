@@ -165,7 +165,7 @@ def test_the_unet_is_its_two_halves():
     unet = UNet(UNETS["linear"], 4, 24)
     randomise(unet)
     sample, context, t = noise(2, 4, 8, 8), noise(2, 5, 24), torch.tensor([3.0, 500.0])
-    time = unet.time_embedding(timestep_embedding(t, unet.conv_in.out_channels))
+    time = unet.embedded(sample, t)
     x, skips = unet.down(sample, time, context)
     lowest = unet.mid_block(x, time, context)
     whole = unet(sample, t, context)

@@ -217,7 +217,7 @@ UNET_KEYS: dict[str, list[Any]] = {
     "encoder_hid_dim": ["-", 24],
     "encoder_hid_dim_type": ["-", "text_proj"],
     "upcast_attention": [True, False],
-    "resnet_time_scale_shift": ["default", "-", "scale_shift"],
+    "resnet_time_scale_shift": ["default", "scale_shift", "-", "other"],
     "resnet_skip_time_act": [False, "-", True],
     "resnet_out_scale_factor": [1, 1.0, "-", 2.0],
     "time_embedding_type": ["positional", "-", "fourier"],

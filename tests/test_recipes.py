@@ -23,7 +23,6 @@ from tinydiff.errors import ModelError, UsageError, UserError
 from tinydiff.images import to_pixels
 from tinydiff.measure.features import open_features
 from tinydiff.models.attention import Attention
-from tinydiff.models.layers import timestep_embedding
 from tinydiff.networks.dit import DiT as DiTSettings
 from tinydiff.networks.network import WEIGHTS
 from tinydiff.schema import to_toml
@@ -237,7 +236,7 @@ def test_alignment_is_the_cosine_with_features_of_the_images(tiny_config, tiny_m
         (loss, terms), (before, _) = (each.loss("denoiser", batch) for each in (aligned, plain))
         net: Any = aligned.model.denoiser
         context = aligned.model.text_encoders["text_encoder"](batch["tokens"]["text_encoder"])[0]
-        time = net.time_embedding(timestep_embedding(batch["timestep"], net.conv_in.out_channels))
+        time = net.embedded(batch["sample"], batch["timestep"])
         middle = net.mid_block(net.down(batch["sample"], time, context)[0], time, context)
         head: Any = aligned.players["denoiser"].module
         read = head.alignment(middle.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B, C, 4, 4)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tinydiff.models.layers import zero
+from tinydiff.models.layers import Normaliser, zero
 
 
 class Attention(nn.Module):
@@ -126,14 +126,14 @@ class Transformer2DModel(nn.Module):
         heads: int,
         depth: int,
         context_dim: int,
-        groups: int,
+        norm: Normaliser,
         linear: bool,
         qk_norm: bool = False,
         sources: int = 1,
     ):
         super().__init__()
         self.linear = linear
-        self.norm = nn.GroupNorm(groups, channels, 1e-6)
+        self.norm = norm(channels)
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         blocks = [BasicTransformerBlock(channels, heads, context_dim, qk_norm, sources) for _ in range(depth)]
         self.transformer_blocks = nn.ModuleList(blocks)

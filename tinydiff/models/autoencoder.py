@@ -8,6 +8,7 @@ the latents themselves, (B, C, h, w), and `decode` takes the nearest vector for 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinydiff.models.attention import Attention, pixels, tokens
-from tinydiff.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
+from tinydiff.models.layers import NORMS, Downsample2D, Upsample2D
+from tinydiff.models.residual import Parts, ResnetBlock2D
 from tinydiff.networks.autoencoder import Autoencoder as Config
 from tinydiff.networks.network import Table, pick
 
@@ -40,7 +42,8 @@ class MidBlock(nn.Module):
     def __init__(self, channels: int, groups: int, attention: bool):
         super().__init__()
         self.attentions = nn.ModuleList([AttentionBlock(channels, groups)] if attention else [])
-        self.resnets = nn.ModuleList([ResnetBlock2D(channels, channels, None, groups, EPS) for _ in range(2)])
+        parts = Parts(partial(NORMS["group"], groups, EPS))
+        self.resnets = nn.ModuleList([ResnetBlock2D(channels, channels, parts) for _ in range(2)])
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.resnets[0](x)
@@ -55,7 +58,8 @@ class Level(nn.Module):
     def __init__(self, channels: int, out: int, layers: int, groups: int):
         super().__init__()
         pairs = [(channels if i == 0 else out, out) for i in range(layers)]
-        self.resnets = nn.ModuleList([ResnetBlock2D(c, o, None, groups, EPS) for c, o in pairs])
+        parts = Parts(partial(NORMS["group"], groups, EPS))
+        self.resnets = nn.ModuleList([ResnetBlock2D(c, o, parts) for c, o in pairs])
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.resnets:

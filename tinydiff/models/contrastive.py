@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tinydiff.models.layers import Downsample2D, ResnetBlock2D
+from tinydiff.models.layers import NORMS, Downsample2D
+from tinydiff.models.residual import Parts, ResnetBlock2D
 from tinydiff.models.text_encoder import TextEncoder
 from tinydiff.networks.contrastive import GROUPS, Towers
 from tinydiff.networks.network import Table, pick
@@ -28,9 +30,10 @@ class ImageTower(nn.Module):
     def __init__(self, channels: int, widths: tuple[int, ...]):
         super().__init__()
         self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1)
-        blocks = [ResnetBlock2D(widths[0], widths[0], None, GROUPS, 1e-5)]
+        parts = Parts(partial(NORMS["group"], GROUPS, 1e-5))
+        blocks = [ResnetBlock2D(widths[0], widths[0], parts)]
         for before, width in pairwise(widths):
-            blocks += [Downsample2D(before, 1), ResnetBlock2D(before, width, None, GROUPS, 1e-5)]
+            blocks += [Downsample2D(before, 1), ResnetBlock2D(before, width, parts)]
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.GroupNorm(GROUPS, widths[-1], 1e-5)
 

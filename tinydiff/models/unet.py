@@ -8,6 +8,7 @@ whole text, and `time_ids` (B, 6), sizes; one with distilled guidance `timestep_
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -16,17 +17,20 @@ from torch.nn import functional as F
 
 from tinydiff.models.attention import Transformer2DModel
 from tinydiff.models.layers import (
+    NORMS,
     Downsample2D,
-    ResnetBlock2D,
     TimestepEmbedding,
     Upsample2D,
     embedding,
     timestep_embedding,
     zero,
 )
+from tinydiff.models.modulation import MODULATIONS, TIMES
+from tinydiff.models.residual import CHANNELS, RESNETS, Parts, ResnetBlock2D
+from tinydiff.models.skips import CONTEXTS, MERGES
 from tinydiff.models.sources import Sources
 from tinydiff.networks.network import Table
-from tinydiff.networks.unet import ADDED, BESIDE, LABEL, MIDDLE, PICTURE, SKIP, UNetNetwork, plan
+from tinydiff.networks.unet import ADDED, BESIDE, LABEL, MIDDLE, MIDDLES, PICTURE, SKIP, UNetNetwork, plan
 from tinydiff.networks.unet import UNet as Config
 
 
@@ -66,39 +70,56 @@ class UpBlock(Block):
     """Takes one skip for each residual block, the last one first. What is doubled gets the size of `after`, if given."""
 
     upsamplers: nn.ModuleList
+    merges: nn.ModuleList
 
     def forward(
         self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor, after: Tensor | None = None
     ) -> Tensor:
-        for i in range(len(self.resnets)):
-            x = self.layer(i, torch.cat([x, skips[-1 - i]], dim=1), time, context)
+        read: list[Tensor] = []
+        for i, merge in enumerate(self.merges):
+            skip = skips[-1 - i]
+            merged, read = merge(x, skip, read), [x, skip, *read]
+            x = self.layer(i, merged, time, context)
         return self.upsamplers[0](x, after) if hasattr(self, "upsamplers") else x
 
 
 class MidBlock(nn.Module):
-    """Residual block, transformer, residual block at the lowest resolution."""
+    """Residual block, transformer, residual block at the lowest resolution.
 
-    def __init__(self, channels: int, make_resnet, make_transformer):
+    Of several transformers the last half are given a 1x1 convolution of what comes and of what one of the first half gave, the
+    nearest first: the long skips of U-ViT (Bao et al. 2023, section 3.1).
+    """
+
+    def __init__(self, channels: int, layers: int, make_resnet, make_transformer):
         super().__init__()
-        self.attentions = nn.ModuleList([make_transformer(channels)])
+        self.attentions = nn.ModuleList([make_transformer(channels) for _ in range(layers)])
         self.resnets = nn.ModuleList([make_resnet(channels, channels) for _ in range(2)])
+        self.merges = nn.ModuleList([nn.Conv2d(2 * channels, channels, 1, bias=False) for _ in range(layers // 2)])
+        for merge in self.merges:
+            nn.init.dirac_(merge.weight)  # type: ignore[arg-type]  it begins as what comes
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x, time), context), time)
+        x, skips, later = self.resnets[0](x, time), list[Tensor](), len(self.attentions) - len(self.merges)
+        for i, transformer in enumerate(self.attentions):
+            x = self.merges[i - later](torch.cat([x, skips.pop()], 1)) if i >= later else x
+            x = transformer(x, context)
+            skips += [x] if i < len(self.merges) else []
+        return self.resnets[1](x, time)
 
 
-def makers(config: Config, context_dim: int) -> tuple[Callable[[int, int], nn.Module], Callable[[int, int], Any]]:
-    """What makes a U-Net's residual blocks, of (channels, out), and of (heads, depth) what makes its transformers."""
-    time, groups, linear = config.block_out_channels[0] * 4, config.norm_num_groups, config.use_linear_projection
+def makers(config: Config, context_dim: int) -> tuple[Callable[[int, int, int], nn.Module], Callable[[int, int], Any]]:
+    """What makes a U-Net's residual blocks, of (level, channels, out), and of (heads, depth) what makes its transformers."""
+    norm, transformers_norm = (partial(NORMS[config.norm], config.norm_num_groups, eps) for eps in (1e-5, 1e-6))
+    told = context_dim, transformers_norm, config.use_linear_projection, config.qk_norm, config.sources
+    parts = norm, config.block_out_channels[0] * 4, MODULATIONS[config.modulation], CHANNELS[config.channel_attention]
 
-    def resnet(c: int, out: int) -> ResnetBlock2D:
-        block = ResnetBlock2D(c, out, time, groups, 1e-5)
-        zero(block.conv2)
+    def resnet(level: int, c: int, out: int) -> ResnetBlock2D:
+        block = RESNETS[config.resnet](c, out, Parts(*parts, level))
+        zero(block.last())
         return block
 
     def transformer(heads: int, depth: int) -> Any:
-        more = config.qk_norm, config.sources
-        return depth and (lambda c: Transformer2DModel(c, heads, depth, context_dim, groups, linear, *more))
+        return depth and (lambda c: Transformer2DModel(c, heads, depth, *told))
 
     return resnet, transformer
 
@@ -114,17 +135,18 @@ class Descent(nn.Module):
         levels, first = plan(config), config.block_out_channels[0]
         resnet, transformer = makers(config, context_dim)
         self.conv_in = nn.Conv2d(channels, first, 3, padding=1)
-        self.time_embedding = TimestepEmbedding(first, first * 4, guidance)
+        self.time_embedding = TIMES[config.time_embedding](first, guidance)
         self.add_embedding = TimestepEmbedding(added, first * 4) if added else None
         self.class_embedding: nn.Embedding | None = None
         self.down_blocks = nn.ModuleList()
-        for level in levels:
-            block = DownBlock(level.down, resnet, transformer(level.heads, level.depth))
+        for i, level in enumerate(levels):
+            block = DownBlock(level.down, partial(resnet, i), transformer(level.heads, level.depth))
             if not level.last:
                 block.downsamplers = nn.ModuleList([Downsample2D(level.width, 1)])
             self.down_blocks.append(block)
         middle = transformer(levels[-1].heads, config.depths()[-1])
-        self.mid_block = MidBlock(levels[-1].width, resnet, middle)
+        lowest = partial(resnet, len(levels) - 1)
+        self.mid_block = MidBlock(levels[-1].width, MIDDLES[config.middle](config), lowest, middle)
 
     def embedded(
         self,
@@ -136,8 +158,7 @@ class Descent(nn.Module):
         class_labels: Tensor | None = None,
     ) -> Tensor:
         """Time as the blocks are told it, with what is added to it: (B, 4 C0)."""
-        time = timestep_embedding(timestep.reshape(-1).expand(sample.shape[0]), self.conv_in.out_channels)
-        time = self.time_embedding(time.to(sample.dtype), timestep_cond)
+        time = self.time_embedding(timestep.reshape(-1).expand(sample.shape[0]), sample, timestep_cond)
         if self.class_embedding is not None:
             assert class_labels is not None, "it is told a class"
             time = time + class_labels.to(time.dtype) @ self.class_embedding.weight
@@ -176,11 +197,14 @@ class UNet(Descent):
         resnet, transformer = makers(config, context_dim)
         self.up_blocks = nn.ModuleList()
         for i, level in reversed(list(enumerate(levels))):
-            block = UpBlock(level.up, resnet, transformer(level.heads, level.depth))
+            block = UpBlock(level.up, partial(resnet, i), transformer(level.heads, level.depth))
+            block.merges = nn.ModuleList([MERGES[config.skips](*each) for each in level.merged])
             if i > 0:
                 block.upsamplers = nn.ModuleList([Upsample2D(level.width)])
             self.up_blocks.append(block)
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, first, 1e-5)
+        norm = partial(NORMS[config.norm], config.norm_num_groups, 1e-5)
+        self.context = CONTEXTS[config.context](levels, norm)
+        self.conv_norm_out = norm(first)
         self.conv_out = zero(nn.Conv2d(first, channels, 3, padding=1))
         self.beside, self.sources = config.image == BESIDE, None
 
@@ -216,6 +240,7 @@ class UNet(Descent):
         if residuals:
             x = x + residuals[MIDDLE]
             skips = [skip + residuals[f"{SKIP}{i}"] for i, skip in enumerate(skips)]
+        x, skips = self.context(x, skips)
         return self.up(x, skips, time, context)
 
     def up(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:

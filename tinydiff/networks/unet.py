@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from tinydiff.networks.network import (
@@ -39,6 +40,20 @@ LABEL, PICTURE = (
 NONE, ADDED, BESIDE, ATTENDED = "none", "time", "concat", "cross"  # how they are told
 SOME = 1001  # classes, where there are no data to count them
 
+Channels = Callable[[int, int, int], int]
+SKIPS: dict[str, Channels] = {  # channels that a block reads: of (what comes, its skip, what the level read before)
+    "concat": lambda comes, skip, before: comes + skip,
+    "add": lambda comes, skip, before: comes,
+    "gated": lambda comes, skip, before: comes,
+    "dense": lambda comes, skip, before: comes + skip + before,
+}
+# Names of the tables in `models/`, which need torch.
+RESNETS, NORMS = ("pre", "post", "bottleneck", "separable", "dilated"), ("group", "layer", "batch", "rms")
+TIMES, MODULATIONS = ("sinusoidal", "learned", "hybrid"), ("add", "concat", "film", "adain", "attention")
+UNSCALED = ("concat", "adain", "attention")  # what diffusers has no form of: film is its scale_shift
+CHANNELS, CONTEXTS = ("none", "squeeze", "spatial_channel"), ("none", "aspp", "pyramid")
+MIDDLES: dict[str, Callable[[UNet], int]] = {"block": lambda s: 1, "transformer": lambda s: s.middle_layers}
+
 
 @dataclass(frozen=True)
 class UNet:
@@ -69,6 +84,15 @@ class UNet:
         own=(ATTENDED,),
     )
     time_tokens: int = key(0, "tokens of the noise level that cross-attention reads too", 0, 64, own=True)
+    resnet: str = key("pre", "residual blocks", choices=RESNETS, own=True)
+    norm: str = key("group", "what layers normalise by", choices=NORMS, own=True)
+    time_embedding: str = key("sinusoidal", "how the noise level becomes a vector", choices=TIMES, own=True)
+    modulation: str = key("add", "how residual blocks are told that vector", choices=MODULATIONS, own=UNSCALED)
+    skips: str = key("concat", "how the way up takes features of the way down", choices=SKIPS, own=True)
+    channel_attention: str = key("none", "what weighs the channels of residual blocks", choices=CHANNELS, own=True)
+    context: str = key("none", "what brings scales together before the way up", choices=CONTEXTS, own=True)
+    middle: str = key("block", "the lowest resolution: one transformer, or middle_layers", choices=MIDDLES, own=True)
+    middle_layers: int = key(4, "transformers of the middle, with long skips, where it is one", 2, 64, own=True)
 
     @property
     def sources(self) -> int:
@@ -91,7 +115,8 @@ class UNet:
 class Level:
     """One resolution of the U-Net: channels (in, out) of its residual blocks on the way down and on the way up.
 
-    The channels in of a block on the way up count the skip that it is given. `heads` and `depth` are those of the transformer
+    `merged`: channels (that come, of the skip) before each block on the way up, whose channels in are what `SKIPS` makes of
+    them. `heads` and `depth` are those of the transformer
     after each block; a depth of 0 is none. `last`: the lowest resolution, which is not halved.
     """
 
@@ -100,6 +125,7 @@ class Level:
     depth: int
     down: tuple[tuple[int, int], ...]
     up: tuple[tuple[int, int], ...]
+    merged: tuple[tuple[int, int], ...]
     last: bool
 
 
@@ -113,8 +139,10 @@ def plan(settings: UNet) -> list[Level]:
         enters = [afters[i]] + [width] * n
         depth = settings.depths()[i] if kind == CROSS else 0
         down = tuple((c, width) for c in ([befores[i]] + [width] * n)[:n])
-        up = tuple((c + skip, width) for c, skip in zip(enters, skips, strict=True))
-        levels.append(Level(width, settings.heads()[i], depth, down, up, last=i == len(widths) - 1))
+        merged = tuple(zip(enters, skips, strict=True))
+        before = accumulate((sum(pair) for pair in merged[:-1]), initial=0)
+        up = tuple((SKIPS[settings.skips](*pair, read), width) for pair, read in zip(merged, before, strict=True))
+        levels.append(Level(width, settings.heads()[i], depth, down, up, merged, last=i == len(widths) - 1))
     return levels
 
 
@@ -164,7 +192,8 @@ class UNetNetwork(Denoiser):
     nulls = ("mid_block_type", "norm_num_groups")
     only = (
         {"act_fn": "silu", "mid_block_type": "UNetMidBlock2DCrossAttn", "norm_eps": 1e-5, "flip_sin_to_cos": True}
-        | {"time_embedding_type": "positional", "attention_type": "default", "resnet_time_scale_shift": "default"}
+        | {"time_embedding_type": "positional", "attention_type": "default"}
+        | {"resnet_time_scale_shift": ("default", "scale_shift")}
         | {"freq_shift": 0, "resnet_out_scale_factor": 1.0, "mid_block_scale_factor": 1, "downsample_padding": 1}
         | {"conv_in_kernel": 3, "conv_out_kernel": 3}
         | dict.fromkeys(("center_input_sample", "only_cross_attention", "dual_cross_attention"), False)
@@ -261,6 +290,11 @@ class UNetNetwork(Denoiser):
             -1
         ]  # what comes later has the skips (Tian et al. 2025, section 3.1)
 
+    def complete(self, table: Table) -> Table:
+        table = super().complete(table)
+        scaled = table.get("resnet_time_scale_shift") == "scale_shift"
+        return {"modulation": "film", **table} if scaled else table
+
     def describe(self, cfg: Config, widths: Mapping[str, int]) -> dict[str, Any]:
         settings: UNet = cfg.network
         ups = [kind.replace("Down", "Up") for kind in reversed(settings.down_block_types)]
@@ -269,6 +303,7 @@ class UNetNetwork(Denoiser):
             del own[name]  # a key that diffusers does not know
         own |= {"num_class_embeds": widths.get("label", SOME)} if settings.label != NONE else {}
         own |= {"in_channels": 2 * cfg.latents["in_channels"]} if settings.image == BESIDE else {}
+        own |= {"resnet_time_scale_shift": "scale_shift"} if settings.modulation == "film" else {}
         return {"_class_name": self.library[1]} | cfg.latents | own | self.unusual(settings)
 
     def pipeline(self, cfg: Config) -> tuple[str, str]:
@@ -283,8 +318,16 @@ class UNetNetwork(Denoiser):
     def misfits(self, table: Table) -> Iterator[str]:
         s = pick(UNet, table)
         widths, heads = s.block_out_channels, s.heads()
+        if s.norm != "group" and s.norm_num_groups != UNet.norm_num_groups:
+            yield f"norm_num_groups: {s.norm_num_groups}, where norm is {s.norm}, which has no groups; leave it out"
+        if s.resnet == "bottleneck" and (width := next((w for w in widths if w % 4), 0)):
+            yield f"resnet: bottleneck needs widths that are multiples of 4, and block_out_channels has {width}"
+        if table.get("resnet_time_scale_shift") == "scale_shift" and s.modulation != "film":
+            yield f"modulation: {s.modulation}, where resnet_time_scale_shift is scale_shift, which is film"
+        if s.middle == "block" and s.middle_layers != UNet.middle_layers:
+            yield f"middle_layers: {s.middle_layers}, where middle is block, which has one; set middle to transformer"
         for width in widths:
-            if width % s.norm_num_groups:
+            if s.norm == "group" and width % s.norm_num_groups:
                 yield f"norm_num_groups: {s.norm_num_groups} does not divide width {width}"
         for width, count in zip(widths, heads, strict=False):
             if width % count:
