@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ LEARNT = {  # the stage that has the steps, and what it learns: every loss, play
     "distill": ("distill", [*TOWERS, *ALIGNED, *CALLS, *(f"train.{name}.steps=2" for name in BEFORE)]),
     "begun": ("denoiser", ["train.base=GIVEN", "train.learn=attention, attentions.0.norm, text_model.final"]),
     "lora": ("lora", ["train.base=GIVEN", "train.adapter=lora", "train.lora.rank=4", "train.lora.text_encoder=true"]),
+    "control": ("control", ["train.base=GIVEN", "train.adapter=control"]),
+    "word": ("word", ["train.base=GIVEN", "train.adapter=word", *of("train.word", word="<thing>", initial="red")]),
 }
 
 
@@ -59,6 +62,11 @@ def sha256(run_dir: Path, paths: Iterable[Path]) -> dict[str, str]:
     return {str(p.relative_to(run_dir)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(paths)}
 
 
+def contents(folder: Path) -> dict[str, str]:
+    """SHA-256 of all of a folder's files."""
+    return sha256(folder, (path for path in folder.rglob("*") if path.is_file()))
+
+
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The log, a row a line."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -72,7 +80,10 @@ def untimed(run_dir: Path) -> list[dict[str, Any]]:
 def digests(run_dir: Path) -> dict[str, str]:
     """SHA-256 of each stage's last weights, averages, moments, buffers and state, and of what is published; the log untimed."""
     last = {path.name.rpartition("-")[0]: path for path in sorted(run_dir.glob("checkpoints/*-*"))}
-    folders = [*last.values(), *(run_dir / name for name in ("model", "autoencoder", "contrastive", "adapter"))]
+    folders = [
+        *last.values(),
+        *(run_dir / name for name in ("model", "autoencoder", "contrastive", "adapter", "controlnet")),
+    ]
     found = sha256(run_dir, (p for f in folders for p in (*f.rglob("*.safetensors"), *f.glob("state.json"))))
     assert len(found) > 6 * len(last) > 0
     return found | {"log": json.dumps(untimed(run_dir))}
@@ -80,6 +91,25 @@ def digests(run_dir: Path) -> dict[str, str]:
 
 def said(run_dir: Path) -> str:
     return Path(f"{run_dir}.log").read_text()
+
+
+def saved(run_dir: Path) -> int:
+    """Steps of all stages that need not be done again."""
+    last = dict(path.name.split("-") for path in sorted(run_dir.glob("checkpoints/[a-z]*")))
+    return sum(map(int, last.values()))
+
+
+OFTEN = ["steps=12", "save_every=1"]  # of a stage, so that twenty kills are spread over all of it
+
+
+def killed_often(forker: Forker, run_dir: Path, config_path: Path, kills: int = 20) -> None:
+    """A run to its end, killed before: each time at another call that writes to the disk, early, in a save or after some."""
+    steps = list[int]()
+    for number in range(kills):
+        assert forker.run(run_dir, 2 + 9 * number % 31, config_path=config_path) == -signal.SIGKILL, said(run_dir)
+        steps.append(saved(run_dir))
+    assert len({*steps}) > kills // 4, steps
+    assert forker.run(run_dir, config_path=config_path) == 0, said(run_dir)
 
 
 def finishes_alike(forker: Forker, run_dir: Path, reference: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from forker import processor_time, train, wait_until
-from runs import LEARNT, digests, finishes_alike, learnt, of, said
+from runs import LEARNT, digests, finishes_alike, learnt, of, said, saved
 
 from tinydiff import config
 from tinydiff.schema import to_toml
@@ -26,12 +26,6 @@ from tinydiff.training import loop, state
 def computed(run_dir: Path) -> float:
     """Seconds of the processor that the last run took, as it says itself."""
     return float(said(run_dir).split()[-1])
-
-
-def saved(run_dir: Path) -> int:
-    """Steps of all stages that need not be done again."""
-    last = dict(path.name.split("-") for path in sorted(run_dir.glob("checkpoints/[a-z]*")))
-    return sum(map(int, last.values()))
 
 
 def unfinished(run_dir: Path) -> set[Path]:

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from test_stable_diffusion import networks, written
+from test_stable_diffusion import draws_alike, networks, written
 from tiny_stable_diffusion import refusal
 
 from tinydiff.adapters import lora
 from tinydiff.adapters.lora import LowRank
 from tinydiff.checkpoints import folder
 from tinydiff.checkpoints.source import Adapter, Source
+from tinydiff.pipeline import Request
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 UNET = [
@@ -32,6 +33,7 @@ UNET = [
     "time_emb_proj",
     "conv_in",
 ]
+REQUEST = Request(6, 7.5, "plms", "leading", 32, 32)
 TEXT = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 
 
@@ -139,19 +141,36 @@ TAKEN = {
 }
 
 
+def with_adapters(taken: dict[str, float], base: Path, files: dict[str, Path], pipe: Any) -> Source:
+    """A model with adapters at strengths, which diffusers' pipeline has from then on too."""
+    for name in taken:
+        pipe.load_lora_weights(files[name].parent, weight_name=files[name].name, adapter_name=name)
+    pipe.set_adapters(list(taken), list(taken.values()))
+    return Source(base, adapters=tuple(Adapter(files[name], strength) for name, strength in taken.items()))
+
+
 @pytest.mark.peers
 @pytest.mark.parametrize("case", TAKEN)
 @torch.inference_mode()
 def test_networks_give_what_those_of_diffusers_do(case, base, files, pipe):
     taken, plain = TAKEN[case], both(Source(base), pipe)
-    for name in taken:
-        pipe.load_lora_weights(files[name].parent, weight_name=files[name].name, adapter_name=name)
-    pipe.set_adapters(list(taken), list(taken.values()))
-    source = Source(base, adapters=tuple(Adapter(files[name], strength) for name, strength in taken.items()))
+    source = with_adapters(taken, base, files, pipe)
     source.check()
     for name, (ours, theirs) in both(source, pipe).items():
         assert (ours - theirs).abs().max() <= 1e-4 * theirs.std(), name
         assert (ours - plain[name][0]).abs().max() > 0.05 * theirs.std(), name
+
+
+@pytest.fixture(scope="module")
+def plain_picture(base, opened) -> np.ndarray:
+    return draws_alike(Source(base), opened, REQUEST)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("case", TAKEN)
+def test_diffusers_draws_the_same_picture(case, plain_picture, base, files, pipe):
+    drawn = draws_alike(with_adapters(TAKEN[case], base, files, pipe), pipe, REQUEST)
+    assert (np.abs(drawn - plain_picture) > 1).mean() > 0.3
 
 
 def read(path: Path, base: Path) -> dict[str, LowRank]:

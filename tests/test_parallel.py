@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field, replace
-from itertools import chain, product
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -356,7 +356,11 @@ def determined(run_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.mark.parametrize(("row", "parallel"), [*product(LEARNT, ["ddp"]), ("denoiser", "fsdp"), ("distill", "fsdp")])
+SLOW = {"control", "word"}  # adapters as lora is one
+ROWS = [pytest.param(row, "ddp", marks=[pytest.mark.slow] * (row in SLOW)) for row in LEARNT]
+
+
+@pytest.mark.parametrize(("row", "parallel"), [*ROWS, ("denoiser", "fsdp"), ("distill", "fsdp")])
 def test_two_processes_learn_what_one_does(row, parallel, server, tiny_model, other_images, tmp_path):
     """All that is logged: losses and their terms, norms of gradients, measures of averaged weights on held-out images.
 

@@ -8,12 +8,14 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from runs import digests, said, sha256
+from runs import OFTEN, contents, digests, killed_often, sha256
 from tensors import noise
+from test_lora import REQUEST, both, pipeline
 from test_lora import base as base
-from test_lora import both, pipeline
+from test_stable_diffusion import draws_alike
 from torch import nn
 
 from tinydiff import config, start
@@ -98,14 +100,14 @@ def test_what_is_published_changes_the_model_as_the_run_s_own_network(style, tra
 
 
 def test_checkpoints_hold_the_changes_alone(trained, tiny_model):
-    before = sha256(tiny_model, (p for p in tiny_model.rglob("*") if p.is_file()))
+    before = contents(tiny_model)
     run_dir, task = trained()
     stored = header(run_dir / "checkpoints" / "lora-00000006" / "weights.safetensors").tensors
     assert all(".change.down." in name or ".change.up." in name for name in stored)
     assert len(stored) == 2 * len(task.layers) == 2 * sum(name.endswith(ENDS) for name in layers_of(tiny_model))
     size = sum(p.stat().st_size for p in (run_dir / "checkpoints" / "lora-00000006").glob("*.safetensors"))
     assert size < 0.5 * sum(p.stat().st_size for p in tiny_model.rglob("*.safetensors"))
-    assert sha256(tiny_model, (p for p in tiny_model.rglob("*") if p.is_file())) == before
+    assert contents(tiny_model) == before
     assert not (run_dir / "model").exists() and (run_dir / "samples" / "lora-00000006.png").exists()
 
 
@@ -116,14 +118,11 @@ def layers_of(path: Path) -> list[str]:
     return [name.removesuffix(".weight") for name in Source(path).tensors("unet") if name.endswith(".weight")]
 
 
-def test_a_run_killed_again_and_again_ends_in_the_same_bits(trained, settings_of, forker, tmp_path):
-    """At calls spread over all of it, twenty times."""
-    (tmp_path / "c.toml").write_text(to_toml(settings_of()))
-    run_dir, die_at, deaths = tmp_path / "run", 2, 0
-    while (code := forker.run(run_dir, die_at, config_path=tmp_path / "c.toml")) == -9:
-        deaths, die_at = deaths + 1, die_at + (1 if deaths < 20 else 100)
-    assert code == 0 and deaths >= 20, said(run_dir)
-    assert digests(run_dir) == digests(trained()[0])
+def test_a_run_killed_again_and_again_ends_in_the_same_bits(trained, settings_of, forker, tiny_model, tmp_path):
+    often, before = [f"train.lora.{key}" for key in OFTEN], contents(tiny_model)
+    (tmp_path / "c.toml").write_text(to_toml(settings_of(*often)))
+    killed_often(forker, tmp_path / "run", tmp_path / "c.toml")
+    assert digests(tmp_path / "run") == digests(trained(*often)[0]) and contents(tiny_model) == before
 
 
 def test_the_same_changes_are_the_same_bytes(tmp_path):
@@ -149,9 +148,12 @@ def test_diffusers_loads_it_and_draws_the_same(style, base, image_folder, tmp_pa
     path = loop.run(config.load(None, [*own, *few, *more], model=start.tables), tmp_path / "run")
     pipe = pipeline(base)
     plain = both(Source(base), pipe)
+    plain_picture = draws_alike(Source(base), pipe, REQUEST)
     pipe.load_lora_weights(path)
-    for name, (ours, theirs) in both(Source(base, adapters=(Adapter(path / lora.FILE),)), pipe).items():
+    source = Source(base, adapters=(Adapter(path / lora.FILE),))
+    for name, (ours, theirs) in both(source, pipe).items():
         assert (ours - theirs).abs().max() <= 1e-4 * theirs.std() < 1e-2 * (ours - plain[name][0]).std(), name
+    assert (np.abs(draws_alike(source, pipe, REQUEST) - plain_picture) > 1).mean() > 0.3
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import digests, said, sha256
+from runs import OFTEN, contents, digests, killed_often
+from test_lora import REQUEST, pipeline
+from test_lora import base as base
+from test_stable_diffusion import draws_alike
 
 from tinydiff import config, start
 from tinydiff.checkpoints import folder
@@ -80,20 +83,32 @@ def test_what_is_published_says_what_the_run_s_own_vectors_do(style, trained, ti
 
 
 def test_checkpoints_hold_the_vectors_alone(trained, tiny_model):
-    before = sha256(tiny_model, (p for p in tiny_model.rglob("*") if p.is_file()))
+    before = contents(tiny_model)
     run_dir, _ = trained()
     stored = header(run_dir / "checkpoints" / "word-00000006" / "weights.safetensors").tensors
     assert [(name.rpartition(".")[2], each.shape) for name, each in stored.items()] == [("rows", (2, 16))]
-    assert sha256(tiny_model, (p for p in tiny_model.rglob("*") if p.is_file())) == before
+    assert contents(tiny_model) == before
 
 
-def test_a_run_killed_again_and_again_ends_in_the_same_bits(trained, settings_of, forker, tmp_path):
-    (tmp_path / "c.toml").write_text(to_toml(settings_of()))
-    run_dir, die_at, deaths = tmp_path / "run", 2, 0
-    while (code := forker.run(run_dir, die_at, config_path=tmp_path / "c.toml")) == -9:
-        deaths, die_at = deaths + 1, die_at + (3 if deaths < 8 else 100)
-    assert code == 0 and deaths >= 8, said(run_dir)
-    assert digests(run_dir) == digests(trained()[0])
+@pytest.mark.peers
+@pytest.mark.parametrize("style", ["diffusers", "a1111"])
+def test_diffusers_loads_it_and_draws_the_same_picture(style, base, settings_of, tmp_path):
+    run_dir = loop.run(
+        settings_of(f"train.base={base}", f"train.word.style={style}", "train.word.steps=3", "generate.steps=1"),
+        tmp_path / "run",
+    )
+    pipe, said = pipeline(base), "a <thing> on grass"
+    plain = draws_alike(Source(base), pipe, REQUEST, said)
+    pipe.load_textual_inversion(str(path := run_dir / FILE.name), token="<thing>" if style == "a1111" else None)
+    drawn = draws_alike(Source(base, words=(path,)), pipe, REQUEST, said)
+    assert (np.abs(drawn - plain) > 1).mean() > 0.3
+
+
+def test_a_run_killed_again_and_again_ends_in_the_same_bits(trained, settings_of, forker, tiny_model, tmp_path):
+    often, before = [f"train.word.{key}" for key in OFTEN], contents(tiny_model)
+    (tmp_path / "c.toml").write_text(to_toml(settings_of(*often)))
+    killed_often(forker, tmp_path / "run", tmp_path / "c.toml")
+    assert digests(tmp_path / "run") == digests(trained(*often)[0]) and contents(tiny_model) == before
 
 
 @pytest.mark.parametrize(

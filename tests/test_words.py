@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 from test_export import bundle, model_dir, translated
-from test_stable_diffusion import networks, written
+from test_stable_diffusion import draws_alike, networks, written
 from tiny_stable_diffusion import refusal
 
 from tinydiff import cli, export
@@ -88,6 +88,25 @@ def test_prompts_say_what_they_do_in_diffusers(count, base, tmp_path):
     assert (ours - wanted).abs().max() <= 1e-4 * wanted.std()
     plain = pipe.text_encoder(torch.from_numpy(ids.clip(max=49407))).last_hidden_state
     assert (wanted - plain).abs().max() > 0.1
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name", ["learned_embeds.safetensors", "a1111.pt"])
+def test_diffusers_draws_the_same_picture(name, base, tmp_path):
+    """Of a file in each style, with a second word."""
+    from diffusers import StableDiffusionPipeline
+
+    files, other, request = (
+        stored(tmp_path, rows(3, 32)),
+        tmp_path / "other.safetensors",
+        Request(6, 7.5, "plms", "leading", 32, 32),
+    )
+    save_file({"easyneg": rows(2, 32, 1)}, other)
+    pipe, said = StableDiffusionPipeline.from_pretrained(base), "a photo of <cat>, easyneg"
+    plain = draws_alike(Source(base), pipe, request, said)
+    pipe.load_textual_inversion([str(files[name]), str(other)])
+    drawn = draws_alike(Source(base, words=(files[name], other)), pipe, request, said)
+    assert (np.abs(drawn - plain) > 1).mean() > 0.3
 
 
 @pytest.mark.peers
