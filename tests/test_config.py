@@ -44,6 +44,8 @@ FITTED = {
     "learn",
     "adapter",
     "size",
+    "grow",
+    "position_width",
 }  # keys that have to fit another key: left at their default
 
 

@@ -21,9 +21,10 @@ from tinydiff.networks import Denoiser as Network
 from tinydiff.networks import TextEncoder as TextNetwork
 from tinydiff.networks.autoencoder import Autoencoder, AutoencoderNetwork
 from tinydiff.networks.contrastive import NETWORK as CONTRASTIVE
+from tinydiff.networks.growth import Growth
 from tinydiff.networks.text import TextEncoder
 from tinydiff.networks.unet import UNet
-from tinydiff.schema import build, extended, key, merge, read_toml, section, set_key, to_dict
+from tinydiff.schema import brief, build, extended, key, merge, read_toml, section, set_key, to_dict
 from tinydiff.stages import ADAPTERS, CONTROL, NONE, STAGES, Stage, trained
 from tinydiff.system import shown
 
@@ -104,6 +105,10 @@ class Train:
     validation_samples: int = key(
         128, "samples at each look, for a Fréchet distance to real images; 0 is none", 0, 50_000
     )
+    grow: tuple[Growth, ...] = key(
+        (),
+        "how the denoiser grows: tables of a step and what there is from it on, of layers, widths, resolution, attention",
+    )
     tensorboard: bool = key(False, "write TensorBoard events too; needs tinydiff[tensorboard]")
 
     def stage(self, name: str) -> Any:
@@ -183,6 +188,14 @@ def _whole(denoisers: tuple[tuple[str, Network], ...], stages: tuple[tuple[str, 
     train = extended(Train, tuple((name, row.settings, row.section) for name, row in stages))
     tables = [(name, row.settings, section(row.settings, row.doc, "denoiser")) for name, row in denoisers]
     return extended(Config, (*tables, ("train", train, section(train, "how"))))
+
+
+def grown(config: Config, growths: Sequence[Growth]) -> Config:
+    """The configuration of the denoiser, and of its images, after some growths."""
+    for growth in growths:
+        data = replace(config.data, resolution=growth.resolution or config.data.resolution)
+        config = replace(config, data=data, **{config.denoiser.kind: config.denoiser_network.grown(config, growth)})
+    return config
 
 
 def make(**tables: Any) -> Config:
@@ -277,6 +290,7 @@ def conflicts(config: Config) -> Iterator[str]:
     if config.train.validation_samples == 1:
         yield "train.validation_samples: one image has no spread to compare; set 2 or more, or 0 for none"
     yield from _of_start(config)
+    yield from _of_growth(config)
     if not (config.train.base or config.train.stage("autoencoder").steps or config.autoencoder.path):
         nothing = "with 0 there is nothing to make latents and images with"
         yield f"train.autoencoder.steps: {nothing}; set 1 or more, or name an autoencoder by autoencoder.path"
@@ -308,6 +322,34 @@ def _of_start(config: Config) -> Iterator[str]:
         yield f"train.tensor_parallel: matrices that {train.adapter} changes are not shared; set 1"
     if not trained(train):
         yield f"train.{'denoiser' if train.adapter == NONE else train.adapter}.steps: with 0 nothing learns; set 1 or more"
+
+
+def _of_growth(config: Config) -> Iterator[str]:
+    """Of a denoiser that grows while it is trained."""
+    train, denoiser = config.train, config.train.stage("denoiser")
+    if not train.grow:
+        return
+    fixed = {
+        "train.base": train.base,
+        "train.time": train.time,
+        "train.denoiser.alignment_weight": denoiser.alignment_weight,
+    }
+    fixed |= {"train.parallel": train.parallel} if train.parallel != Train.parallel else {}
+    fixed |= {"train.tensor_parallel": train.tensor_parallel} if train.tensor_parallel > 1 else {}
+    yield from (
+        f"train.grow: nothing grows with {key} {brief(value)}; leave one out" for key, value in fixed.items() if value
+    )
+    now, last = replace(config, train=replace(train, grow=())), 0
+    known = {*conflicts(now)}
+    for growth in train.grow:
+        where = f"train.grow: step {growth.step}"
+        if not last < growth.step < denoiser.steps:
+            yield f"{where}: not after {last} and before train.denoiser.steps {denoiser.steps}"
+        if problems := [*now.denoiser_network.ungrown(now, growth)]:
+            yield from (f"{where}: {problem}" for problem in problems)
+            return
+        now, last = grown(now, [growth]), growth.step
+        yield from (f"{where}: {problem}" for problem in conflicts(now) if problem not in known)
 
 
 def _of_distillation(config: Config) -> Iterator[str]:

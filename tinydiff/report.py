@@ -47,11 +47,13 @@ def write(run_dir: Path) -> None:
 
 @dataclass
 class Stage:
-    """What `metrics.jsonl` says of one stage: its newest step, its metrics, and (step, reason, samples) left out."""
+    """What `metrics.jsonl` says of one stage: its newest step, its metrics, (step, reason, samples) left out, and (step,
+    what) of its network grew."""
 
     step: int = 0
     metrics: dict[str, Series] = field(default_factory=lambda: defaultdict(Series))
     skipped: list[tuple[int, str, list[str]]] = field(default_factory=list)
+    grown: list[tuple[int, str]] = field(default_factory=list)
 
 
 def read_metrics(path: Path) -> dict[str, Stage]:
@@ -72,6 +74,8 @@ def add_row(stage: Stage, step: int, row: dict[str, Any]) -> None:
         samples = row.get("samples")
         names = [str(name) for name in samples] if isinstance(samples, list) else []
         stage.skipped.append((step, str(row["skipped"]), names))
+    if "grown" in row:
+        stage.grown.append((step, str(row["grown"])))
     for name, value in row.items():
         if type(value) in (float, int) and abs(value) < 1e300:  # false for NaN, too
             stage.metrics[name].add(step, value)
@@ -127,7 +131,8 @@ def page(run_dir: Path) -> str:
     begun = sorted({*stages, *samples}, key=lambda name: ([*STAGES, name].index(name), name))  # as they run
     newest = {name: newest_picture(name, samples.get(name, []), captions, pictures) for name in reversed(begun)}
     sections = [
-        f"<section><h2>{escape(name)}</h2>{left_out(stages[name].skipped)}{warning(name, stages[name])}{newest[name]}"
+        f"<section><h2>{escape(name)}</h2>{grown(stages[name].grown)}{left_out(stages[name].skipped)}"
+        f"{warning(name, stages[name])}{newest[name]}"
         f"{strip(name, samples.get(name, []), pictures)}{curves(stages[name].metrics)}</section>"
         for name in reversed(begun)
     ]
@@ -195,6 +200,12 @@ def left_out(skipped: list[tuple[int, str, list[str]]]) -> str:
     listed = [f"step {step:,}, {shown(reason)}{batch(samples)}" for step, reason, samples in skipped[-LEFT_OUT:]]
     before = f"{len(skipped) - LEFT_OUT:,} earlier ones; " if len(skipped) > LEFT_OUT else ""
     return f'<p class="note skipped">{many} left out: {before}{escape("; ".join(listed))}</p>'
+
+
+def grown(grown: list[tuple[int, str]]) -> str:
+    """A note of how the network grew."""
+    listed = "; ".join(f"from step {step:,} on {shown(what)}" for step, what in grown)
+    return f'<p class="note">Grown: {escape(listed)}</p>' if grown else ""
 
 
 def warning(name: str, stage: Stage) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 from tinydiff.errors import UsageError
 from tinydiff.files import shown
@@ -147,6 +147,8 @@ def nearest(name: str, names: Any) -> str:
 
 def check(kind: Any, value: Any, meta: Mapping[str, Any]) -> tuple[str, Any]:
     """(problem, value): '' and the converted value where it is of the kind and in range."""
+    if dataclasses.is_dataclass(table := next(iter(get_args(kind)), None)):
+        return _tables(table, value)
     if kind in EITHER:
         kind = EITHER[kind][isinstance(value, list | tuple)]
     if kind in (tuple[int, ...], tuple[str, ...]):
@@ -170,6 +172,20 @@ def check(kind: Any, value: Any, meta: Mapping[str, Any]) -> tuple[str, Any]:
         if meta[bound] is not None and wrong(meta[bound]):
             return f"{brief(value)} is {'below' if bound == 'low' else 'above'} {meta[bound]}", value
     return "", value
+
+
+def _tables(kind: Any, value: Any) -> tuple[str, Any]:
+    """(problem, value) of a list of tables of one kind; a key at its default is as good as left out."""
+    if not isinstance(value, list | tuple) or len(value) > MAX_LIST:
+        return f"expected a list of at most {MAX_LIST} tables, got {brief(value)}", value
+    problems, usual = list[str](), {(k, type(v), v) for k, v in to_dict(kind()).items()}
+    made = []
+    for number, given in enumerate(value, 1):
+        table = to_dict(given) if isinstance(given, kind) else given
+        if isinstance(table, dict):
+            table = {k: v for k, v in table.items() if isinstance(v, list | dict) or (k, type(v), v) not in usual}
+        made.append(build(kind, table, f"entry {number}.", problems))
+    return "; ".join(problems), tuple(made)
 
 
 def brief(value: Any) -> str:
@@ -224,4 +240,7 @@ def _literal(value: Any) -> str:
         return '"' + "".join(f"\\u{ord(c):04x}" if ord(c) < 32 or ord(c) == 127 else c for c in escaped) + '"'
     if isinstance(value, tuple):
         return "[" + ", ".join(map(_literal, value)) + "]"
+    if dataclasses.is_dataclass(value):
+        said = {f.name: v for f in dataclasses.fields(value) if (v := getattr(value, f.name)) != f.default}
+        return "{ " + ", ".join(f"{name} = {_literal(v)}" for name, v in said.items()) + " }"
     return repr(value)

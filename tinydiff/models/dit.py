@@ -46,16 +46,17 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """Patches as tokens that know their place: (B, C, h, w) -> (B, T, D)."""
+    """Patches as tokens that know their place: (B, C, h, w) -> (B, T, D). Positions of a smaller `width` are repeated."""
 
-    def __init__(self, channels: int, dim: int, patch: int, side: int):
+    def __init__(self, channels: int, dim: int, patch: int, side: int, width: int = 0):
         super().__init__()
-        self.base = side // patch
+        self.base, self.width = side // patch, width or dim
         self.proj = nn.Conv2d(channels, dim, patch, stride=patch)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.proj(x)  # (B, D, h/p, w/p)
-        place = positions(x.shape[2], x.shape[3], self.base, x.shape[1], x.device)
+        place = positions(x.shape[2], x.shape[3], self.base, self.width, x.device)
+        place = place if self.width == x.shape[1] else place.repeat_interleave(x.shape[1] // self.width, 1)
         return tokens(x).contiguous() + place.to(x.dtype)  # every block keeps this order of memory
 
 
@@ -152,7 +153,7 @@ class DiT(nn.Module):
         depth, heads, width = config.shape
         dim, patch, outputs = heads * width, config.patch_size, channels * (1 + learned_sigma)
         self.channels, self.patch, self.shared, self.freq_shift = channels, patch, shared, freq_shift
-        self.pos_embed = PatchEmbed(channels, dim, patch, side)
+        self.pos_embed = PatchEmbed(channels, dim, patch, config.position_side or side, config.position_width)
         embs = [Condition(dim, classes)] * depth if shared else [Condition(dim, classes) for _ in range(depth)]
         blocks = [DiTBlock(dim, heads, context_dim, norm_eps, emb, config.qk_norm) for emb in embs]
         self.transformer_blocks = nn.ModuleList(blocks)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from tinydiff.networks.growth import Growth, times
 from tinydiff.networks.network import HIDDEN, SIDE, WIDTH, Array, Denoiser, Table
 from tinydiff.schema import Key, key
 
@@ -24,6 +25,12 @@ class DiT:
     num_attention_heads: int = key(6, "attention heads", 1, 256)
     attention_head_dim: int = key(64, "width of each head", 1, 1024)
     qk_norm: bool = key(False, "normalise queries and keys of attention", own=True)
+    position_side: int = key(
+        0, "latents a side that positions are of, at any size; 0: those trained on", 0, 2**14, own=True
+    )
+    position_width: int = key(
+        0, "width that positions have, repeated to that of the tokens; 0: theirs", 0, 2**16, own=True
+    )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -38,6 +45,7 @@ class DiTNetwork(Denoiser):
     module = "tinydiff.models.dit:DiT"
     library = ("diffusers", "DiTTransformer2DModel")
     outputs = (1, 2)  # a learned variance too
+    grows = dict.fromkeys(("layers", "widths", "resolution"), ("qk_norm", "position_side", "position_width"))
     reads = ("clip", "t5", "bert", "class")
     pipelines = {"class": "DiTPipeline"}
     no_form = "a DiT that reads text"
@@ -58,6 +66,8 @@ class DiTNetwork(Denoiser):
     def misfits(self, table: Table) -> Iterator[str]:
         if table["num_attention_heads"] * table["attention_head_dim"] % 4:
             yield "attention_head_dim: heads times their width must be a multiple of 4, for the 2-D sinusoidal positions"
+        width = table["num_attention_heads"] * table["attention_head_dim"]
+        yield from misplaced(table.get("position_width", 0), width)
         if (side := table["sample_size"]) % table["patch_size"]:
             yield f"patch_size: {table['patch_size']} does not divide sample_size {side}"
 
@@ -107,8 +117,32 @@ class DiTNetwork(Denoiser):
         own = {f.name for f in fields(DiT) if f.metadata["own"]}
         return replace(settings, **{k: v for k, v in table.items() if k in own})
 
+    def grown(self, cfg: Config, to: Growth) -> DiT:
+        """Heads keep their width, and tokens the positions that they had."""
+        s: DiT = cfg.network
+        layers, heads, head = s.shape
+        width, side = s.position_width or heads * head, s.position_side or cfg.latents["sample_size"]
+        return replace(
+            s,
+            size="custom",
+            num_layers=to.layers or layers,
+            num_attention_heads=sum(to.each) // head or heads,
+            attention_head_dim=head,
+            position_side=side if to.resolution else s.position_side,
+            position_width=width if to.each else s.position_width,
+        )
+
+    def ungrown(self, cfg: Config, to: Growth) -> Iterator[str]:
+        yield from super().ungrown(cfg, to)
+        layers, heads, head = cfg.network.shape
+        if to.layers and to.layers <= layers:
+            yield f"layers {to.layers} are no more than the {layers} of dit.num_layers"
+        if to.each and (len(to.each) > 1 or not times(sum(to.each), heads * head)):
+            yield f"widths {[*to.each]} are not twice, 4 times, ... dit.num_attention_heads × attention_head_dim, {heads * head}"
+
     def conflicts(self, cfg: Config) -> Iterator[str]:
         s: DiT = cfg.network
+        yield from misplaced(s.position_width, s.shape[1] * s.shape[2])
         _, heads, width = s.shape
         if s.patch_size not in (2, 4, 8):
             yield f"patch_size: {s.patch_size} is none of 2, 4, 8"
@@ -116,6 +150,12 @@ class DiTNetwork(Denoiser):
             yield f"patch_size: {s.patch_size} does not divide the latents' side {cfg.latents['sample_size']}"
         if heads * width % 4:
             yield f"attention_head_dim: {heads} heads × {width} must be a multiple of 4, for the 2-D sinusoidal positions"
+
+
+def misplaced(positions: int, width: int) -> Iterator[str]:
+    """Why tokens of a width cannot have positions of another, where it is not 0."""
+    if positions and (positions % 4 or width % positions):
+        yield f"position_width: {positions} is no multiple of 4 that divides the width of tokens, {width}"
 
 
 def is_shared(tensors: Mapping[str, Any]) -> bool:

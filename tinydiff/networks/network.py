@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, get_type_hints
 
+from tinydiff.networks.growth import Growth
 from tinydiff.schema import Key, brief
 
 if TYPE_CHECKING:
@@ -256,6 +257,9 @@ class Denoiser(Network):
     pipelines: ClassVar[dict[str, str]] = {}  # kind of text encoder -> the pipeline of diffusers for both
     no_form = "diffusers has no such denoiser"  # why none does with the other kinds
     controlled = False  # whether a control network goes with it
+    grows: ClassVar[
+        dict[str, tuple[str, ...]]
+    ] = {}  # what of a `Growth`, and the unusual settings that do not change it
 
     def describe(self, cfg: Config, widths: Mapping[str, int]) -> dict[str, Any]:
         """The table of the network that a configuration asks for; `widths`: the size of a vector of each text output."""
@@ -276,6 +280,23 @@ class Denoiser(Network):
             return OURS, f"diffusers' {self.library[1]} has no {', '.join(own)}"
         name = self.pipelines.get(cfg.text_encoder.kind)
         return (name, "") if name else (OURS, self.no_form)
+
+    def grown(self, cfg: Config, to: Growth) -> Any:
+        """The settings of a larger network that does the same, where `ungrown` says nothing against it."""
+        raise NotImplementedError
+
+    def ungrown(self, cfg: Config, to: Growth) -> Iterator[str]:
+        """Why a configuration's network cannot grow so: what is no more than it was, or would not stay the same."""
+        changed, which = self.unusual(cfg.network), [*to.parts]
+        yield from () if which else ("says nothing that grows: give layers, widths, resolution or attention",)
+        old = cfg.data.resolution
+        if to.resolution and to.resolution <= old:
+            yield f"resolution {to.resolution} is no more than the {old} of data.resolution"
+        for part in which:
+            if other := [f"{cfg.denoiser.kind}.{key}" for key in changed if key not in self.grows.get(part, ())]:
+                yield f"{part}: not with {', '.join(other)}, which would not stay the same; leave one out"
+            if part not in self.grows:
+                yield f"{part}: denoiser.kind {cfg.denoiser.kind} has none that grow"
 
     def conditions(self, table: Table) -> dict[str, Array]:
         """What it is told besides latent and noise level."""

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from tinydiff.networks.growth import Growth, times
 from tinydiff.networks.network import (
     HIDDEN,
     OURS,
@@ -173,6 +174,7 @@ def of_guidance(width: int) -> Callable[[Canvas], list[float]]:
 
 class UNetNetwork(Denoiser):
     single_file = controlled = True
+    grows = dict.fromkeys(("layers", "widths", "resolution", "attention"), ("qk_norm",))
     name = folder = "unet"
     doc = "the U-Net, where denoiser.kind is unet"
     settings = UNet
@@ -314,6 +316,35 @@ class UNetNetwork(Denoiser):
 
     def conflicts(self, cfg: Config) -> Iterator[str]:
         yield from self.misfits(asdict(cfg.network))
+
+    def grown(self, cfg: Config, to: Growth) -> UNet:
+        """Heads keep their width, so that there are more of them where the levels are wider."""
+        s: UNet = cfg.network
+        more = times(to.each[0], s.block_out_channels[0]) if to.each else 1
+        heads = [
+            n * more
+            for n in (s.attention_head_dim if isinstance(s.attention_head_dim, tuple) else [s.attention_head_dim])
+        ]
+        kinds = [CROSS if i in to.attention else kind for i, kind in enumerate(s.down_block_types)]
+        return replace(
+            s,
+            layers_per_block=to.layers or s.layers_per_block,
+            block_out_channels=to.each or s.block_out_channels,
+            attention_head_dim=tuple(heads) if isinstance(s.attention_head_dim, tuple) else heads[0],
+            down_block_types=tuple(kinds),
+        )
+
+    def ungrown(self, cfg: Config, to: Growth) -> Iterator[str]:
+        yield from super().ungrown(cfg, to)
+        s: UNet = cfg.network
+        widths, has = s.block_out_channels, {i for i, kind in enumerate(s.down_block_types) if kind == CROSS}
+        if to.layers and to.layers <= s.layers_per_block:
+            yield f"layers {to.layers} are no more than the {s.layers_per_block} of unet.layers_per_block"
+        ratios = {times(new, old) for new, old in zip(to.each, widths, strict=False)}
+        if to.each and (len(to.each) != len(widths) or len(ratios) > 1 or 0 in ratios):
+            yield f"widths {[*to.each]} are not twice, 4 times, ... all of unet.block_out_channels {[*widths]}"
+        if to.attention and not has < {*to.attention} <= {*range(len(widths))}:
+            yield f"attention {[*to.attention]} is not more than the levels of unet.down_block_types that have it, {sorted(has)}"
 
     def misfits(self, table: Table) -> Iterator[str]:
         s = pick(UNet, table)

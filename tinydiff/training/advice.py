@@ -88,7 +88,7 @@ def _unused(cfg: config.Config) -> Iterator[tuple[list[str], str]]:
     if cfg.data.max_aspect_ratio <= 1:
         rules.append(([key for key in changed if key == "data.bucket_step"], "data.max_aspect_ratio is 1"))
     if kind == "dit" and cfg.network.size != "custom":
-        own = [key for key in _changed("dit", cfg, usual) if key.split(".")[1] not in ("size", "patch_size")]
+        own = _named(_changed("dit", cfg, usual), ("num_layers", "num_attention_heads", "attention_head_dim"))
         rules.append((own, f"dit.size is {cfg.network.size}; custom reads them"))
     yield from ((keys, reason) for keys, reason in (*rules, *_of_stages(cfg, usual)) if keys)
 

@@ -30,7 +30,7 @@ from tinydiff.progress import Progress
 from tinydiff.schema import to_toml
 from tinydiff.stages import trained
 from tinydiff.start import source_of
-from tinydiff.training import advice, claim, state
+from tinydiff.training import advice, claim, grow, state
 from tinydiff.training.budget import Budget
 from tinydiff.training.metrics import Metrics, writer
 from tinydiff.training.optim import clip, learning_rate
@@ -93,11 +93,12 @@ def run(
         ):
             runtime.say(f"note: {line}")
         for name, row in trained(cfg.train).items():
-            with enough_memory(cfg, name):
-                task = imported(row.task)(this)
-                stage(this, task)
-            if task.publishes:
-                made, publishers[task.publishes] = run_dir / task.publishes, task
+            for _ in grow.parts(this, name):
+                with enough_memory(cfg, name):
+                    task = imported(row.task)(this)
+                    stage(this, task)
+                if task.publishes:
+                    made, publishers[task.publishes] = run_dir / task.publishes, task
             if name == last:
                 break
         for task in publishers.values():
@@ -134,7 +135,8 @@ def drawable(cfg: config.Config, model: folder.Model) -> None:
 
 
 def stage(run: Run, task: Task) -> None:
-    """Run one task from its newest checkpoint to its last step; its players are left with their averaged weights."""
+    """Run one task from its newest checkpoint to its last step, or to that at which its network is to grow; its players are
+    left with their averaged weights."""
     world, cfg = run.world, task.settings
     task.rows = claim.split(world.rows(cfg.batch_size, divided(run, task)), task.name, cfg, task.whole, world)
     for player in task.players.values():
@@ -142,14 +144,14 @@ def stage(run: Run, task: Task) -> None:
         player.network = spread(player.network, player.parts, world, run.runtime.cfg, run.runtime.dtype)
     training = Training([Learner.of(k, each.module, each.settings, world) for k, each in task.players.items()])
     start, skipped = resume(run, task, training)
-    if start < task.settings.steps:
+    if start < (run.until or task.settings.steps):
         with world.first() as first:
             if first:
                 state.make_room(run.checkpoints, training)
                 run.claim.write()
         with contextlib.closing(Saver()) as saver:
             train(run, task, training, saver, start, skipped)
-    if task.looks.keeps:
+    if task.looks.keeps and not run.until:
         best = Path(world.share(str(result(run, task) if world.rank == 0 else "")))
         if best.name != f"{task.name}-{max(start, task.settings.steps):08d}":
             state.load(best, training)
@@ -196,8 +198,11 @@ def resume(run: Run, task: Task, training: Training) -> tuple[int, int]:
     world, say = run.world, run.runtime.say
     newest = state.newest(run.checkpoints, task.name, say, run.strict) if world.rank == 0 else None
     path = world.share(str(newest or ""))
-    saved = state.load(Path(path), training) if path else {}
-    task.looks = Looks(run, task.name, task.best, saved.get("best"))
+    change = grow.change(run, task.name, Path(path), training) if path else None
+    saved = state.load(Path(path), training, change) if path else {}
+    task.looks = Looks(
+        run, task.name, task.best, None if change else saved.get("best")
+    )  # a smaller one is not compared
     if not path:
         if task.name in logged(run.dir):
             say(f"{task.name}: no checkpoint yet, beginning at step 0 again")
@@ -214,11 +219,13 @@ def train(run: Run, task: Task, training: Training, saver: Saver, start: int, sk
     """The updates from `start` on, and what happens between them: metrics, pictures, checkpoints, signals."""
     world, own, board, size = run.world, run.runtime.cfg, run.runtime.cfg.tensorboard, task.settings.batch_size
     log = Metrics(run.dir, task.name, start, size, board) if world.rank == 0 else None
+    if log and (what := grow.told(run, task.name, start)):
+        log.grown(start + 1, what)
+        run.runtime.say(f"{task.name}: grown after step {start}: {what}")
     bar, save = Progress(task.name, task.settings.steps, start), partial(commit, run, task, training, saver)
     pace = run.budget.pace(task.name, task.settings, start)
-    for n, batch in Ahead(
-        partial(parts_of, task), range(start, sys.maxsize if pace else task.settings.steps), own.timeout
-    ):
+    end = sys.maxsize if pace else run.until or task.settings.steps
+    for n, batch in Ahead(partial(parts_of, task), range(start, end), own.timeout):
         if pace:
             pace.follow(run, task, training, n)
         cfg = task.settings
@@ -237,7 +244,7 @@ def train(run: Run, task: Task, training: Training, saver: Saver, start: int, sk
         if looked := last or (n + 1) % cfg.sample_every == 0:
             saver.settle()
             better = look(run, task, training, n + 1, log)
-        if last or (n + 1) % cfg.save_every == 0 or done.caught or better:
+        if last or n + 1 == end or (n + 1) % cfg.save_every == 0 or done.caught or better:
             save(n + 1, skipped)
         saver.check()
         if done.caught and not last:

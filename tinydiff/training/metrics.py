@@ -1,7 +1,8 @@
 """What training measures, for programs to read: `metrics.jsonl`, and TensorBoard's files where they are asked for.
 
-A line of `metrics.jsonl` is a JSON object with "stage" and "step". There are three kinds: measurements of every tenth
-update, those taken with pictures, and updates that were left out. It knows no model and not how a report shows them.
+A line of `metrics.jsonl` is a JSON object with "stage" and "step". There are four kinds: measurements of every tenth
+update, those taken with pictures, updates that were left out, and the first ones of a network that has grown. It knows no
+model and not how a report shows them.
 """
 
 from __future__ import annotations
@@ -51,6 +52,10 @@ class Metrics:
     def skipped(self, n: int, reason: str, samples: list[str]) -> None:
         """Update `n` was left out, and what was in its batch."""
         self.append({"stage": self.stage, "step": n, "skipped": reason, "samples": samples})
+
+    def grown(self, n: int, what: str) -> None:
+        """The network is larger from update `n` on, and what of it."""
+        self.append({"stage": self.stage, "step": n, "grown": what})
 
     def look(self, n: int, values: dict[str, float], path: Path) -> None:
         """What was measured at pictures after `n` updates, perhaps nothing, and the PNG file of their grid."""

@@ -30,6 +30,8 @@ class Run:
     data: Images
     held: Held | None = None
     model: Model
+    growths = 0  # how many of `train.grow` the denoiser has had
+    until: int | None = None  # the step at which it has the next; None where it has none
 
     def __init__(
         self,

@@ -120,7 +120,9 @@ class Training:
         return restore
 
 
-Snapshot = dict[str, dict[str, Tensor]]  # {kind: {name: block}}
+Tensors = dict[str, Tensor]
+Change = Callable[[str, Tensors], Tensors]  # of a kind: the tensors of another network, whole, made of a checkpoint's
+Snapshot = dict[str, Tensors]  # {kind: {name: block}}
 Places = Mapping[str, tuple[Sequence[int], Sequence[int]]]  # {name: (shape of the whole, offset of the block)}
 
 
@@ -257,31 +259,31 @@ def read(path: Path) -> dict[str, Any]:
     return state
 
 
-def load(path: Path, training: Training) -> dict[str, Any]:
+def load(path: Path, training: Training, change: Change | None = None) -> dict[str, Any]:
     """A checkpoint into the very objects that `save` took, whoever held what when it was written; returns its state.
 
-    Raises ModelError naming what differs where it is of other networks.
+    With a `change` it is of a smaller network. Raises ModelError naming what differs where it is of other networks.
     """
     state = read(path)
     for kind in KINDS[:2]:
-        stored, blocks = Blocks(path, kind), training.tensors(kind)
+        stored, blocks = Blocks(path, kind, change), training.tensors(kind)
         stored.check({piece.name: piece.shape for piece in training.pieces})
         for piece in training.pieces:
             stored.fill(piece.name, blocks[piece.name], piece.offset)
-    load_moments(path, training, state["updates"])
-    stored, buffers = Blocks(path, "buffers"), training.tensors("buffers")
+    load_moments(path, training, state["updates"], change)
+    stored, buffers = Blocks(path, "buffers", change), training.tensors("buffers")
     stored.check({name: tuple(buffer.shape) for name, buffer in buffers.items()})
     for name, buffer in buffers.items():
         stored.fill(name, buffer, (0,) * buffer.ndim)
     return state
 
 
-def load_moments(path: Path, training: Training, updates: dict[str, int]) -> None:
+def load_moments(path: Path, training: Training, updates: dict[str, int], change: Change | None = None) -> None:
     """The moments after each player's updates, of the same parameters, which are ours; of some if it has made any.
 
     Parameters that no loss has reached have none.
     """
-    stored = {kind: Blocks(path, kind) for kind in MOMENTS}
+    stored = {kind: Blocks(path, kind, change) for kind in MOMENTS}
     reached = {name for blocks in stored.values() for name in blocks.shapes}
     kept = {piece.name: moments(each.optimizer, piece.tensor) for each in training.learners for piece in each.pieces}
     for kind, blocks in stored.items():
@@ -299,9 +301,10 @@ def load_moments(path: Path, training: Training, updates: dict[str, int]) -> Non
 
 
 class Blocks:
-    """One kind of a checkpoint's tensors: for each name its blocks, mapped, with their places in the whole."""
+    """One kind of a checkpoint's tensors, as they are or after a `change`: for each name its blocks with their places in the
+    whole."""
 
-    def __init__(self, folder: Path, kind: str):
+    def __init__(self, folder: Path, kind: str, change: Change | None = None):
         state = read(folder)
         prefix = f"{state['stage']}." if state["format"] == OLDER else ""
         self.path, self.shapes = folder, dict[str, tuple[int, ...]]()
@@ -312,6 +315,10 @@ class Blocks:
                 shape, offset = places.get(name, (tensor.shape, [0] * tensor.ndim))
                 self.shapes[prefix + name] = tuple(shape)
                 self.blocks.setdefault(prefix + name, []).append((offset, tensor))
+        if change:
+            changed = change(kind, dict(self.whole()))
+            self.shapes = {name: tuple(tensor.shape) for name, tensor in changed.items()}
+            self.blocks = {name: [((0,) * tensor.ndim, tensor)] for name, tensor in changed.items()}
 
     def check(self, ours: Mapping[str, tuple[int, ...]]) -> None:
         """ModelError with the names and shapes that differ."""

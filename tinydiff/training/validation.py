@@ -65,7 +65,7 @@ class Held:
 
 def held_out(run: Run) -> Held | None:
     """The images that the configuration keeps to measure on, or None. Raises DataError where all are trained on."""
-    data, own = run.cfg.data, run.data
+    data, own = run.data.data, run.data
     if data.path == "shapes" and not data.validation:  # as many as there may be: others are drawn
         count = min(MOST, round(data.held_out * data.samples))
         other = replace(data, samples=count, flip=False)
