@@ -19,19 +19,15 @@ from pathlib import Path
 
 from PIL import Image
 
+HOME = Path(__file__).resolve().parents[1]
 COUNT, SIDE, LEAST = 200, 128, 40  # pictures, their pixels, and those that a stamp must have
 DRAWN = {"sampler": "deis", "steps": 10, "cfg_scale": 2.5, "spacing": "log_snr"}
 USUAL = {"batch_size": 16, "warmup": 20, "ema": 0.99, "sample_every": 10**6, "save_every": 10**6}
-LAYERS = "to_q, to_k, to_v, to_out.0, conv1, conv2"
 RUNS = {  # name: what it begins with, its stage, and keys of that
     "tuned": (["--from", "emoji"], "denoiser", {"steps": 600, "lr": 6e-4}),
-    "lora": (
-        ["--from", "emoji", "--adapter", "lora"],
-        "lora",
-        {"steps": 1500, "lr": 1.5e-3, "alpha": 64, "text_encoder": "true", "targets": LAYERS},
-    ),
+    "lora": (["--from", "emoji", "--adapter", "lora"], "lora", {}),  # as it is by default
     "nothing": (
-        ["weights/emoji/tinydiff.toml", "--set", "autoencoder.path=weights/emoji"],
+        [f"{HOME}/weights/emoji/tinydiff.toml", "--set", f"autoencoder.path={HOME}/weights/emoji"],
         "denoiser",
         {"steps": 310, "optimizer": "muon", "lr": 2.5e-3},  # the default recipe; as long as `tuned`
     ),
@@ -59,13 +55,12 @@ def stamps(place: Path, out: Path) -> None:
     (out / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def tinydiff(*words: object) -> tuple[str, float]:
-    """What the command prints, and the processor's seconds that it takes."""
+def tinydiff(folder: Path, *words: object) -> tuple[str, float]:
+    """What the command prints in a folder, where no tinydiff.toml says more, and the processor's seconds that it takes."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tinydiff", *map(str, words)], env=env, stdout=subprocess.PIPE, text=True, check=True
-    )
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HOME)}
+    command = [sys.executable, "-m", "tinydiff", *map(str, words)]
+    done = subprocess.run(command, env=env, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
     return done.stdout, resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
 
 
@@ -75,7 +70,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", choices=RUNS, nargs="*", default=[*RUNS])
     arguments = parser.parse_args()
-    data = arguments.folder / "stamps"
+    folder = arguments.folder.resolve()
+    data = folder / "stamps"
     stamps(arguments.stamps, data)
     common = {"data.path": data, "data.resolution": SIDE, "data.held_out": 0, "train.threads": 1}
     common |= {"train.validation_samples": 0, "train.autoencoder.steps": 0, "train.distill.steps": 0}
@@ -86,14 +82,11 @@ def main() -> None:
         begin, stage, own = RUNS[name]
         keys = common | {f"train.{stage}.{key}": value for key, value in (USUAL | own).items()}
         sets = [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
-        run, seconds = tinydiff("train", *begin, "--run-dir", arguments.folder / name, *sets)
+        run, seconds = tinydiff(folder, "train", *begin, "--run-dir", folder / name, *sets)
         model = Path(run.strip())
         size = sum(path.stat().st_size for path in model.rglob("*.safetensors"))
-        if stage == "lora":
-            merged = arguments.folder / "merged"
-            tinydiff("export", "emoji", "--lora", model, "--format", "folder", "-o", merged, "--force")
-            model = merged
-        told, _ = tinydiff("evaluate", model, "--data", data, "--count", COUNT, "--features", "none", *drawn, "--json")
+        asked = ("--data", data, "--count", COUNT, "--features", "none", *drawn, "--json")
+        told, _ = tinydiff(folder, "evaluate", model, *asked)
         score = json.loads(told)
         print(
             f"{name:<9} {seconds:7.0f}  {size:<10}  {score['nearest_top1']:7.1%}  {score['nearest_top5']:10.1%}",

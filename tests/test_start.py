@@ -14,7 +14,7 @@ from runs import digests, said, sha256
 from tensors import noise, same
 from tiny_stable_diffusion import tiny
 
-from tinydiff import config, start
+from tinydiff import cli, config, start
 from tinydiff.backends import find_model
 from tinydiff.backends.pytorch import TorchBackend
 from tinydiff.checkpoints import folder, single_file
@@ -24,6 +24,7 @@ from tinydiff.diffusion.schedules import SCHEDULES
 from tinydiff.errors import ModelError, UsageError
 from tinydiff.files import read_json
 from tinydiff.schema import to_toml
+from tinydiff.stages import LoraStage
 from tinydiff.training import loop
 from tinydiff.training.start import described
 
@@ -113,6 +114,46 @@ def test_what_a_file_says_goes_before_what_nobody_has_to_say(base_of, tmp_path):
     assert (cfg.data.resolution, cfg.train.stage("denoiser").lr, cfg.generate.steps) == (32, 0.5, 7)
     (tmp_path / "b.toml").write_text(to_toml(cfg))
     assert config.load(tmp_path / "b.toml", model=start.tables) == cfg == config.load(tmp_path / "b.toml", stored=True)
+
+
+def test_of_a_small_model_more_layers_are_changed_and_more(base_of, monkeypatch):
+    def asked(*more: str) -> LoraStage:
+        return config.load(
+            None, [f"train.base={base_of('run')}", "train.adapter=lora", *more], model=start.tables
+        ).train.stage("lora")
+
+    own = asked()
+    assert {key: getattr(own, key) for key in start.CHANGED} == start.CHANGED and own.text_encoder
+    assert asked("train.lora.alpha=3", "train.lora.text_encoder=false").alpha == 3
+    monkeypatch.setattr(start, "SMALL", 10**4)
+    plain = asked()
+    assert plain == config.make().train.stage("lora") and plain.alpha == plain.rank and "conv" not in plain.targets
+
+
+def test_what_a_run_does_not_read_is_not_printed(base_of, tmp_path, capsys):
+    given = ["train", "--dry-run", "--from", str(base_of("run"))]
+    for more, left in (
+        ([], ["train.denoiser", "train.distill", "unet"]),
+        (["--adapter", "word"], ["train.word", "unet"]),
+    ):
+        cli.app([*given, *more], standalone_mode=False)
+        text = capsys.readouterr().out
+        stages = {
+            "train.autoencoder",
+            "train.contrastive",
+            "train.denoiser",
+            "train.distill",
+            "train.lora",
+            "train.control",
+        }
+        tables = {line.split("]")[0][1:] for line in text.splitlines() if line.startswith("[")}
+        assert tables & (stages | {"train.word", "unet", "dit"}) == {*left}
+        (tmp_path / "c.toml").write_text(text)
+        again = config.load(tmp_path / "c.toml", model=start.tables)
+        assert to_toml(again, config.unread(again)) == text
+        cli.app(["inspect", str(tmp_path / "c.toml")], standalone_mode=False)
+        assert capsys.readouterr().out.startswith(text.rstrip())
+    assert not config.unread(config.make()) and "[train.lora]" in to_toml(config.make())
 
 
 # ---- what a run makes of it -------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from tinydiff.adapters import lora
 from tinydiff.checkpoints import folder
 from tinydiff.checkpoints.header import header
 from tinydiff.checkpoints.source import Adapter, Source
-from tinydiff.errors import UsageError
+from tinydiff.errors import ModelError, UsageError
 from tinydiff.schema import to_toml
 from tinydiff.training import loop
 from tinydiff.training.lora import Change, LoraTask
@@ -32,6 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 FILE = Path("adapter") / lora.FILE
 QUICK = ["train.threads=1", "train.precision=fp32", "train.device=cpu", "train.validation_samples=0", "data.held_out=0"]
 FEW = {"steps": 6, "batch_size": 8, "warmup": 1, "lr": 0.02, "save_every": 2, "sample_every": 100, "ema": 0.5}
+OWN = {"rank": 3, "alpha": 6, "targets": "to_q, to_k, to_v, to_out.0", "text_encoder": "false"}
 ALL = 'train.lora.targets="to_q, to_k, to_v, to_out.0, conv1, conv_shortcut, time_emb_proj, downsamplers.0.conv"'
 
 
@@ -40,7 +41,7 @@ def settings_of(tiny_model: Path, image_folder: Path) -> Callable[..., config.Co
     """A function of settings -> the configuration of a run of a few steps of changes of a tiny model."""
 
     def make(*more: str) -> config.Config:
-        few = [f"train.lora.{key}={value}" for key, value in ({"rank": 3, "alpha": 6} | FEW).items()]
+        few = [f"train.lora.{key}={value}" for key, value in (OWN | FEW).items()]
         own = [f"train.base={tiny_model}", "train.adapter=lora", f"data.path={image_folder}", "data.resolution=16"]
         return config.load(None, [*own, *QUICK, *few, *more], model=start.tables)
 
@@ -181,3 +182,37 @@ def test_other_ranks_are_another_run(trained, settings_of, tmp_path):
         loop.run(settings_of("train.lora.rank=2"), run_dir)
     state = json.loads((run_dir / "checkpoints" / "lora-00000006" / "state.json").read_text())
     assert state["task"].keys() >= {"autoencoder", "frozen_text"}
+
+
+def test_settings_of_stages_that_a_run_does_not_have_are_free(trained, settings_of, tmp_path):
+    run_dir = Path(shutil.copytree(trained()[0], tmp_path / "run"))
+    for more in (("train.denoiser.lr=0.5", "train.autoencoder.steps=3"), ("train.control.condition=colour",)):
+        assert loop.run(settings_of(*more), run_dir) == run_dir / "adapter"
+    assert digests(run_dir) == digests(trained()[0])
+
+
+def test_changes_of_other_layers_are_told_in_a_few_words(trained, settings_of, tmp_path):
+    run_dir = Path(shutil.copytree(trained()[0], tmp_path / "run"))
+    for own, says in (
+        (["train.lora.rank=2"], "112 tensors differ, such as lora.denoiser.down"),
+        ([ALL], " tensors differ"),
+    ):
+        with pytest.raises(ModelError) as caught:
+            loop.run(settings_of(*own), run_dir, accept=True)
+        assert says in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_lost_checkpoints_do_not_cost_what_was_made_of_them(trained, settings_of, tmp_path):
+    """All of them or the folder; what a kill left half-written in the first save says that there were none."""
+    for lost in ("checkpoints", "checkpoints/lora-00000006"):
+        run_dir = Path(shutil.copytree(trained()[0], tmp_path / lost / "run"))
+        for path in (run_dir / "checkpoints").iterdir() if "/" in lost else [run_dir / lost]:
+            shutil.rmtree(path)
+        with pytest.raises(ModelError, match="run/adapter: made of checkpoints that are gone from .*; put them back"):
+            loop.run(settings_of(), run_dir)
+        assert sha256(run_dir, [run_dir / FILE]) == sha256(trained()[0], [trained()[0] / FILE])
+    assert loop.run(settings_of(), run_dir, accept=True)
+    assert digests(run_dir) == digests(trained()[0])
+    shutil.rmtree(run_dir / "checkpoints")
+    (run_dir / "checkpoints" / ".tmp-tinydiff-0123456789abcdef").mkdir(parents=True)
+    assert loop.run(settings_of(), run_dir) == run_dir / "adapter"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,8 @@ from tinydiff import config, start
 from tinydiff.checkpoints import folder
 from tinydiff.checkpoints.header import header
 from tinydiff.checkpoints.source import Source
-from tinydiff.errors import UsageError
+from tinydiff.data.folder import FolderSource
+from tinydiff.errors import DataError, UsageError
 from tinydiff.schema import to_toml
 from tinydiff.training import loop
 from tinydiff.training.word import Taught, WordTask
@@ -125,3 +127,19 @@ def test_what_cannot_be_learnt_is_refused_before_anything_is_written(own, says, 
         loop.run(settings_of(*own), tmp_path / "run")
     assert says in str(caught.value) and len(str(caught.value).splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_images_need_no_captions(trained, settings_of, image_folder, tmp_path):
+    """Without any, or with one for some of them, the same is learnt as with all."""
+    bare, some = (tmp_path / name for name in ("bare", "some"))
+    for place in (bare, some):
+        shutil.copytree(image_folder, place, ignore=shutil.ignore_patterns("*.txt"))
+    (some / "red-square.txt").write_text("a thing")
+    for place in (bare, some):
+        loop.run(settings_of(f"data.path={place}"), place.with_suffix(".run"))
+        assert (place.with_suffix(".run") / FILE).read_bytes() == (trained()[0] / FILE).read_bytes()
+    with pytest.raises(DataError, match="have no captions"):
+        FolderSource(bare)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match="holds no images"):
+        loop.run(settings_of(f"data.path={tmp_path / 'none'}"), tmp_path / "run")

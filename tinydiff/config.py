@@ -25,7 +25,7 @@ from tinydiff.networks.growth import Growth
 from tinydiff.networks.text import TextEncoder
 from tinydiff.networks.unet import UNet
 from tinydiff.schema import brief, build, extended, key, merge, read_toml, section, set_key, to_dict
-from tinydiff.stages import ADAPTERS, CONTROL, NONE, STAGES, Stage, trained
+from tinydiff.stages import ADAPTERS, CONTROL, NONE, STAGES, Stage, possible, trained
 from tinydiff.system import shown
 
 Say = Callable[[str], object]
@@ -254,6 +254,14 @@ def modern(table: dict[str, Any], where: str, say: Say) -> dict[str, Any]:
     say(f"{where}: denoiser.{', '.join(moved)}: read as keys of [unet]; write them there")
     kept = {k: v for k, v in old.items() if k not in moved}
     return merge({"unet": moved}, table | {"denoiser": kept})
+
+
+def unread(config: Config) -> list[str]:
+    """The tables that a run which begins with a model does not read: of other kinds of denoisers, and of other stages."""
+    if not config.train.base:
+        return []
+    others = [kind for kind in DENOISERS if kind != config.denoiser.kind]
+    return others + [f"train.{name}" for name in STAGES if name not in possible(config.train)]
 
 
 def conflicts(config: Config) -> Iterator[str]:

@@ -127,7 +127,9 @@ def build(kind: type, table: Any, path: str, problems: list[str]) -> Any:
     values = {}
     for name, value in table.items():
         if name not in fields:
-            problems.append(f"{path}{shown(name)[:80]}: unknown key{nearest(name, fields)}")
+            inner = [key for key in flat(kind()) if key.endswith(f".{name}")]
+            fix = f" (there are: {', '.join(path + key for key in inner)})" if inner else nearest(name, fields)
+            problems.append(f"{path}{shown(name)[:80]}: unknown key{fix}")
         elif dataclasses.is_dataclass(hints[name]):
             default = to_dict(fields[name].default_factory())  # type: ignore[misc]
             inner = merge(default, value) if isinstance(value, dict) else value
@@ -212,14 +214,15 @@ def flat(config: Any) -> dict[str, Any]:
     return dict(walk(to_dict(config), ""))
 
 
-def to_toml(config: Any) -> str:
-    """The configuration as commented TOML; reading it gives an equal configuration."""
-    lines = ["# tinydiff configuration. Every key with its value; `--set section.key=value` changes one for a run.", ""]
-    return "\n".join([*lines, *_table(config, "")]).rstrip() + "\n"
+def to_toml(config: Any, without: Collection[str] = ()) -> str:
+    """The configuration as commented TOML; reading it gives an equal configuration, but for the tables it is `without`."""
+    lines = ["# tinydiff configuration. Every key with its value; `--set section.key=value` changes one for a run."]
+    lines += [f"# Not read by this run, and left out: {', '.join(f'[{name}]' for name in without)}."] if without else []
+    return "\n".join([*lines, "", *_table(config, "", without)]).rstrip() + "\n"
 
 
-def _table(part: Any, path: str) -> Iterator[str]:
-    fields = dataclasses.fields(part)
+def _table(part: Any, path: str, without: Collection[str] = ()) -> Iterator[str]:
+    fields = [f for f in dataclasses.fields(part) if path + f.name not in without]
     nested = [f for f in fields if dataclasses.is_dataclass(getattr(part, f.name))]
     for f in (f for f in fields if f not in nested):
         choices = f.metadata["choices"]
@@ -229,7 +232,7 @@ def _table(part: Any, path: str) -> Iterator[str]:
     for f in sorted(nested, key=lambda f: names.index(f.metadata["after"] or f.name)):
         yield ""
         yield f"[{path}{f.name}]".ljust(40) + f"  # {f.metadata['doc']}"
-        yield from _table(getattr(part, f.name), f"{path}{f.name}.")
+        yield from _table(getattr(part, f.name), f"{path}{f.name}.", without)
 
 
 def _literal(value: Any) -> str:

@@ -32,6 +32,11 @@ class Stage:
     sample_every: int = key(500, "updates between pictures", 1)
 
     @property
+    def caption(self) -> str:
+        """What all images are said to show; "" where their own captions are read."""
+        return ""
+
+    @property
     def rows(self) -> int:
         """Images computed at once: of an update, and of what is computed beside it."""
         return max(1, self.batch_size // self.accumulate)
@@ -103,6 +108,11 @@ class WordStage(Stage):
     initial: str = key("", "words of the model that its vectors begin as the mean of; empty is all of them")
     prompt: str = key("a picture of {}", "the caption of every image, with the word where {} is")
     style: str = key("diffusers", "whose names the published file has", choices=WORD_STYLES)
+
+    @property
+    def caption(self) -> str:
+        """What every image is said to show, whatever its own captions are."""
+        return self.prompt.replace("{}", self.word)
 
 
 @dataclass(frozen=True)
@@ -185,6 +195,7 @@ STAGES: dict[str, Row] = {
             "with adapter lora: changes of low rank of the layers of a model",
             steps=1000,
             batch_size=16,
+            lr=1e-4,
             warmup=20,
             ema=0.99,
         ),
@@ -229,15 +240,16 @@ NONE = "none"
 ADAPTERS = tuple(name for name, row in STAGES.items() if row.adapter)
 
 
-def trained(train: Any) -> dict[str, Row]:
-    """The stages of a [train] table that have steps; the others are left out.
+def possible(train: Any) -> list[str]:
+    """The stages that a [train] table may have.
 
-    Of a run that trains an adapter there is that one alone, of one that begins with a model those that go on from it.
+    Of a run that trains an adapter that is this one alone, of one that begins with a model those that go on from it.
     """
+    if train.adapter != NONE:
+        return [train.adapter]
+    return [name for name, row in STAGES.items() if not row.adapter and (row.follows or not train.base)]
 
-    def wanted(name: str, row: Row) -> bool:
-        if row.adapter or train.adapter != NONE:
-            return name == train.adapter
-        return row.follows or not train.base
 
-    return {name: row for name, row in STAGES.items() if train.stage(name).steps and wanted(name, row)}
+def trained(train: Any) -> dict[str, Row]:
+    """Those of them that have steps; the others are left out."""
+    return {name: STAGES[name] for name in possible(train) if train.stage(name).steps}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -20,6 +21,8 @@ from tinydiff.stages import NONE
 Table = dict[str, Any]
 LEVELS = ("schedule", "num_train_timesteps", "zero_terminal_snr", "shift", "shift_side", "prediction")
 TUNED = {"steps": 1000, "batch_size": 16, "optimizer": "adamw", "lr": 2e-4, "warmup": 20, "ema": 0.99}
+SMALL = 10**8  # parameters of a U-Net, below which changes of attention alone learn too little
+CHANGED: Table = {"steps": 1500, "lr": 1.5e-3, "alpha": 64.0, "targets": "to_q, to_k, to_v, to_out.0, conv1, conv2"}
 
 
 def source_of(name: str) -> Source:
@@ -37,11 +40,20 @@ def tables(train: config.Train) -> tuple[Table, Table]:
     source = source_of(train.base)
     d = source.description
     usual: Table = {"data": {"resolution": d.size}, "generate": asdict(d.generate)}
+    if train.adapter == "lora" and is_small(source):
+        encoders = text_encoders(source.configs).values()
+        usual["train"] = {"lora": CHANGED | {"text_encoder": all(each.kind == "clip" for each in encoders)}}
     if train.adapter == NONE:
         usual["train"] = {"denoiser": TUNED}
         if d.generate.few_calls and not train.stage("distill").steps:
             del usual["generate"]  # what is learnt needs guidance and more calls again
     return usual, {**of_networks(source), "diffusion": of_levels(source)}
+
+
+def is_small(source: Source) -> bool:
+    """Whether its denoiser is a U-Net far below those of Stable Diffusion."""
+    sizes = map(math.prod, source.shapes(source.denoiser).values())
+    return DENOISERS["unet"] is network_of(source.denoiser, source.table(source.denoiser)) and sum(sizes) < SMALL
 
 
 def of_networks(source: Source) -> Table:

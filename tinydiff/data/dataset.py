@@ -50,8 +50,10 @@ class Source(Protocol):
     def report(self) -> str: ...
 
 
-def open_source(data: Data, seed: int = 0, progress: Callable[[int, int], None] | None = None) -> Source:
-    """The source that `data.path` names: the built-in shapes, tar shards, or a folder.
+def open_source(
+    data: Data, seed: int = 0, progress: Callable[[int, int], None] | None = None, caption: str = ""
+) -> Source:
+    """The source that `data.path` names: the built-in shapes, tar shards, or a folder, whose images may all have a `caption`.
 
     `progress(shards done, shards in all)` is called while shards are indexed.
     """
@@ -65,7 +67,7 @@ def open_source(data: Data, seed: int = 0, progress: Callable[[int, int], None] 
         return ShardSource(data.path, data.background, data.max_bad_fraction, progress=progress)
     from tinydiff.data.folder import FolderSource
 
-    return FolderSource(Path(data.path), data.background, data.max_bad_fraction)
+    return FolderSource(Path(data.path), data.background, data.max_bad_fraction, caption)
 
 
 def examples(source: Source, count: int = 3) -> list[str]:

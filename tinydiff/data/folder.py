@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinydiff.data.layouts import Entry, entries
+from tinydiff.data.layouts import Entry, entries, of_one
 from tinydiff.data.listing import Skips, judge, summary, walk
 from tinydiff.errors import DataError
 from tinydiff.images import open_image, read_image
@@ -25,16 +25,19 @@ BATCH = 4096  # images checked at once, to bound memory
 
 
 class FolderSource:
-    """The captioned images of a folder, ordered by name.
+    """The captioned images of a folder, ordered by name; with a `caption` all images, which have that one.
 
     `background`: the colour under transparent pixels. `skipped`: (path, reason) for everything left out. `layout`: where the
     captions are from. Raises DataError if the folder is missing, holds no captioned image, or more than `max_bad_fraction` of
     its images are bad, or where captions lie that are not read.
     """
 
-    def __init__(self, path: str | Path, background: str = "#ffffff", max_bad_fraction: float = 0.01) -> None:
+    def __init__(
+        self, path: str | Path, background: str = "#ffffff", max_bad_fraction: float = 0.01, caption: str = ""
+    ) -> None:
         self.path, self.background, skips = Path(path), background, Skips()
-        found, self.layout = entries(self.path, walk(self.path, skips), skips)
+        names = walk(self.path, skips)
+        found, self.layout = of_one(self.path, names, skips, caption) if caption else entries(self.path, names, skips)
         self._entries = self._decodable(sorted(found, key=lambda entry: entry.name), skips)
         self.skipped: list[tuple[str, str]] = sorted(skips.bad + skips.notes)
         bad = sorted(skips.bad)

@@ -70,17 +70,17 @@ class Entry(NamedTuple):
 Found = tuple[list[Entry], str]  # images with captions, and where these are from
 
 
+def of_one(root: Path, names: list[str], skips: Skips, caption: str) -> Found:
+    """Every image, under one caption. Raises DataError where there is none."""
+    return [Entry(name, (caption,)) for name in _images(root, names, skips)], f"every one captioned {shown(caption)!r}"
+
+
 def entries(root: Path, names: list[str], skips: Skips) -> Found:
     """Every image that has captions. Raises DataError if the layout is none of the three."""
     known = Names(root, names)
     if table := _metadata(root, names, skips):
         return _from_table(root, table, known, skips), f"captions from {shown(table)}"
-    images = [name for name in names if kind(name) in IMAGES]
-    if not images:
-        reasons = f" ({summary(sorted(skips.bad))})" if skips.bad else ""
-        tars = [name for name in names if kind(name) == ".tar"]
-        hint = f", or data.path to {shown(root / posixpath.dirname(tars[0]))} for the .tar shards there" if tars else ""
-        raise DataError(f"data folder {shown(root)} holds no images; put {KINDS} files there{hint}{reasons}")
+    images = _images(root, names, skips)
     sidecars, stems = _by_stem(names, SIDECARS, "{} is used", skips), set(map(stem, images))
     orphans = {key: name for key, name in sidecars.items() if key not in stems}
     if stems & sidecars.keys():
@@ -106,6 +106,17 @@ def entries(root: Path, names: list[str], skips: Skips) -> Found:
         raise DataError(f"{shown(root)}: {problem}; name them {first}.txt and so on")
     fix = f"write {first}.txt and so on, a metadata.jsonl, or sort them into subfolders"
     raise DataError(f"{shown(root)}: its {len(images)} images have no captions; {fix}")
+
+
+def _images(root: Path, names: list[str], skips: Skips) -> list[str]:
+    """The images. DataError where there are none."""
+    images = [name for name in names if kind(name) in IMAGES]
+    if not images:
+        reasons = f" ({summary(sorted(skips.bad))})" if skips.bad else ""
+        tars = [name for name in names if kind(name) == ".tar"]
+        hint = f", or data.path to {shown(root / posixpath.dirname(tars[0]))} for the .tar shards there" if tars else ""
+        raise DataError(f"data folder {shown(root)} holds no images; put {KINDS} files there{hint}{reasons}")
+    return images
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------

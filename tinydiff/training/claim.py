@@ -16,14 +16,14 @@ from tinydiff.data.dataset import Images, examples
 from tinydiff.errors import DataError, ModelError, UsageError
 from tinydiff.files import shown
 from tinydiff.schema import flat, to_toml
-from tinydiff.stages import STAGES, Stage
+from tinydiff.stages import STAGES, Stage, trained
 from tinydiff.training.parallel import World
 from tinydiff.training.runtime import Runtime
 from tinydiff.training.state import checkpoints
 from tinydiff.verified import verify
 
 CONFIG, DATA, BASE = "tinydiff.toml", "data.json", "base.json"
-FREE = (  # keys that change nothing that is learnt; those of stages ahead are free too
+FREE = (  # keys that change nothing that is learnt; those of stages ahead, or of none of the run's, are free too
     "generate.",
     *(f"train.{k}" for k in ("time", "threads", "keep", "device", "timeout", "max_skipped", "tensorboard", "parallel")),
     *(f"train.{k}" for k in ("tensor_parallel", "gradient_checkpointing", "compile")),
@@ -79,8 +79,11 @@ class Claim:
 
     def configuration(self, cfg: config.Config) -> None:
         """Refuse another configuration for a run that has begun, unless it is accepted."""
-        old, new = flat(config.load(self.dir / CONFIG, stored=True)) if self.begun else {}, flat(cfg)
-        free = (*FREE, *(f"train.{name}." for name in self.ahead), *(TIMED if cfg.train.time else ()))
+        before = config.load(self.dir / CONFIG, stored=True) if self.begun else cfg
+        old, new = flat(before) if self.begun else {}, flat(cfg)
+        ours = {*trained(before.train), *trained(cfg.train)} - {*self.ahead}
+        others = (f"train.{name}." for name in STAGES if name not in ours)
+        free = (*FREE, *others, *(TIMED if cfg.train.time else ()))
         changed = [k for k in old if new[k] != old[k] and not any(f in k for f in free)]
         if changed and not self.accept:
             what = ", ".join(f"{k} ({shown(old[k])} -> {shown(new[k])})" for k in changed[:10])

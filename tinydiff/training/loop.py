@@ -30,6 +30,7 @@ from tinydiff.progress import Progress
 from tinydiff.schema import to_toml
 from tinydiff.stages import trained
 from tinydiff.start import source_of
+from tinydiff.system import shown
 from tinydiff.training import advice, claim, grow, state
 from tinydiff.training.budget import Budget
 from tinydiff.training.metrics import Metrics, writer
@@ -73,7 +74,8 @@ def run(
             task.check(settings)
             rows = runtime.world.rows(settings.batch_size, cfg.train.tensor_parallel > 1)
             claim.split(rows, name, settings, task.whole, runtime.world)
-        this.data = Images(open_source(cfg.data, cfg.train.seed, this.progress("indexing shards")), cfg.data)
+        source = open_source(cfg.data, cfg.train.seed, this.progress("indexing shards"), this.caption)
+        this.data = Images(source, cfg.data)
         this.claim.data(this.data)
         this.held = held_out(this)
         if this.held:
@@ -83,6 +85,7 @@ def run(
                 "note: train.keep_best: of no effect, no images are held out; set data.validation or data.held_out"
             )
         if runtime.world.rank == 0:
+            nothing_lost(this)
             state.sweep(run_dir)
         this.model = started(this) if cfg.train.base else built(this)
         for part in this.model.networks.values():
@@ -108,6 +111,20 @@ def run(
     return made
 
 
+def nothing_lost(run: Run) -> None:
+    """Refuse to begin again, unless it is accepted, where that would replace a folder whose checkpoints are gone.
+
+    What a killed process left half-written says that there was no checkpoint yet.
+    """
+    publishes = {name: imported(row.task).publishes for name, row in trained(run.cfg.train).items()}
+    firsts = {place: name for name, place in reversed(publishes.items()) if place}
+    for place, name in firsts.items() if not (run.claim.accept or any(run.checkpoints.glob(".tmp-*"))) else ():
+        if (run.dir / place / "tinydiff.toml").exists() and not state.checkpoints(run.checkpoints, name):
+            problem = f"made of checkpoints that are gone from {shown(run.checkpoints)}, and training would replace it"
+            fix = "put them back, or use --accept-changes to begin again, or --fresh or another --run-dir"
+            raise ModelError(f"{shown(run.dir / place)}: {problem}; {fix}")
+
+
 def built(run: Run) -> folder.Model:
     """The model that the configuration describes, with the run's tokenizer."""
     tokenizer = run.claim.tokenizer(run.cfg, run.data, *([run.held.images] if run.held else []))
@@ -118,6 +135,7 @@ def started(run: Run) -> folder.Model:
     """The model that the run begins with, whose labels the images have, if it is of labels."""
     source = source_of(run.cfg.train.base)
     run.claim.base(source)
+    run.origin = {"model": run.cfg.train.base, **source.origin}
     model = opened(source, run.cfg)
     for labels in (row for name, row in model.tokenizers.items() if name == LABELS):
         for each in (run.data, *([run.held.images] if run.held else [])):

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 
 from tinydiff.errors import UsageError
 from tinydiff.progress import Progress
+from tinydiff.stages import trained
 from tinydiff.training.budget import Budget
 from tinydiff.training.claim import Claim
 from tinydiff.training.runtime import Interrupted, Runtime
 
 if TYPE_CHECKING:
+    from tinydiff.adapters.origin import Origin
     from tinydiff.checkpoints.folder import Model
     from tinydiff.data.dataset import Images
     from tinydiff.measure.features import Features
@@ -32,6 +34,7 @@ class Run:
     model: Model
     growths = 0  # how many of `train.grow` the denoiser has had
     until: int | None = None  # the step at which it has the next; None where it has none
+    origin: Origin  # of the model that the run begins with
 
     def __init__(
         self,
@@ -44,6 +47,11 @@ class Run:
         self.runtime, self.dir, self.strict = runtime, directory, strict
         self.claim, self.budget = Claim(runtime, directory, accept), budget or Budget(directory, runtime.config)
         self.cfg, self.world, self.checkpoints = runtime.config, runtime.world, directory / "checkpoints"
+
+    @property
+    def caption(self) -> str:
+        """What all images are said to show; "" where their own captions are read."""
+        return next((text for name in trained(self.cfg.train) if (text := self.cfg.train.stage(name).caption)), "")
 
     @cached_property
     def features(self) -> Features | None:

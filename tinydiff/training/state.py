@@ -324,8 +324,9 @@ class Blocks:
         """ModelError with the names and shapes that differ."""
         wrong = sorted(n for n in {*ours, *self.shapes} if ours.get(n) != self.shapes.get(n))
         if wrong:
-            told = ", ".join(f"{n} {self.shapes.get(n)} -> {ours.get(n)}" for n in wrong[:5])
-            raise ModelError(f"{shown(self.path)}: of another network: {told}{' ...' * (len(wrong) > 5)}; use --fresh")
+            told = ", ".join(f"{n} {self.shapes.get(n)} -> {ours.get(n)}" for n in wrong[:2])
+            count = f", {len(wrong)} tensors differ, such as {told}" if len(wrong) > 2 else f": {told}"
+            raise ModelError(f"{shown(self.path)}: of another network{count}; use --fresh")
 
     @torch.no_grad()
     def fill(self, name: str, target: Tensor, at: Sequence[int]) -> None:

@@ -76,7 +76,7 @@ def held_out(run: Run) -> Held | None:
     few = min(MOST, data.samples)  # of shapes, which are all encoded
     other = replace(data, path=data.validation, validation="", held_out=0.0, flip=False, samples=few)
     try:
-        source = open_source(other)
+        source = open_source(other, caption=run.caption)
     except DataError as error:
         raise DataError(f"data.validation: {error}") from error
     trained = {own.source.digest(i) for i in range(len(own.source))}
