@@ -1,12 +1,15 @@
 """Speed and memory as ratios against named peers, each pair run in turn, several times, in one call.
 
-    python scripts/bench.py [startup] [generate] [pipe] [unet] [train] [save] [samplers] [full] [--runs N] [--model DIR]
+    python scripts/bench.py [startup] [generate] [lora] [pipe] [unet] [train] [save] [samplers] [full] [--runs N] [--model DIR]
                             [--folder DIR] [--older DIR]
 
 startup   `tinydiff --help` against `python -c "import typer"`
 generate  `tinydiff generate` of one image, whole process, against a diffusers script with the same weights, and against
           a bare script that opens the same ONNX sessions and loops in numpy (the floor); on a machine that has never opened the
           model ("first") and on one that has, so that graphs are optimised and files verified
+lora      `tinydiff generate --lora` of one image on a bundle, whole process, against the same without: a file of rank 8 for all
+          attention at a strength that is new ("first"), and at one that it had before; with --folder also on a bundle of
+          Stable Diffusion 1.5's size, one step of 128x128 pixels (not run unless named)
 pipe      64 prompts from a pipe, against the tree of an older version (--older)
 unet      the share of a matrix product's speed at which the denoiser computes 8 images, both on one core
 train     steps of the denoiser stage through the training loop, batches and metrics included, against forward + backward +
@@ -143,6 +146,50 @@ def generate(runs: int, model: Path) -> None:
                     numbers = iter([v[i] for pair in pairs for v in pair])
                     label = f"{what}, tinydiff generate ({when}) / {name}"
                     compare(label, runs, lambda n=numbers: next(n), lambda n=numbers: next(n))
+
+
+def lora(runs: int, model: Path, full: Path | None) -> None:
+    """Time to the first image."""
+    bundles = [("shipped", model, [])]
+    if full:
+        size = ["--steps", "1", "-W", "128", "-H", "128"]
+        bundles.append(("Stable Diffusion 1.5's size", of_full_size(full)[1], size))
+    for name, bundle, more in bundles:
+        with tempfile.TemporaryDirectory() as folder:
+            file, kept = attention_lora(bundle, Path(folder, "lora.safetensors")), {"XDG_CACHE_HOME": f"{folder}/kept"}
+            command = [sys.executable, "-m", "tinydiff", "generate", "red heart", "-m", str(bundle), *more]
+            command += ["-o", f"{folder}/x.png", "--force"]
+
+            def drawn(strength: float = 0, command: list[str] = command, file: Path = file, kept: dict = kept) -> float:
+                return measure([*command, *(["--lora", f"{file}:{strength:g}"] if strength else [])], **kept)[0]
+
+            drawn(), time.sleep(2.1), drawn()  # files younger than two seconds are not remembered
+            strengths = iter(range(1, runs + 1))
+            compare(
+                f"time, generate --lora (first) / without, {name}",
+                runs,
+                lambda s=strengths: drawn(next(s) / 100),
+                drawn,
+            )
+            compare(f"time, generate --lora (later) / without, {name}", runs, lambda: drawn(0.01), drawn)
+
+
+def attention_lora(model: Path, path: Path) -> Path:
+    """A file of rank 8 that changes all attention of a model's denoiser."""
+    import numpy as np
+
+    from tinydiff.adapters import lora as files
+    from tinydiff.checkpoints.source import Source
+
+    source, rng = Source(model), np.random.default_rng(0)
+    layers = files.layers_of({source.denoiser: source.shapes(source.denoiser)})
+    ends, changes = (".to_q", ".to_k", ".to_v", ".to_out.0"), dict[str, files.LowRank]()
+    for name, (out, reads, *_) in layers.items():
+        if name.endswith(ends):
+            down, up = (rng.standard_normal(shape, np.float32) / 64 for shape in ((8, reads), (out, 8)))
+            changes[name] = files.LowRank(down, up, 8)
+    files.write(path, changes)
+    return path
 
 
 def pipe(runs: int, model: Path, older: Path) -> None:
@@ -469,8 +516,8 @@ print(resident("VmHWM") - before)
 """
 
 
-def full(runs: int, folder: Path) -> None:
-    """Stable Diffusion 1.5's size against diffusers."""
+def of_full_size(folder: Path) -> tuple[Path, Path]:
+    """A folder and a bundle of Stable Diffusion 1.5's size, with random weights."""
     from parity import build
 
     weights, graphs = folder / "sd15", folder / "sd15-onnx"
@@ -478,6 +525,12 @@ def full(runs: int, folder: Path) -> None:
         build("sd15", weights)
     if not graphs.exists():
         measure([sys.executable, "-m", "tinydiff", "export", str(weights), "-o", str(graphs)])
+    return weights, graphs
+
+
+def full(runs: int, folder: Path) -> None:
+    """Stable Diffusion 1.5's size against diffusers."""
+    weights, graphs = of_full_size(folder)
     # First, since a child's peak begins with what its parent holds.
     size = sum(p.stat().st_size for p in weights.rglob("*.safetensors"))
     said = subprocess.run([sys.executable, "-c", ACTIVATIONS, str(weights)], capture_output=True, text=True, check=True)
@@ -543,6 +596,8 @@ def main() -> None:
             startup(arguments.runs)
         elif what == "generate":
             generate(arguments.runs, model)
+        elif what == "lora":
+            lora(arguments.runs, model, arguments.folder)
         elif what == "pipe":
             pipe(
                 arguments.runs, model, arguments.older or parser.error("pipe: give the older version's tree as --older")
@@ -561,7 +616,7 @@ def main() -> None:
                 full(arguments.runs, arguments.folder or Path(temporary))
         else:
             sys.exit(
-                f"{what}: no such benchmark; there are startup, generate, pipe, unet, train, save, samplers and full"
+                f"{what}: no such benchmark; there are startup, generate, lora, pipe, unet, train, save, samplers and full"
             )
 
 

@@ -20,8 +20,10 @@ from runs import OFTEN, contents, digests, killed_often
 from safetensors.torch import load_file, save_file
 from tensors import equal, noise, randomise, same
 from test_stable_diffusion import NEGATIVE, PROMPT, draws_alike
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from tinydiff import cli, config, control, export, images, start
+from tinydiff import cli, config, control, export, images, inspect, start
 from tinydiff.backends import open_backend
 from tinydiff.checkpoints import folder, single_file
 from tinydiff.checkpoints.header import header
@@ -33,8 +35,8 @@ from tinydiff.models.unet import UNet
 from tinydiff.networks import CONTROL, DENOISERS
 from tinydiff.networks.control import IMAGE
 from tinydiff.networks.network import pick
+from tinydiff.networks.unet import CONTROLLED, residuals
 from tinydiff.networks.unet import UNet as Settings
-from tinydiff.networks.unet import residuals
 from tinydiff.pipeline import Request, generate
 from tinydiff.schema import to_toml
 from tinydiff.training import loop
@@ -340,6 +342,22 @@ def test_a_picture_of_a_batch_is_the_one_that_its_seed_gives_alone(plain, networ
     assert (np.abs(many[1].astype(int) - alone[0]) <= 1).all()
 
 
+def test_a_model_that_is_controlled_is_counted(plain, networks, tmp_path):
+    """As without, and its control network too, whose operations are those of a call."""
+    path = Path(shutil.copytree(plain, tmp_path / "model"))
+    (path / "manifest.json").unlink()
+    shutil.copytree(networks[0], path / "controlnet")
+    table = json.loads((path / "unet" / "config.json").read_text())
+    folder.write_json(path / "unet" / "config.json", table | {CONTROLLED: True})
+    told, alone = (inspect.inspect(str(each))["cost"]["networks"] for each in (path, plain))
+    assert {name: cost for name, cost in told.items() if name != "controlnet"} == alone
+    network = CONTROL.build(json.loads((networks[0] / "config.json").read_text()))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        network(noise(1, 4, 8, 8), torch.tensor(1.0), noise(1, 16, 16), noise(1, 3, 16, 16))
+    assert told["controlnet"]["flops"] == counter.get_total_flops()
+    assert told["controlnet"]["parameters"] == sum(p.numel() for p in network.parameters())
+
+
 # ---- training ---------------------------------------------------------------------------------------------------------
 
 
@@ -385,7 +403,7 @@ def test_a_run_publishes_what_is_drawn_with(trained, plain, image_folder, tmp_pa
         "--control",
         f"{trained}:edges={image_folder / 'red-square.png'}",
     )
-    assert images.read_settings(Path("out.png"))["control"][0]["image"] == "red-square.png"
+    assert images.read_settings(Path("out.png"))["control"][0]["image"] == "edges=red-square.png"
 
 
 @pytest.mark.peers
@@ -523,7 +541,14 @@ BAD: dict[str, tuple[str, type[UserError], str]] = {
     "no image": ("x", UsageError, "--control x: not understood; give FOLDER:IMAGE"),
     "ends that are turned": ("x:a.png:1:0.9,0.2", UsageError, "0 <= START < END <= 1"),
     "end above 1": ("x:a.png:1:0,2", UsageError, "0 <= START < END <= 1"),
-    "strength": ("x:a.png:11", UsageError, "a strength is at most 10"),
+    "strength": ("x:a.png:11", UsageError, "a strength is a number from 0 to 10"),
+    "no strength": ("x:a.png:nan", UsageError, "--control x:a.png:nan: a strength is a number from 0 to 10"),
+    "a strength below 0": ("x:edges=a.png:-1", UsageError, "a strength is a number from 0 to 10"),
+    "a strength with an exponent": ("x:a.png:1e3:0,1", UsageError, "a strength is a number from 0 to 10"),
+    "ends that are none": ("x:a.png:1:nan,1", UsageError, "START,END are shares of the steps"),
+    "a missing image, and no strength": ("x:none.png:nan", DataError, "none.png:nan: no such image"),
+    "weights that are NaN": ("nan:a.png", ModelError, "nan: this control network gives NaN or infinite values; copy"),
+    "weights that are infinite": ("inf:a.png", ModelError, "inf: this control network gives NaN or infinite values"),
     "missing image": ("x:none.png", DataError, "none.png: no such image; give FOLDER:IMAGE"),
     "image of another size": ("first:wide.png", UsageError, "is 24x16 and the picture 16x16; make"),
     "missing folder": ("none:a.png", ModelError, "none: no such control network; give a folder"),
@@ -550,8 +575,11 @@ def bad(plain, networks) -> Path:
         "eight": table | {"conditioning_embedding_out_channels": [16, 32, 96, 256]},
         "mixed": table,
         "int": table,
+        "nan": table,
+        "inf": table,
     }
     other = {"mixed": torch.zeros(8, 4, 3, 3), "int": torch.zeros(16, 4, 3, 3, dtype=torch.int8)}
+    other |= {name: torch.full((16, 4, 3, 3), float(name)) for name in ("nan", "inf")}
     for name, each in tables.items():
         (home / name).mkdir()
         folder.write_json(home / name / "config.json", each)
@@ -589,6 +617,14 @@ for words in {calls!r}:
         print(error.code)
 """
     assert run_without(code, "torch").split() == [str(exit_) for exit_ in asked.values()]
+
+
+def test_the_settings_say_of_what_a_control_image_is_made():
+    for text in ("edges=a.png", "colour=a.png", "luminance=a.png", "a.png", "other=a.png"):
+        maker, _, file = text.rpartition("=")
+        flag = control.parse(f"x:{f'{maker}=' if maker else ''}there/{file}:0.5")
+        made = control.Control("controlnet", np.zeros((1, 1, 3), np.uint8), flag)
+        assert made.settings["image"] == (file if maker == "other" else text)
 
 
 def test_a_control_image_is_fitted(bad, plain, monkeypatch):

@@ -234,6 +234,13 @@ def test_branches_reach_as_far_as_their_gradient() -> None:
         assert reach_of(net) == by_gradient(net, "forward", 4, 96, 8, 4) > 20
 
 
+def test_a_second_image_of_another_size_grows_with_the_first() -> None:
+    """And is no part of what the first is seen through, however far it is seen itself."""
+    net, far = stack(nn.Conv2d(4, 4, 5, padding=2)), stack(nn.Conv2d(3, 4, 9, padding=4, stride=4))
+    images = {"x": torch.empty(1, 4, 8, 8, device="meta"), "y": torch.empty(1, 3, 32, 32, device="meta")}
+    assert reach(lambda x, y: net(x) + far(y), images) == 5
+
+
 LAYERS = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(0, 3), st.integers(1, 4)), max_size=4)
 
 

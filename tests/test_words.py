@@ -22,8 +22,9 @@ from tinydiff.backends import open_backend
 from tinydiff.backends.onnx import OnnxBackend
 from tinydiff.checkpoints import folder
 from tinydiff.checkpoints.header import header
-from tinydiff.checkpoints.source import Source
+from tinydiff.checkpoints.source import Adapter, Source
 from tinydiff.condition import of_branches
+from tinydiff.errors import ModelError
 from tinydiff.pipeline import Request, generate
 from tinydiff.text.prompts import parse
 from tinydiff.text.tokenizer import Tokenizer
@@ -218,6 +219,21 @@ def test_what_is_no_word_of_the_model_is_refused(case, tmp_path):
         source = Source(model, words=(path,))
         message = refusal(lambda source=source: (source.configs, source.tokenizers))
         assert re.search(says, message), message
+
+
+def test_a_bundle_of_whole_numbers_reads_no_words(tmp_path):
+    words.write(tmp_path / "cat.safetensors", Word("<cat>", {"text_encoder": rows(3, 12)}))
+    with pytest.raises(
+        ModelError, match="weights are int8; give the model that it is of, or export that with .*--word"
+    ):
+        OnnxBackend(Source(bundle("int8"), words=(tmp_path / "cat.safetensors",)), "cpu")
+
+
+@pytest.mark.parametrize("place", [Path("/dev/null"), Path()])
+def test_what_is_there_and_no_file_is_called_so(place):
+    for source in (Source(model_dir(), words=(place,)), Source(model_dir(), adapters=(Adapter(place),))):
+        said = "a folder, and a file is wanted" if place.is_dir() else "not a regular file; give a .safetensors file"
+        assert said in refusal(lambda source=source: (source.configs, source.loras))
 
 
 def test_two_files_of_one_word_are_refused(tmp_path):

@@ -25,7 +25,7 @@ from tinydiff.diffusion.schedules import SPACINGS
 from tinydiff.endings import one_line_errors
 from tinydiff.errors import UsageError
 from tinydiff.progress import note
-from tinydiff.stages import ADAPTERS, STAGES, trained
+from tinydiff.stages import ADAPTERS, MADE, STAGES, trained
 from tinydiff.system import shown
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def train(
             others = f"this run does not train {stage}; give {' or '.join(trained(cfg.train))}"
             raise UsageError(f"--stage: {others if cfg.train.stage(stage).steps else problem}")
     if dry_run:
-        print(to_toml(cfg), end="")
+        print(to_toml(cfg, configuration.unread(cfg)), end="")
         return
     cfg.autoencoder_network.given(cfg)  # said now, where it is missing
     from tinydiff.training.memory import keep_pages
@@ -249,8 +249,9 @@ def generate(
     control: Annotated[
         list[str],
         flag(
-            "Follow an image, as this control network does; how strongly, and over which share of the steps. May be repeated.",
-            metavar="FOLDER:IMAGE[:X[:START,END]]",
+            "Follow an image, as this control network does; how strongly, and over which share of the steps. "
+            f"{'=, '.join(MADE)}= before it: what is to be made of it first. May be repeated.",
+            metavar="FOLDER:[edges=]IMAGE[:X[:START,END]]",
             parser=name,
         ),
     ] = [],  # noqa: B006
@@ -283,7 +284,8 @@ def generate(
     processes.own_device()
     adapters, controls = flags.adapters(lora, lora_dir, prompt, to or ""), flags.controls(control)
     prompt, to = flags.plain(prompt, lora_dir), to and flags.plain(to, lora_dir)
-    parts = {"vae": vae, "prediction": prediction, "adapters": adapters, "words": flags.words(word), "anew": verify}
+    model, adapters, words = flags.of_run(model, adapters, flags.words(word))
+    parts = {"vae": vae, "prediction": prediction, "adapters": adapters, "words": words, "anew": verify}
     parts |= {"controls": flags.networks(controls), "clip_skip": clip_skip}
     opened = opening(model, backend, device, precision, compiled, **parts)
     from tinydiff import drawing, reading  # imported while the graphs are being opened
@@ -306,7 +308,7 @@ def generate(
     jobs = flags.way(given) if moving else drawing.jobs(prompts, seed, count)
     mistakes = drawing.Mistakes()
     for drawn in drawing.draw(opened, jobs, negative, request, size, edit, mistakes, told):
-        drawn = replace(drawn, settings=drawn.settings | flags.named(adapters, flags.words(word)))
+        drawn = replace(drawn, settings=drawn.settings | flags.named(adapters, words))
         path = sink.write(drawn, None if no_metadata else drawn.settings)
         say_image(path, drawn, as_json)
     sink.close()
@@ -338,7 +340,14 @@ def opening(
     from tinydiff.backends import open_backend
     from tinydiff.files import again
 
-    return again(lambda: open_backend(look_up(model, **parts), backend, device, False, precision, compiled))
+    def opened() -> tuple[Source, Backend]:
+        source = look_up(model, **parts)
+        return source, open_backend(source, backend, device, False, precision, compiled)
+
+    source, result = again(opened)
+    for text in source.strangers:
+        note(text)
+    return result
 
 
 def look_up(model: str | None, **parts: Any) -> Source:
@@ -406,12 +415,14 @@ def export(
             print(text, file=sys.stderr)
 
     def write() -> list[dict[str, Any]]:
-        parts = {"vae": vae, "prediction": prediction, "adapters": flags.adapters(lora), "words": flags.words(word)}
+        base, adapters, words = flags.of_run(model, flags.adapters(lora), flags.words(word))
+        parts = {"vae": vae, "prediction": prediction, "adapters": adapters, "words": words}
         parts |= {"controls": tuple(dict.fromkeys(control)), "clip_skip": clip_skip}
-        source = look_up(model, **parts, anew=True)
+        source = look_up(base, **parts, anew=True)
         with undisturbed(source.stamps):
             source.check()
-            for text in source.description.notes if format_ == "single-file" else ():  # which holds no scheduler
+            own = source.description.notes if format_ == "single-file" else ()  # which holds no scheduler
+            for text in (*own, *source.strangers):
                 note(text)
         if format_ != "onnx":
             from tinydiff.checkpoints.convert import FORMATS
@@ -469,7 +480,8 @@ def evaluate(
     from tinydiff.measure.networks import wanted
 
     names = wanted(features)
-    opened = opening(model, backend, device, precision, compiled, anew=verify)
+    model, adapters, words = flags.of_run(model)
+    opened = opening(model, backend, device, precision, compiled, anew=verify, adapters=adapters, words=words)
     given = flags.Flags(batch_size=batch_size, steps=steps, cfg_scale=cfg_scale, sampler=sampler, spacing=spacing)
     request, size = flags.complete(opened, given)
     from tinydiff import evaluate as scoring

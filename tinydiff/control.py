@@ -4,6 +4,7 @@ strongly, and over which steps; and what the networks add to the denoiser. Of a 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ from tinydiff import images
 from tinydiff.condition import Condition
 from tinydiff.data.makers import MAKERS
 from tinydiff.diffusion.schedules import Level, Levels
-from tinydiff.errors import UsageError
-from tinydiff.files import shown
+from tinydiff.errors import ModelError, UsageError
+from tinydiff.files import RESTORE, shown
 from tinydiff.networks.control import IMAGE
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 WANTED = (
     "give FOLDER:IMAGE, FOLDER:IMAGE:STRENGTH or FOLDER:IMAGE:STRENGTH:START,END, such as canny:edges.png:0.7:0,0.5"
 )
+RANGES = "a strength is a number from 0 to 10, and START,END are shares of the steps, 0 <= START < END <= 1"
 NUMBER = r"\d+(?:\.\d+)?|\.\d+"
 FLAG = re.compile(rf"([^:]+):(.+?)(?::({NUMBER})(?::({NUMBER}),({NUMBER}))?)?")
 
@@ -48,8 +50,7 @@ def parse(text: str) -> Flag:
     network, image, *numbers = match.groups()
     flag = Flag(Path(network), Path(image), *(float(number) for number in numbers if number is not None))
     if not flag.start < flag.end <= 1 or flag.strength > 10:
-        wanted = "a strength is at most 10, and START,END are shares of the steps, 0 <= START < END <= 1"
-        raise UsageError(f"--control {shown(text)}: {wanted}")
+        raise UsageError(f"--control {shown(text)}: {RANGES}")
     return flag
 
 
@@ -64,7 +65,9 @@ class Control:
     @property
     def settings(self) -> dict[str, Any]:
         """What an image's settings say of it."""
-        return self.asked._asdict() | {"network": self.asked.network.name, "image": self.asked.image.name}
+        maker, path = made(self.asked.image)
+        image = f"{maker}={path.name}" if maker else path.name
+        return self.asked._asdict() | {"network": self.asked.network.name, "image": image}
 
     def acts(self, step: int, steps: int) -> bool:
         """Whether it does at a step, as diffusers' `control_guidance_start` and `_end` have it."""
@@ -99,14 +102,19 @@ def residuals(
 ) -> Condition:
     """What control networks add to the denoiser at a level, summed; nothing where none acts. Every row is told the image.
 
-    The step of a level that a solver asks for between two is that of the noisier one.
+    The step of a level that a solver asks for between two is that of the noisier one. Raises ModelError naming a network that
+    makes NaN or infinite values of an x without any.
     """
     steps, added = len(levels) - 1, dict[str, Any]()
     step = max(0, sum(each.t >= level.t for each in levels[:-1]) - 1)
     for control in controls:
         if control.acts(step, steps):
             given = told | {IMAGE: np.repeat(as_condition(control.image[None]), len(x), axis=0)}
-            for name, array in backend.control(control.network, x, level.t, given).items():
+            answer: dict[str, Any] = backend.control(control.network, x, level.t, given)
+            if not all(math.isfinite(abs(array).max()) for array in answer.values()) and np.isfinite(x).all():
+                problem = "this control network gives NaN or infinite values"
+                raise ModelError(f"{shown(control.asked.network)}: {problem}; {RESTORE}, or use fp32 weights")
+            for name, array in answer.items():
                 array = array * control.asked.strength
                 added[name] = added[name] + array if name in added else array
     return added

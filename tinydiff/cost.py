@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 
 from tinydiff.networks import Table, graphs, network_of
+from tinydiff.networks.unet import CONTROLLED
 
 
 def costs(configs: Mapping[str, Table], height: int, width: int, tokens: int, factor: int = 1) -> dict[str, Table]:
@@ -24,7 +25,10 @@ def costs(configs: Mapping[str, Table], height: int, width: int, tokens: int, fa
     from tinydiff.measure.cost import cost
 
     result = {}
-    for name, graph in graphs(configs).items():
+    alone = {
+        name: {k: v for k, v in table.items() if k != CONTROLLED} for name, table in configs.items()
+    }  # no additions
+    for name, graph in graphs(alone).items():
         folder = name if name in configs else name.rpartition("_")[0]
         if folder not in configs:
             continue  # what lacks its text encoder has a cost all the same

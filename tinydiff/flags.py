@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinydiff.diffusion.samplers import ETA, SAMPLERS
 from tinydiff.diffusion.schedules import SPACINGS
-from tinydiff.errors import DataError, ResourceError, UsageError
+from tinydiff.errors import DataError, ModelError, ResourceError, UsageError
 from tinydiff.progress import note
 from tinydiff.schema import nearest
 from tinydiff.system import shown
@@ -179,27 +179,52 @@ def adapters(given: Sequence[str], folder: Path | None = None, *prompts: str) ->
 
 
 def strong(text: str) -> tuple[Path, float]:
-    """ "FILE:0.8" as both; a strength of 1 where none is given. Of a folder its file of diffusers' name."""
-    from tinydiff.adapters.lora import FILE
-
+    """ "FILE:0.8" as both; a strength of 1 where none is given."""
     file, colon, tail = text.rpartition(":")
-    path, much = (
-        (Path(file), strength(f"--lora {shown(text)}", tail))
-        if colon and not Path(text).exists()
-        else (Path(text), 1.0)
-    )
-    places = (path / FILE, path / "adapter" / FILE)
-    return (next(filter(Path.is_file, places), places[0]) if path.is_dir() else path), much
+    if not colon or Path(text).exists():
+        return within(Path(text)), 1.0
+    return within(Path(file)), strength(f"--lora {shown(text)}", tail)
+
+
+def of_run(
+    model: str | None, adapters: tuple[Adapter, ...] = (), words: tuple[Path, ...] = ()
+) -> tuple[str | None, tuple[Adapter, ...], tuple[Path, ...]]:
+    """The same for a run that trained an adapter: its model, with what it made before the others."""
+    if model is None or not Path(model, "tinydiff.toml").is_file():
+        return model, adapters, words
+    from tinydiff.adapters import made
+    from tinydiff.checkpoints.source import Adapter
+
+    run = made.of_run(model)
+    if run is None or run.kind not in ("lora", "word"):
+        return model, adapters, words
+    file = within(run.path)
+    if file == run.path:
+        raise ModelError(f"{shown(model)}: has no checkpoint yet; train on")
+    note(f"{shown(model)} is the run of an adapter, read as {run.how}")
+    if run.kind == "lora":
+        return run.base, (Adapter(file), *adapters), words
+    return run.base, adapters, (file, *words)
 
 
 def words(given: Sequence[Path]) -> tuple[Path, ...]:
-    """The files of --word; of a folder, such as a run's, the one in it."""
-    folders = {
-        path: [*sorted(path.glob("*.safetensors")), *sorted(path.glob("adapter/*.safetensors"))]
-        for path in given
-        if path.is_dir()
-    }
-    return tuple(next(iter(folders.get(path, [])), path) for path in given)
+    """The files of --word."""
+    return tuple(map(within, given))
+
+
+def within(path: Path) -> Path:
+    """The file of an adapter or a word; of a folder, such as a run's, the one in it. UsageError where it holds several."""
+    from tinydiff.adapters.lora import FILE
+
+    for place in (path, path / "adapter") if path.is_dir() else ():
+        files = sorted(place.glob("*.safetensors"))
+        if len(files) > 1 and place / FILE not in files:
+            raise UsageError(
+                f"{shown(place)}: holds {', '.join(shown(each.name) for each in files[:3])}; give one of them"
+            )
+        if files:
+            return place / FILE if len(files) > 1 else files[0]
+    return path
 
 
 def strength(what: str, text: str) -> float:
@@ -233,14 +258,17 @@ def say_unused(opened: Backend, prompt: str, *others: str) -> None:
             note(f"no prompt says {shown(word)}, which was learnt; --word changes nothing without it")
 
 
-def controls(text: list[str]) -> tuple[control.Flag, ...]:
+def controls(given: list[str]) -> tuple[control.Flag, ...]:
     """What --control asks for, checked before a model is looked for: UsageError for another form, DataError for no image."""
     from tinydiff import control
 
-    flags = tuple(map(control.parse, text))
-    for flag in flags:
+    flags = tuple(map(control.parse, given))
+    for text, flag in zip(given, flags, strict=True):
         _, path = control.made(flag.image)
         if not path.exists():
+            parts = str(path).split(":")
+            if any(Path(":".join(parts[:n])).is_file() for n in range(1, len(parts))):
+                raise UsageError(f"--control {shown(text)}: {control.RANGES}")
             raise DataError(f"{shown(path)}: no such image; {control.WANTED}")
     return flags
 

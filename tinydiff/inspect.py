@@ -16,8 +16,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from tinydiff import backends, config, images
+from tinydiff.adapters import described
 from tinydiff.backends.graph import check
-from tinydiff.checkpoints import new, weights
+from tinydiff.checkpoints import control, new, weights
 from tinydiff.checkpoints.counts import counts_of, onnx_counts, safetensors_counts
 from tinydiff.checkpoints.description import Description, describe
 from tinydiff.checkpoints.header import PICKLES, Header
@@ -27,7 +28,7 @@ from tinydiff.checkpoints.source import Source
 from tinydiff.cost import costs
 from tinydiff.errors import ModelError, UsageError
 from tinydiff.files import again, read_json, shown, undisturbed
-from tinydiff.networks import VAE, denoiser_in, networks, text_encoders, tokenizer_folder
+from tinydiff.networks import CONTROL, VAE, denoiser_in, network_of, networks, text_encoders, tokenizer_folder
 from tinydiff.networks.network import OtherNetwork
 from tinydiff.pipeline import check_size
 from tinydiff.schema import to_dict
@@ -69,6 +70,10 @@ def inspect(what: str | None, width: int | None = None, height: int | None = Non
         return {"kind": "image", "path": str(path), "settings": images.read_settings(path)}
     if path.is_file() and path.suffix.lower() not in (".safetensors", *PICKLES):
         raise UsageError(f"{shown(path)}: nothing to inspect; give a model, a .toml or a generated image")
+    if told := described.told(path):
+        if width or height:
+            raise UsageError("-W, -H: only a model and a configuration have a cost; leave them out")
+        return told
     return again(lambda: model(backends.find_model(what), width, height))
 
 
@@ -124,10 +129,20 @@ def of_source(source: Source, width: int | None = None, height: int | None = Non
         "bytes": path.stat().st_size if file else sum(part["bytes"] for part in parts.values()),
         **sampling(configs, d),
         "tokenizer": tokens,
-        "cost": (counted := cost(configs, d, tokens["length"] or encoder.length, width, height, path)),
+        "cost": (counted := cost(steered(source), d, tokens["length"] or encoder.length, width, height, path)),
         "flops": flops(counted, source.denoiser),
         "generate": asdict(d.generate) if d else None,
         "notes": list(d.notes) if d else [],
+    }
+
+
+def steered(source: Source) -> Configs:
+    """The configurations of a model, with those of control networks in its folder."""
+    inside = sorted(source.path.glob(f"{CONTROL.folder}*/config.json"))
+    tables = {path.parent.name: control.table(path.parent, source.header, {}) for path in inside}
+    return {
+        **source.partial,
+        **{name: network_of(name, table).valid(table, whole=False) for name, table in tables.items()},
     }
 
 

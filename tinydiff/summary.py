@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from tinydiff import config
+from tinydiff.adapters import described
 from tinydiff.networks import TEXT_ENCODERS
 from tinydiff.schema import to_toml
 from tinydiff.system import escaped, shown
@@ -18,7 +20,10 @@ def lines(told: dict[str, Any]) -> list[str]:
     """What `inspect` told, in a few lines that are safe to print."""
     if told["kind"] == "config":
         costs = [f"# {line}" for line in cost_lines(told["cost"])] if "cost" in told else []
-        return [*to_toml(config.make(**told["config"])).splitlines(), *([""] if costs else []), *costs]
+        cfg = config.make(**told["config"])
+        return [*to_toml(cfg, config.unread(cfg)).splitlines(), *([""] if costs else []), *costs]
+    if told["kind"] in described.KINDS:
+        return table(dict(adapter_rows(told)))
     if told["kind"] == "image":
         return table({"image": told["path"]} | told["settings"])
     parts = {f"  {name}": weights_line(part) for name, part in told["components"].items()}
@@ -44,6 +49,19 @@ def lines(told: dict[str, Any]) -> list[str]:
     rows["defaults"] = ", ".join(f"{key} {value}" for key, value in (told["generate"] or {}).items())
     rows |= {f"note {i}": note for i, note in enumerate(told["notes"], 1)}
     return table({key: value for key, value in rows.items() if value})
+
+
+def adapter_rows(told: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What changes a model, or the run that made it, in two columns."""
+    for key, value in told.items():
+        if key == "made":
+            yield from adapter_rows(value or {})
+        elif key in ("bytes", "parameters"):
+            yield key, short(value, "B" if key == "bytes" else "").strip()
+        elif isinstance(value, dict):
+            yield key, ", ".join(f"{k}: {v}" for k, v in value.items())
+        elif value is not None and (key, value) != ("kind", "run"):
+            yield key.replace("_", " "), value if isinstance(value, str) else str(value)
 
 
 def format_line(told: dict[str, Any]) -> str:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from tinydiff.adapters import STYLES
+from tinydiff.adapters import STYLES, origin
+from tinydiff.adapters.origin import Origin
 from tinydiff.errors import ModelError
 from tinydiff.files import RESTORE, shown, write_file
 
@@ -230,11 +231,15 @@ def misfit(shapes: Shapes, weight: tuple[int, ...]) -> str | None:
     return None
 
 
-def write(path: Path, layers: Mapping[str, LowRank], style: str = STYLES[0], force: bool = False) -> None:
-    """Commit a file of changes by layer, in one of STYLES. UsageError where `path` exists, unless `force`."""
+def write(
+    path: Path, layers: Mapping[str, LowRank], style: str = STYLES[0], force: bool = False, base: Origin | None = None
+) -> None:
+    """Commit a file of changes by layer, in one of STYLES, that says of which model. UsageError where `path` exists, unless
+    `force`."""
     from safetensors.numpy import save
 
     tensors, metadata = WRITERS[style](layers)
+    metadata |= origin.metadata(base or {})
     tensors = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     write_file(path, ordered(save(tensors, {"format": "pt", **metadata})), force=force)
 

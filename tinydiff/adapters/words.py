@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from tinydiff.adapters import WORD_STYLES
+from tinydiff.adapters import WORD_STYLES, origin
+from tinydiff.adapters.origin import Origin
 from tinydiff.errors import ModelError
 from tinydiff.files import RESTORE, shown, write_file
 
@@ -105,7 +106,7 @@ def unpickled(path: Path) -> Word:
     return of_tensors(path, named, text)
 
 
-def write(path: Path, word: Word, style: str = "diffusers", force: bool = False) -> None:
+def write(path: Path, word: Word, style: str = "diffusers", force: bool = False, base: Origin | None = None) -> None:
     """Commit a .safetensors file as of "diffusers", or of AUTOMATIC1111's web UI ("a1111"), whose name is then the word."""
     from safetensors.numpy import save
 
@@ -113,4 +114,5 @@ def write(path: Path, word: Word, style: str = "diffusers", force: bool = False)
     towers = {folder: name for name, folder in TOWERS.items()}
     one = {word.text if style == "diffusers" else ONE: next(iter(word.vectors.values()))}
     tensors = one if len(word.vectors) == 1 else {towers[name]: rows for name, rows in word.vectors.items()}
-    write_file(path, save({name: np.ascontiguousarray(rows) for name, rows in tensors.items()}), force=force)
+    told = origin.metadata(base or {}) or None
+    write_file(path, save({name: np.ascontiguousarray(rows) for name, rows in tensors.items()}, told), force=force)

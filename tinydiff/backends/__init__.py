@@ -32,6 +32,10 @@ def find_model(name: str | None) -> Path:
     for candidate in map(present, (path, path / "model", shipped(name or SHIPPED))):
         if (candidate / "model_index.json").is_file():
             return candidate
+    if path.is_dir():
+        from tinydiff.adapters import made  # which reads configurations
+
+        made.refuse(name)
     known = ", ".join(sorted(p.parent.name for p in shipped("").glob("*/model_index.json"))) or "none"
     problem = "no model_index.json" if path.is_dir() else "no such model"
     raise ModelError(f"{shown(path)}: {problem}; give a model folder, a finished run, or a shipped model ({known})")

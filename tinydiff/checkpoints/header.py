@@ -95,7 +95,10 @@ def header(path: str | Path) -> Header:
     """A safetensors file's header. Raises ModelError, with the fix, if it is missing, damaged or of another kind."""
     path, start = Path(path), b""
     if not path.is_file():
-        raise ModelError(f"{shown(path)}: no such file; check the path")
+        there = "a folder, and a file is wanted" if path.is_dir() else "not a regular file" if path.exists() else ""
+        raise ModelError(
+            f"{shown(path)}: {f'{there}; give a .safetensors file' if there else 'no such file; check the path'}"
+        )
     try:
         with open(path, "rb") as file:
             start, length = file.read(128), path.stat().st_size

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinydiff.adapters import lora, words
+from tinydiff.adapters import lora, origin, words
 from tinydiff.adapters.lora import Lora
+from tinydiff.adapters.origin import Origin
 from tinydiff.adapters.words import Word
 from tinydiff.checkpoints import agreement, control, dit, weights
 from tinydiff.checkpoints.description import Description, describe
-from tinydiff.checkpoints.header import Header, header
+from tinydiff.checkpoints.header import NUMPY, PICKLES, Header, header
 from tinydiff.checkpoints.scheduler import PREDICTION_TYPES
 from tinydiff.errors import ModelError, UsageError
 from tinydiff.files import RESTORE, read_json, shown, stamp
@@ -401,6 +402,31 @@ class Source:
         named: Mapping[str, Any] = network_of(name, self.partial[name]).renamed(stored)  # type: ignore[arg-type]
         shapes: dict[str, tuple[int, ...]] = {k: each.shape for k, each in named.items()}
         return dit.shapes(shapes) if dit.is_published(shapes) else shapes
+
+    @cached_property
+    def origin(self) -> Origin:
+        """By what the model is known again; nothing where its weights are in no safetensors files."""
+        inside = self.inside(self.denoiser)
+        try:
+            files = [self.file] if self.file else [self.header(path) for path in self.files(self.denoiser)]
+        except ModelError:
+            return {}
+        names = {k: at.name for k, at in inside[1].places.items()} if inside else {}
+        for tensor in origin.TENSORS:
+            for file in files:
+                if (stored := names.get(tensor, tensor)) in file.tensors and file.tensors[stored].dtype in NUMPY:
+                    return origin.of_values(tensor, file.array(stored))
+        return {}
+
+    @property
+    def strangers(self) -> list[str]:
+        """Adapters that say that they were made of another model than this, a line each."""
+        files = [*(each.path for each in self.adapters), *(path for path in self.words if path.suffix not in PICKLES)]
+        told = {path: self.header(path).metadata.get(origin.KEY) for path in files}
+        told |= {path: self.partial[name].get(origin.KEY) for name, path in self.controlled.items()}
+        made = {path: origin.read(each) for path, each in told.items() if each}
+        others = [path for path, each in made.items() if origin.is_other(each, self.origin)]
+        return [f"{shown(path)} was trained on another model, {shown(made[path].get('model'))}" for path in others]
 
     def stored(self, name: str) -> Mapping[str, Tensor]:
         """The same before any change."""

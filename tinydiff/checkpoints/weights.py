@@ -38,7 +38,7 @@ def files(folder: Path) -> list[Path]:
         header(pickles[0])  # raises ModelError with the command to convert it
     bytes_alone = any(folder.parent.glob(f"*/{INT8}"))
     fix = (
-        "its graphs' weights are int8; give the model that it is of, or export that with --lora"
+        "its graphs' weights are int8; give the model that it is of, or export that with --lora or --word"
         if bytes_alone
         else "copy the whole model folder"
     )

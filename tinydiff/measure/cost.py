@@ -98,7 +98,8 @@ def activations(network: nn.Module, call: Callable[[], Any]) -> int:
 
 
 def reach(call: Callable[..., Any], inputs: Inputs, step: int = 0) -> float | None:
-    """The receptive field: rows of the first 4-D input from the first to the last that one output depends on.
+    """The receptive field: rows of the first 4-D input from the first to the last that one output depends on; others grow with
+    it.
 
     The most over all outputs away from the border; rows suffice, as kernels are square. Paths through the statistics of
     norms are not counted. Attention to keys that depend on the input is taken to see all of it: math.inf. None without
@@ -107,15 +108,17 @@ def reach(call: Callable[..., Any], inputs: Inputs, step: int = 0) -> float | No
     name = next((name for name, x in inputs.items() if x.dim() == 4), None)
     if name is None:
         return None
-    batch, channels, *sides = inputs[name].shape
+    sides = inputs[name].shape[2:]
     rows, columns = (step, step) if step else sides
     seen = rows
     while not math.isinf(seen) and 2 * seen > rows:  # until an output of every phase of strides is clear of the border
         rows *= 2
         if rows * columns > LARGEST:
             raise NotImplementedError(f"the reach of an output is more than {seen:g} rows of the image")
-        image = inputs[name].new_empty(batch, channels, rows, columns)
-        seen = rows_seen(call, {**inputs, name: image}, image)
+        images = {k: x for k, x in inputs.items() if x.dim() == 4}
+        places = {k: (rows * x.shape[2] // sides[0], columns * x.shape[3] // sides[1]) for k, x in images.items()}
+        grown = {k: x.new_empty(*x.shape[:2], *places[k]) for k, x in images.items()}
+        seen = rows_seen(call, {**inputs, **grown}, grown[name])
     return seen
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinydiff.adapters import origin
 from tinydiff.backends.pytorch import TorchBackend
 from tinydiff.checkpoints import folder
 from tinydiff.condition import Condition
@@ -89,7 +90,7 @@ class ControlTask(DenoiserTask):
         """The control network's folder, as diffusers opens it."""
         prefix = f"{self.name}.control."
         tensors = {name.removeprefix(prefix): t for name, t in Blocks(checkpoint, "average").whole()}
-        folder.save_network(path, self.table, tensors, CONTROL.file, self.cfg)
+        folder.save_network(path, self.table | {origin.KEY: self.run.origin}, tensors, CONTROL.file, self.cfg)
 
     def pictures(self, steps: int = 12) -> tuple[np.ndarray, dict[str, float]]:
         """Control images above what is drawn with them, uint8 (2 n, H, W, 3), of captions spread over the data."""

@@ -67,7 +67,7 @@ class LoraTask(DenoiserTask):
 
         changes = {k: lora.LowRank(half(k, "down"), half(k, "up"), self.settings.alpha) for k in self.layers}
         with committed(path, replace=True) as folder:
-            lora.write(folder / lora.FILE, changes, self.settings.style)
+            lora.write(folder / lora.FILE, changes, self.settings.style, base=self.run.origin)
             (folder / "tinydiff.toml").write_text(to_toml(self.cfg), encoding="utf-8")
 
 

@@ -71,7 +71,7 @@ class WordTask(DenoiserTask):
         if not tokenizers:
             raise UsageError("train.adapter: a model of classes reads no words")
         run.model = replace(run.model, tokenizers=tokenizers)
-        self.caption = settings.prompt.replace("{}", settings.word)
+        self.caption = settings.caption
         super().__init__(run)
         self.captions = [self.caption] * PICTURES  # type: ignore[misc]
 
@@ -85,5 +85,5 @@ class WordTask(DenoiserTask):
         vectors = {name: kept[f"{self.name}.{name}.{table}.rows"].numpy() for name, table in self.tables.items()}
         with committed(path, replace=True) as folder:
             word = Word(self.settings.word, vectors)
-            words.write(folder / f"{word.text}.safetensors", word, self.settings.style)
+            words.write(folder / f"{word.text}.safetensors", word, self.settings.style, base=self.run.origin)
             (folder / "tinydiff.toml").write_text(to_toml(self.cfg), encoding="utf-8")
