@@ -73,22 +73,28 @@ def trained(settings_of, tmp_path_factory) -> Callable[..., tuple[Path, LoraTask
         nn.Conv2d(4, 4, 3, stride=2, padding=1),
     ],
 )
-def test_a_change_is_that_of_its_layer_s_weight(layer):
-    """By the formula of the paper, W + alpha / rank times up @ down; nothing before the first update."""
-    change = Change(layer, 2, 3.0)
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_change_is_that_of_its_layer_s_weight(dora, layer):
+    """By the formula of the paper, W + alpha / rank times up @ down; nothing before the first update. DoRA's is PEFT's."""
+    change = Change(layer, 2, 3.0, dora)
     x = noise(3, 5, layer.in_features) if isinstance(layer, nn.Linear) else noise(2, layer.in_channels, 6, 6)
     assert change(x).abs().max() == 0 < change.down.weight.std()
-    nn.init.normal_(change.up.weight)
     with torch.no_grad():
-        before, added = layer(x), change(x)
-        low = lora.LowRank(change.down.weight.numpy(), change.up.weight.numpy(), 3.0)
+        assert torch.allclose(change.after(layer, x, layer(x)), layer(x), atol=1e-6)
+        nn.init.normal_(change.up.weight)
+        lengths = change.magnitude.mul_(1.5).numpy() if change.magnitude is not None else None
+        before, changed = layer(x), change.after(layer, x, layer(x))
+        low = lora.LowRank(change.down.weight.numpy(), change.up.weight.numpy(), 3.0, magnitude=lengths)
         layer.weight.copy_(torch.from_numpy(low.merged(layer.weight.numpy())))
-        assert torch.allclose(before + added, layer(x), atol=1e-5) and added.std() > 0.1
+        assert torch.allclose(changed, layer(x), atol=1e-5) and (changed - before).std() > 0.1
 
 
-@pytest.mark.parametrize("style", ["diffusers", "kohya"])
-def test_what_is_published_changes_the_model_as_the_run_s_own_network(style, trained, tiny_model):
-    run_dir, task = trained(f"train.lora.style={style}", "train.lora.text_encoder=true", ALL)
+@pytest.mark.parametrize(
+    ("style", "dora"), [("diffusers", False), ("kohya", False), ("diffusers", True), ("kohya", True)]
+)
+def test_what_is_published_changes_the_model_as_the_run_s_own_network(style, dora, trained, tiny_model):
+    dora_too = [f"train.lora.dora={str(dora).lower()}"]
+    run_dir, task = trained(f"train.lora.style={style}", "train.lora.text_encoder=true", ALL, *dora_too)
     source, plain = Source(tiny_model, adapters=(Adapter(run_dir / FILE),)), folder.load(Source(tiny_model))
     source.check()
     changed, x = folder.load(source), noise(2, 4, 8, 8)
@@ -141,19 +147,21 @@ def test_a_finished_run_mends_its_file(trained, settings_of, tmp_path):
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("style", ["diffusers", "kohya"])
-def test_diffusers_loads_it_and_draws_the_same(style, base, image_folder, tmp_path):
+@pytest.mark.parametrize(("style", "dora"), [("diffusers", False), ("kohya", False), ("diffusers", True)])
+def test_diffusers_loads_it_and_draws_the_same(style, dora, base, image_folder, tmp_path):
     own = [f"train.base={base}", "train.adapter=lora", f"data.path={image_folder}", "data.resolution=16", *QUICK]
     few = [f"train.lora.{key}={value}" for key, value in (FEW | {"rank": 3, "steps": 3, "alpha": 2}).items()]
-    more = [f"train.lora.style={style}", "train.lora.text_encoder=true", "generate.steps=2"]
-    path = loop.run(config.load(None, [*own, *few, *more], model=start.tables), tmp_path / "run")
+    truths = {"dora": dora, "text_encoder": not dora}  # of text encoders diffusers does not take DoRA's lengths
+    more = [f"train.lora.style={style}", *(f"train.lora.{key}={str(each).lower()}" for key, each in truths.items())]
+    path = loop.run(config.load(None, [*own, *few, *more, "generate.steps=1"], model=start.tables), tmp_path / "run")
     pipe = pipeline(base)
     plain = both(Source(base), pipe)
     plain_picture = draws_alike(Source(base), pipe, REQUEST)
     pipe.load_lora_weights(path)
     source = Source(base, adapters=(Adapter(path / lora.FILE),))
     for name, (ours, theirs) in both(source, pipe).items():
-        assert (ours - theirs).abs().max() <= 1e-4 * theirs.std() < 1e-2 * (ours - plain[name][0]).std(), name
+        assert (ours - theirs).abs().max() <= 1e-4 * theirs.std(), name
+        assert theirs.std() < 100 * (ours - plain[name][0]).std() or (dora and name == "text"), name
     assert (np.abs(draws_alike(source, pipe, REQUEST) - plain_picture) > 1).mean() > 0.3
 
 

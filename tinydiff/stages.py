@@ -89,6 +89,7 @@ class LoraStage(Stage):
     alpha: float = key(8.0, "a change is multiplied by alpha / rank", 1e-3, 1e5)
     targets: str = key("to_q, to_k, to_v, to_out.0", "ends of the names of the linear and convolution layers to change")
     text_encoder: bool = key(False, "change the text encoders too, their attention and perceptrons")
+    dora: bool = key(False, "learn how long each row of a changed matrix is apart from where it points (DoRA)")
     style: str = key("diffusers", "whose names the published file has", choices=STYLES)
 
 

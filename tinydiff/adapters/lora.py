@@ -30,6 +30,7 @@ Shapes = Mapping[str, tuple[int, ...]]  # of a network's tensors, under our name
 Blocks = Callable[[str], list[str]]  # a module of the U-Net -> what Stable Diffusion's own code calls it
 METADATA = "lora_adapter_metadata"  # diffusers' key: PEFT's settings of each network, as JSON
 FILE = "pytorch_lora_weights.safetensors"  # diffusers' name of a file in a folder
+SHORTEST = 1e-30  # so that a row of zeros stays one
 ROLES = {  # what ends a tensor's name -> what it is of a layer
     "lora_A.weight": "down",
     "lora_B.weight": "up",
@@ -100,7 +101,7 @@ class LowRank(NamedTuple):
         with np.errstate(over="ignore", invalid="ignore"):  # whoever asked for it says what became too large
             changed = weight + (up @ down).reshape(weight.shape) * np.float32(strength * self.alpha / rank)
         if self.magnitude is not None:
-            lengths = np.linalg.norm(changed.reshape(len(changed), -1), axis=1)
+            lengths = np.linalg.norm(changed.reshape(len(changed), -1), axis=1).clip(SHORTEST)
             scale = self.magnitude.reshape(-1).astype(np.float32) / lengths
             changed = changed * scale.reshape(-1, *[1] * (changed.ndim - 1))
         return changed

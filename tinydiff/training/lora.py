@@ -25,9 +25,14 @@ SHOWN = 3  # names of layers in a message
 
 
 class Change(nn.Module):
-    """What is added to the output of a linear layer or a convolution: up(down(x)) alpha / rank, nothing at first."""
+    """What is added to the output of a linear layer or a convolution: up(down(x)) alpha / rank, nothing at first.
 
-    def __init__(self, layer: Any, rank: int, alpha: float):
+    With `dora` the rows of the changed weight have lengths that learn, the layer's own at first (Liu et al. 2024, equation 5).
+    """
+
+    magnitude: nn.Parameter | None
+
+    def __init__(self, layer: Any, rank: int, alpha: float, dora: bool = False):
         super().__init__()
         self.scale = alpha / rank
         if isinstance(layer, nn.Linear):
@@ -39,9 +44,26 @@ class Change(nn.Module):
             self.up = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
         nn.init.kaiming_uniform_(self.down.weight, 5**0.5)
         nn.init.zeros_(self.up.weight)
+        self.magnitude = nn.Parameter(layer.weight.detach().flatten(1).norm(dim=1)) if dora else None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.up(self.down(x)) * self.scale
+
+    def after(self, layer: Any, x: Tensor, output: Tensor) -> Tensor:
+        """The output that the layer has with the change, from its own; (B, ..., C) or (B, C, h, w)."""
+        if self.magnitude is None:
+            return output + self(x)
+        sides = [1] * 2 * isinstance(layer, nn.Conv2d)
+        bias = 0 if layer.bias is None else layer.bias.view(-1, *sides)
+        scale = (self.magnitude / self.lengths(layer)).view(-1, *sides)
+        return (output - bias + self(x)) * scale + bias
+
+    @torch.no_grad()  # no gradient goes through them, by section 4.3 of that paper
+    def lengths(self, layer: Any) -> Tensor:
+        """The Euclidean lengths of the changed weight's rows, (C,) float32."""
+        with torch.autocast(layer.weight.device.type, enabled=False):
+            product = self.up.weight.flatten(1).float() @ self.down.weight.flatten(1).float()
+            return (layer.weight.flatten(1) + product * self.scale).norm(dim=1).clamp(min=lora.SHORTEST)
 
 
 class LoraTask(DenoiserTask):
@@ -53,19 +75,23 @@ class LoraTask(DenoiserTask):
         for name, layer in self.layers.items():
             with torch.random.fork_rng([]):
                 torch.manual_seed(int(keyed(run.cfg.train.seed, f"change of {name}").integers(2**62)))
-                layer.change = run.runtime.placed(Change(layer, settings.rank, settings.alpha))
-            layer.register_forward_hook(lambda layer, given, output: output + layer.change(given[0]))
+                layer.change = run.runtime.placed(Change(layer, settings.rank, settings.alpha, settings.dora))
+            layer.register_forward_hook(lambda layer, given, output: layer.change.after(layer, given[0], output))
         super().__init__(run)
 
     def publish(self, checkpoint: Path, path: Path) -> None:
         """A folder with one file of the averaged changes, and the configuration that they were trained with."""
         kept, denoiser = dict(Blocks(checkpoint, "average").whole()), denoiser_in(self.model.configs)
 
-        def half(name: str, which: str) -> Any:
+        def part(name: str, which: str) -> Any:
             inside = name.replace(denoiser, "denoiser", 1) if name.startswith(f"{denoiser}.") else name
-            return kept[f"{self.name}.{inside}.change.{which}.weight"].numpy()
+            return kept[f"{self.name}.{inside}.change.{which}"].numpy()
 
-        changes = {k: lora.LowRank(half(k, "down"), half(k, "up"), self.settings.alpha) for k in self.layers}
+        def change(name: str) -> lora.LowRank:
+            lengths = part(name, "magnitude") if self.settings.dora else None
+            return lora.LowRank(part(name, "down.weight"), part(name, "up.weight"), self.settings.alpha, None, lengths)
+
+        changes = {name: change(name) for name in self.layers}
         with committed(path, replace=True) as folder:
             lora.write(folder / lora.FILE, changes, self.settings.style, base=self.run.origin)
             (folder / "tinydiff.toml").write_text(to_toml(self.cfg), encoding="utf-8")
