@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tinydiff.data.captions import clean_captions, no_caption, texts_of
+from tinydiff.data.captions import clean_captions, no_caption, texts_of, under
 from tinydiff.data.folder import FolderSource
+from tinydiff.data.shards import ShardSource
 from tinydiff.data.tables import Names, rows
 from tinydiff.errors import DataError
 from tinydiff.text.labels import Labels
@@ -153,7 +155,7 @@ REFUSED = {
 def test_captions_that_are_not_read_are_named(tmp_path: Path, case: str) -> None:
     images, files, named = REFUSED[case]
     with pytest.raises(DataError) as caught:
-        FolderSource(folder(tmp_path, images, files))
+        FolderSource(folder(tmp_path, images, files), max_bad_fraction=0.01)
     assert named in str(caught.value) and "; " in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -206,6 +208,61 @@ def test_an_image_that_is_replaced_is_noticed(tmp_path: Path) -> None:
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     with pytest.raises(DataError, match=r"cat/0\.png: has changed since the start"):
         source.image(0)
+
+
+NAMED = ("img/IMG_0001 red_square.png", "img/bigBlueCircle-02.gif", "img/DSC_0003.jpg")
+
+
+def test_captions_of_file_names(tmp_path: Path) -> None:
+    """Whatever lies beside the images, of folders and of shards alike; a name without words is left out."""
+    place = folder(tmp_path, NAMED, {"img/captions.csv": "image,text\nDSC_0003.jpg,A\n", "img/DSC_0003.txt": "B"})
+    source = FolderSource(place, captions="names")
+    assert [source.captions(i) for i in range(len(source))] == [["red square"], ["big Blue Circle"]]
+    assert ("img/DSC_0003.jpg", "no words in its name") in source.skipped
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(place, ".")
+    named, plain = (
+        ShardSource(tmp_path / "a.tar", "#ffffff", 0.9, tmp_path / "i", None, c) for c in ("names", "files")
+    )
+    assert sorted(named.captions(i) for i in range(len(named))) == [["big Blue Circle"], ["red square"]]
+    assert [plain.captions(i) for i in range(len(plain))] == [["B"]]
+    for index in (tmp_path / "i").iterdir():  # the cache is cleared meanwhile
+        index.unlink()
+    named._file.cache_clear()
+    assert sorted(named.captions(i) for i in range(len(named))) == [["big Blue Circle"], ["red square"]]
+
+
+COLUMNS = {
+    "CSV": {"metadata.csv": "file_name,text,Short Title\n0.png,X,A\n1.png,Y,B\n"},
+    "lines": {"metadata.jsonl": LINES.replace("}", ', "short_title": "C"}').replace("C", "A", 1).replace('"C"', '"B"')},
+    "beside a text file": beside(".json", '{"text": "X", "short-title": "{}"}', "") | beside(".txt", "X", ""),
+    "another table": {"titles.tsv": "image\tshort title\n0.png\tA\n1.png\tB\n"} | beside(".txt", "X", ""),
+}
+
+
+@pytest.mark.parametrize("case", COLUMNS)
+def test_captions_of_a_chosen_column(tmp_path: Path, case: str) -> None:
+    place = folder(tmp_path, FLAT, COLUMNS[case])
+    source = FolderSource(place, captions="column:Short Title")
+    assert [source.captions(i) for i in range(len(source))] == [["A"], ["B"]]
+    with pytest.raises(DataError) as caught:
+        FolderSource(place, captions="column:long")
+    assert "long" in str(caught.value) and "; " in str(caught.value)
+    if case == "beside a text file":
+        with tarfile.open(tmp_path / "a.tar", "w") as tar:
+            tar.add(place, ".")
+        shards = ShardSource(tmp_path / "a.tar", index_dir=tmp_path / "index", captions="column:short title")
+        assert [shards.captions(i) for i in range(len(shards))] == [["A"], ["B"]]
+
+
+def test_tags_of_a_chosen_column_are_one_caption() -> None:
+    assert texts_of(under({"tags": ["a", "b"], "text": "x"}, "tags")) == ["a, b"]
+    assert texts_of(under({"Long": ["a", "b"], "text": "x"}, "long")) == ["a", "b"]
+
+
+def test_a_folder_of_a_weight_names_its_images(tmp_path: Path) -> None:
+    place = folder(tmp_path, FLAT, {}).rename(tmp_path / "10_red hen")
+    assert captions(place) == [["red hen"], ["red hen"]]
 
 
 VALUES = st.recursive(

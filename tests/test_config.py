@@ -26,6 +26,7 @@ FITTED = {
     "num_attention_heads",
     "hidden_size",
     "bucket_step",
+    "captions",
     "tensor_parallel",
     "resolution",
     "accumulate",
@@ -65,7 +66,8 @@ def leaf(kind: type, meta) -> st.SearchStrategy:
         return st.sampled_from(tuple(meta["choices"]))
     low, high = meta["low"], meta["high"]
     ranges = {int: lambda: st.integers(low, high), float: lambda: st.floats(low, high, allow_infinity=False)}
-    return {**ranges, bool: st.booleans, str: st.text}[int if kind == int | tuple[int, ...] else kind]()
+    one = {int | tuple[int, ...]: int, str | tuple[str, ...]: str}.get(kind, kind)
+    return {**ranges, bool: st.booleans, str: st.text}[one]()
 
 
 def error_of(text: str | bytes, tmp_path: Path, overrides: list[str] | None = None) -> str:
@@ -131,7 +133,7 @@ def test_a_part_of_a_table_leaves_the_rest(tmp_path):
     [
         ("[trian]\nseed = 1", ["trian: unknown key", "'train'"]),
         ("[train.denoiser]\nbatchsize = 4", ["train.denoiser.batchsize: unknown key", "'batch_size'"]),
-        ("[data]\nqqqq = 4", ["data.qqqq: unknown key", "there are: path, resolution"]),
+        ("[data]\nqqqq = 4", ["data.qqqq: unknown key", "there are: path, captions"]),
         ("[train]\nseed = '1'", ["train.seed: expected int, got '1'"]),
         ("[train]\nseed = 1.0", ["train.seed: expected int, got 1.0"]),
         ("[train]\nseed = true", ["train.seed: expected int, got True"]),
@@ -156,6 +158,10 @@ def test_a_part_of_a_table_leaves_the_rest(tmp_path):
         ("[data]\nmax_bad_fraction = -0.1", ["data.max_bad_fraction: -0.1 is below 0"]),
         ("[train.denoiser]\nlr = nan", ["train.denoiser.lr: nan is not finite"]),
         ("[train.denoiser]\nlr = inf", ["train.denoiser.lr: inf is not finite"]),
+        ("[data]\npath = ['a', '']", ["data.path: the name is empty"]),
+        ("[data]\npath = ['shapes', 'a']", ["data.path: the built-in shapes go with no folder; write ./shapes"]),
+        ("[data]\ncaptions = 'column: '", ["data.captions: unknown 'column: '; set files, names or column:NAME"]),
+        ("[data]\nshuffle_tags = true\n[text_encoder]\nkind = 'class'\n[denoiser]\nkind = 'dit'", ["of a class the"]),
         ("[generate]\nsampler = 'dpm_2m'", ["generate.sampler: unknown name 'dpm_2m'", "'dpmpp_2m'"]),
         ("[diffusion]\nschedule = 'cosin'", ["diffusion.schedule: unknown name 'cosin'", "'cosine'"]),
     ],

@@ -49,7 +49,7 @@ def everything(source: FolderSource) -> dict[str, list[str]]:
 
 def refusal(folder: Path, **options: float) -> str:
     with pytest.raises(DataError) as caught:
-        FolderSource(folder, **options)
+        FolderSource(folder, **{"max_bad_fraction": 0.01, **options})
     assert "\n" not in str(caught.value) and caught.value.code == 3
     return str(caught.value)
 

@@ -149,7 +149,7 @@ def test_images_of_other_kinds_count_as_bad(tmp_path: Path, kind: str) -> None:
         (tmp_path / f"{name}.txt").write_text(name)
     (tmp_path / f"a.{kind}").write_bytes(b"x")
     with pytest.raises(DataError, match=rf"1 of 2 images are unusable.*a\.{kind} \(not a {KINDS} image\)"):
-        FolderSource(tmp_path)
+        FolderSource(tmp_path, max_bad_fraction=0.01)
 
 
 def test_names_of_folders_are_said_to_be_captions(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_what_a_caption_with_a_bare_comma_lacks_is_named(tmp_path: Path) -> None
     table = "file_name,text\n0.png,A dragon flying, breathing fire\n" + "".join(f"{n},{t}\n" for n, t in ROWS[1:])
     (images(tmp_path) / "metadata.csv").write_text(table)
     with pytest.raises(DataError, match=r"metadata.csv:2 \(3 fields for 2 columns: quote a caption"):
-        FolderSource(tmp_path)
+        FolderSource(tmp_path, max_bad_fraction=0.01)
 
 
 def test_shards_in_a_subfolder_are_named(tmp_path: Path) -> None:

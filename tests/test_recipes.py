@@ -276,6 +276,10 @@ RECIPE = (
     "diffusion.contrastive_weight=0.05",
     "unet.qk_norm=true",
     "train.denoiser.alignment_weight=0.5",
+    'data.suffix=", small, drawn, flat"',
+    "data.shuffle_tags=true",
+    "data.keep_tags=1",
+    "data.tag_dropout=0.3",
 )
 
 

@@ -830,9 +830,10 @@ def test_shards_train_to_the_bits_of_the_folder(run_config, whole, image_folder,
     assert digests(tmp_path / "run") == digests(whole)
 
 
-def test_images_lost_while_training_are_passed_over_and_counted(own_data, monkeypatch, tmp_path):
+def test_images_lost_while_training_are_passed_over_and_counted(own_data, monkeypatch, tmp_path, capsys):
     """Deleted behind the start: the others take its place, and above the allowed share the run ends with exit code 3."""
     path, fine = Path(own_data.data.path), claim.Claim.data
+    (path / "bad.png").write_bytes(b"bad"), (path / "bad.txt").write_text("bad")
 
     def delete(*arguments):
         fine(*arguments)
@@ -842,12 +843,18 @@ def test_images_lost_while_training_are_passed_over_and_counted(own_data, monkey
     allowed = replace(own_data, data=replace(own_data.data, max_bad_fraction=0.1))
     loop.run(allowed, tmp_path / "run")
     assert (tmp_path / "run" / "model").exists()
+    listed = [line.split("\t") for line in (tmp_path / "run" / "skipped.txt").read_text().splitlines()]
+    assert [name for name, _ in listed] == ["bad.png", "red-square.png"] and "not a PNG" in listed[0][1]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "are left out" in line]
+    assert [line.partition(" files")[0].split()[-1] for line in lines] == ["1", "2"] and "skipped.txt" in lines[0]
     with pytest.raises(DataError, match="red-square.png"):
-        shutil.copytree(path, tmp_path / "again")
+        shutil.copytree(path, tmp_path / "again", ignore=shutil.ignore_patterns("bad.*"))
         (tmp_path / "again" / "red-square.png").write_bytes((path / "red-corner.png").read_bytes())
         (tmp_path / "again" / "red-square.txt").write_text("a red square")
         path = tmp_path / "again"
-        loop.run(replace(own_data, data=replace(own_data.data, path=str(path))), tmp_path / "second")
+        loop.run(
+            replace(own_data, data=replace(own_data.data, path=str(path), max_bad_fraction=0.01)), tmp_path / "second"
+        )
 
 
 def test_half_a_line_of_metrics_is_dropped(finished, run_config):

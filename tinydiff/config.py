@@ -6,6 +6,7 @@ are those of diffusers and transformers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import lru_cache
@@ -28,6 +29,7 @@ from tinydiff.schema import brief, build, extended, key, merge, read_toml, secti
 from tinydiff.stages import ADAPTERS, CONTROL, NONE, STAGES, Stage, possible, trained
 from tinydiff.system import shown
 
+FILES, NAMES = "files", "names"  # where captions are from
 Say = Callable[[str], object]
 Table = dict[str, Any]
 DENSITIES, PRECISIONS = ("uniform", "high_noise", "logit_normal"), ("auto", "fp32", "bf16", "fp16")
@@ -35,16 +37,38 @@ DENSITIES, PRECISIONS = ("uniform", "high_noise", "logit_normal"), ("auto", "fp3
 
 @dataclass(frozen=True)
 class Data:
-    path: str = key("shapes", "a folder of captioned images, or the built-in 'shapes'")
+    path: str | tuple[str, ...] = key(
+        "shapes", "a folder of captioned images, several in a list, or the built-in 'shapes'"
+    )
+    captions: str = key("files", "where captions are from: files, names (of the images), or column:NAME of a table")
+    max_captions: int = key(0, "captions of an image that are used, its first ones; 1 is the first line; 0 is all", 0)
+    prefix: str = key("", "what is put before each caption, with the space after it if there is to be one")
+    suffix: str = key("", "what is put after each caption")
+    shuffle_tags: bool = key(
+        False, "training reads the tags of a caption, which commas separate, in another order each time"
+    )
+    keep_tags: int = key(0, "the first tags of a caption, which stay first and are never left out", 0)
+    tag_dropout: float = key(0.0, "share of the other tags that training leaves out, others each time", 0, 1)
     resolution: int = key(32, "images are resized and cropped to this square, in pixels", 8, 4096)
     samples: int = key(60000, "how many images 'shapes' draws for the latent cache", 1)
     background: str = key("#ffffff", "what shows through transparent pixels")
-    max_bad_fraction: float = key(0.01, "unreadable images above this share are an error", 0, 1)
+    max_bad_fraction: float = key(
+        0.5, "unusable images above this share are an error; others are left out and listed", 0, 1
+    )
     flip: bool = key(False, "also train on mirror images")
     held_out: float = key(0.02, "share of the images kept to measure on, 512 at most; none if fewer than 8", 0, 0.9)
     validation: str = key("", "a folder of other captioned images to measure on, instead of held-out ones")
     max_aspect_ratio: float = key(1.0, "longest over shortest side of a training image; 1 crops all to squares", 1, 8)
     bucket_step: int = key(16, "sides of images that are no squares are multiples of this, in pixels", 1, 512)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.path,) if isinstance(self.path, str) else self.path
+
+    @property
+    def retells(self) -> bool:
+        """Whether training reads captions otherwise than they stand."""
+        return self.shuffle_tags or self.tag_dropout > 0
 
 
 @dataclass(frozen=True)
@@ -267,8 +291,7 @@ def unread(config: Config) -> list[str]:
 def conflicts(config: Config) -> Iterator[str]:
     """Keys that are each in range but do not fit together."""
     network, kind = config.denoiser_network, config.denoiser.kind
-    if not config.data.path:
-        yield "data.path: the name is empty; give a folder, . for the current one, or shapes"
+    yield from _of_data(config)
     yield from _of_sizes(config)
     yield from (f"autoencoder.{problem}" for problem in config.autoencoder_network.conflicts(config))
     yield from (f"{kind}.{problem}" for problem in network.conflicts(config))
@@ -311,6 +334,18 @@ def conflicts(config: Config) -> Iterator[str]:
             yield f"train.{name}.optimizer: muon needs matrices whole on each process; set adamw and lr 1e-3, or ddp"
         if stage.batch_size % stage.accumulate:
             yield f"train.{name}.accumulate: {stage.accumulate} does not divide batch_size {stage.batch_size}"
+
+
+def _of_data(config: Config) -> Iterator[str]:
+    data = config.data
+    if not all(data.paths):
+        yield "data.path: the name is empty; give a folder, . for the current one, or shapes"
+    if "shapes" in data.paths and data.path != "shapes":
+        yield "data.path: the built-in shapes go with no folder; write ./shapes for a folder of that name"
+    if data.captions not in (FILES, NAMES) and not re.fullmatch(r"column:.*\S.*", data.captions):
+        yield f"data.captions: unknown {brief(data.captions)}; set {FILES}, {NAMES} or column:NAME"
+    if data.retells and config.text_network.labels:
+        yield "data.shuffle_tags, tag_dropout: of a class the caption is the label; leave them out"
 
 
 def _of_start(config: Config) -> Iterator[str]:

@@ -14,6 +14,11 @@ from tinydiff import interrupts, processes
 from tinydiff.errors import HungError, UserError, out_of_memory
 from tinydiff.system import one_line, told
 
+PACKAGES = {
+    "PIL": "pillow",
+    "onnxruntime": "onnxruntime, or onnxruntime-gpu for a GPU",
+}  # that are not called as their modules
+
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
@@ -49,6 +54,8 @@ def one_line_errors() -> Iterator[None]:
             raise SystemExit(2) from None
         if hasattr(error, "format_message"):  # a click exception; typer carries a click of its own
             fail(error.format_message(), 2)  # type: ignore[attr-defined]
+        if isinstance(error, ModuleNotFoundError) and (name := str(error.name).partition(".")[0]) != "tinydiff":
+            fail(f"{name} is not installed; pip install {PACKAGES.get(name, name)}", 7)
         fail(f"bug: {type(error).__name__}: {error} (`tinydiff --debug ...` shows where)", 1)
 
 

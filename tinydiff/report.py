@@ -152,7 +152,7 @@ def facts(cfg: Config | None, run_dir: Path) -> str:
     side, size = cfg.latents["sample_size"], cfg.data.resolution
     widths = ", ".join(map(str, cfg.autoencoder.block_out_channels))
     rows = {
-        "Data": f"{cfg.data.path}, {size}×{size} pixels",
+        "Data": f"{', '.join(cfg.data.paths)}, {size}×{size} pixels",
         "Latents": f"{cfg.autoencoder.channels}×{side}×{side}",
         "Networks": f"{cfg.denoiser.kind} and {cfg.text_encoder.kind}; autoencoder of widths {widths}",
         "Objective": f"{cfg.diffusion.prediction} on {cfg.diffusion.schedule} noise",

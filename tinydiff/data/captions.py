@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from tinydiff.data.listing import SURROGATE
+from tinydiff.system import shown
 
 SIDECARS = (".txt", ".caption", ".cap", ".text", ".prompt", ".json", ".tags")  # beside an image, the preferred first
 FILE_KEYS = (
@@ -47,10 +48,10 @@ def encoding(data: bytes) -> str:
     return "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 
-def read_sidecar(kind: str, text: str) -> tuple[list[str], float]:
+def read_sidecar(kind: str, text: str, column: str = "") -> tuple[list[str], float]:
     """Captions, cleaned, and weight in the file beside an image. Raises ValueError if it has no caption."""
     if kind == ".json":
-        row = json_object(text)
+        row = under(json_object(text), column)
         if not (texts := texts_of(row)):
             raise ValueError(no_caption(row))
         return clean_captions(texts), weight_of(row)
@@ -73,6 +74,17 @@ def json_object(text: str) -> dict[str, Any]:
 def tidy(row: dict[str, Any]) -> dict[str, Any]:
     """A row under keys in lower case with underscores."""
     return {re.sub(r"[\s-]+", "_", key.strip().lower()): value for key, value in row.items() if isinstance(key, str)}
+
+
+def under(row: dict[str, Any], column: str) -> dict[str, Any]:
+    """A row whose captions are those of a column, where one is chosen, and of no other. Raises ValueError if it has none."""
+    if not column:
+        return row
+    row, (column,) = tidy(row), tidy({column: None})
+    if row.get(column) in (None, "", []):
+        raise ValueError(f"nothing under {shown(column)}")
+    kept = {key: value for key, value in row.items() if key not in CAPTION_KEYS + OTHERS}
+    return kept | {"tags" if column == "tags" else "text": row[column]}
 
 
 def texts_of(row: dict[str, Any]) -> list[str]:

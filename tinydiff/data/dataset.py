@@ -53,7 +53,9 @@ class Source(Protocol):
 def open_source(
     data: Data, seed: int = 0, progress: Callable[[int, int], None] | None = None, caption: str = ""
 ) -> Source:
-    """The source that `data.path` names: the built-in shapes, tar shards, or a folder, whose images may all have a `caption`.
+    """The source that `data.path` names: the built-in shapes, or tar shards and folders, with captions as `data` words them.
+
+    With a `caption` all images of folders have that one.
 
     `progress(shards done, shards in all)` is called while shards are indexed.
     """
@@ -61,13 +63,25 @@ def open_source(
         from tinydiff.data.shapes import ShapesSource
 
         return ShapesSource(data.resolution, seed, data.samples)
+    from tinydiff.data.layouts import repeats
+    from tinydiff.data.several import Several
+
+    parts = [_opened(path, data, progress, caption) for path in data.paths]
+    if len(parts) == 1 and not (data.prefix or data.suffix or data.max_captions):
+        return parts[0]
+    return Several(parts, data.paths, [repeats(path) if len(parts) > 1 else 1.0 for path in data.paths], data)
+
+
+def _opened(path: str, data: Data, progress: Callable[[int, int], None] | None, caption: str) -> Source:
+    """One folder, or the shards of one."""
     from tinydiff.data.shards import ShardSource, find_shards
 
-    if find_shards(data.path):
-        return ShardSource(data.path, data.background, data.max_bad_fraction, progress=progress)
+    settings: dict[str, Any] = {key: getattr(data, key) for key in ("background", "max_bad_fraction", "captions")}
+    if find_shards(path):
+        return ShardSource(path, progress=progress, **settings)
     from tinydiff.data.folder import FolderSource
 
-    return FolderSource(Path(data.path), data.background, data.max_bad_fraction, caption)
+    return FolderSource(Path(path), **settings, caption=caption)
 
 
 def examples(source: Source, count: int = 3) -> list[str]:
@@ -267,6 +281,11 @@ class Images:
             first = ", ".join(list(self.broken.values())[:3])
         share = f"{len(self.broken)} of {len(self.source)} images, over the allowed {self.data.max_bad_fraction:g}"
         raise DataError(f"cannot read {share}: {first}; mend them, or raise data.max_bad_fraction")
+
+    def unread(self) -> list[tuple[str, str]]:
+        """The names of the images that could not be read since the source was opened, and why."""
+        with self.lock:
+            return [(shown(self.source.identity(i)), reason) for i, reason in sorted(self.broken.items())]
 
     def _instead(self, i: int) -> np.ndarray:
         """The next readable image of i's bucket, mirrored if i is."""

@@ -48,6 +48,19 @@ def _chunks(folder: Path, captions: list[str], digest: str) -> list[cache.Chunk]
     return [cache.chunk(folder, "text", group, [digest, group]) for group in groups]
 
 
+class Anew:
+    """Text vectors of captions that differ from step to step, which no cache can hold: encoded whenever they are read."""
+
+    def __init__(self, encode: Compute, digest: str):
+        self.encode, self.digest, self.paths = encode, digest, list[Path]()
+
+    def rows(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """float32 (B, ...) by name."""
+        import torch
+
+        return {name: torch.from_numpy(column) for name, column in self.encode(list(captions)).items()}
+
+
 class TextEmbeddings:
     """Every caption's text vectors, memory-mapped from the files `paths`; `digest` is the encoder's."""
 

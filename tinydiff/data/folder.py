@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tinydiff.config import Data
 from tinydiff.data.layouts import Entry, entries, of_one
 from tinydiff.data.listing import Skips, judge, summary, walk
 from tinydiff.errors import DataError
@@ -27,17 +28,25 @@ BATCH = 4096  # images checked at once, to bound memory
 class FolderSource:
     """The captioned images of a folder, ordered by name; with a `caption` all images, which have that one.
 
-    `background`: the colour under transparent pixels. `skipped`: (path, reason) for everything left out. `layout`: where the
-    captions are from. Raises DataError if the folder is missing, holds no captioned image, or more than `max_bad_fraction` of
-    its images are bad, or where captions lie that are not read.
+    `background`: the colour under transparent pixels. `captions`: where they are from, as `data.captions` has it; `layout` says
+    it. `skipped`: (path, reason) for everything left out. Raises DataError if the folder is missing, holds no captioned image,
+    or more than `max_bad_fraction` of its images are bad, or where captions lie that are not read.
     """
 
     def __init__(
-        self, path: str | Path, background: str = "#ffffff", max_bad_fraction: float = 0.01, caption: str = ""
+        self,
+        path: str | Path,
+        background: str = Data.background,
+        max_bad_fraction: float = Data.max_bad_fraction,
+        captions: str = Data.captions,
+        caption: str = "",
     ) -> None:
         self.path, self.background, skips = Path(path), background, Skips()
         names = walk(self.path, skips)
-        found, self.layout = of_one(self.path, names, skips, caption) if caption else entries(self.path, names, skips)
+        if caption:
+            found, self.layout = of_one(self.path, names, skips, caption)
+        else:
+            found, self.layout = entries(self.path, names, skips, captions)
         self._entries = self._decodable(sorted(found, key=lambda entry: entry.name), skips)
         self.skipped: list[tuple[str, str]] = sorted(skips.bad + skips.notes)
         bad = sorted(skips.bad)

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from tinydiff.config import FILES, NAMES
 from tinydiff.data.captions import (
     MAX_CAPTION_FILE,
     SIDECARS,
@@ -31,6 +32,7 @@ from tinydiff.data.captions import (
 )
 from tinydiff.data.listing import IMAGES, Skips, kind, stem, summary
 from tinydiff.data.tables import CONTROL_KEYS, NUMBERED, TABLES, Names, Row, file_of, names_images, rows, slashed
+from tinydiff.data.wording import words_of
 from tinydiff.errors import DataError
 from tinydiff.images import KINDS
 from tinydiff.system import shown
@@ -75,36 +77,49 @@ def of_one(root: Path, names: list[str], skips: Skips, caption: str) -> Found:
     return [Entry(name, (caption,)) for name in _images(root, names, skips)], f"every one captioned {shown(caption)!r}"
 
 
-def entries(root: Path, names: list[str], skips: Skips) -> Found:
-    """Every image that has captions. Raises DataError if the layout is none of the three."""
-    known = Names(root, names)
-    if table := _metadata(root, names, skips):
+def entries(root: Path, names: list[str], skips: Skips, captions: str = FILES) -> Found:
+    """Every image that has captions, from where `data.captions` says. Raises DataError if the layout is none of the three."""
+    column = captions.partition(":")[2].strip()
+    known = Names(root, names, column)
+    if captions != NAMES and (table := _metadata(root, names, skips)):
         return _from_table(root, table, known, skips), f"captions from {shown(table)}"
     images = _images(root, names, skips)
-    sidecars, stems = _by_stem(names, SIDECARS, "{} is used", skips), set(map(stem, images))
+    if captions == NAMES:
+        return _weighed(_from_names(images, skips), "captions from their names")
+    kinds = (".json",) if column else SIDECARS
+    sidecars, stems = _by_stem(names, kinds, "{} is used", skips), set(map(stem, images))
     orphans = {key: name for key, name in sidecars.items() if key not in stems}
     if stems & sidecars.keys():
         _skip_orphans(names, orphans, skips)
         for name in names:
             if kind(name) in TABLES and kind(name) not in SIDECARS:
                 skips.note(name, "captions beside the images are used")
-        return _weighed(_from_sidecars(root, images, sidecars, skips), "captions from the files beside them")
+        return _weighed(_from_sidecars(root, images, sidecars, skips, column), "captions from the files beside them")
     if table := _table(root, names, known):
         return _from_table(root, table, known, skips), f"captions from {shown(table)}"
     if moved := _elsewhere(images, orphans):
         places = ", ".join(sorted({shown(posixpath.dirname(name) or ".") for name in moved.values()})[:3])
-        return _from_sidecars(root, images, moved, skips), f"captions from the files of their names in {places}"
+        found = _from_sidecars(root, images, moved, skips, column)
+        return found, f"captions from the files of their names in {places}"
+    if column:
+        fix = "name a column of a table that names the images, or a key of the .json files beside them"
+        raise DataError(f"{shown(root)}: data.captions: no table has a column {shown(column)}; {fix}")
     classes = any("/" in name for name in images)
     _refuse_unread(root, names if classes else [name for name in names if kind(name) not in SIDECARS], known, stems)
     _refuse_beside(root, names, images)
     if classes:
         _skip_orphans(names, orphans, skips)
         return _from_classes(root, images, skips)
+    if match := REPEATS.fullmatch(os.path.basename(os.path.abspath(root))):
+        label = match[2].replace("_", " ")
+        return [
+            Entry(name, (label,)) for name in images
+        ], f'every one captioned "{shown(label)}", the name of the folder'
     first = shown(stem(images[0]))
     if sidecars:
         problem = f"no caption file matches an image (as {shown(next(iter(sidecars.values())))})"
         raise DataError(f"{shown(root)}: {problem}; name them {first}.txt and so on")
-    fix = f"write {first}.txt and so on, a metadata.jsonl, or sort them into subfolders"
+    fix = f"write {first}.txt and so on, a metadata.jsonl, sort them into subfolders, or set data.captions={NAMES}"
     raise DataError(f"{shown(root)}: its {len(images)} images have no captions; {fix}")
 
 
@@ -237,7 +252,19 @@ def _elsewhere(images: list[str], orphans: dict[str, str]) -> dict[str, str]:
     return found if 2 * len(found) > len(images) else {}
 
 
-def _from_sidecars(root: Path, images: list[str], sidecars: dict[str, str], skips: Skips) -> list[Entry]:
+def _from_names(images: list[str], skips: Skips) -> list[Entry]:
+    entries = []
+    for name in images:
+        try:
+            entries.append(Entry(name, tuple(clean_captions([words_of(posixpath.basename(stem(name)))]))))
+        except ValueError as error:
+            skips.add(name, str(error))
+    return entries
+
+
+def _from_sidecars(
+    root: Path, images: list[str], sidecars: dict[str, str], skips: Skips, column: str = ""
+) -> list[Entry]:
     entries = []
     for key, name in _by_stem(images, IMAGES, "shares its caption with {}", skips).items():
         if key not in sidecars:
@@ -246,7 +273,7 @@ def _from_sidecars(root: Path, images: list[str], sidecars: dict[str, str], skip
         try:
             with open(root / sidecars[key], "rb") as file:
                 text = caption_text(file.read(MAX_CAPTION_FILE + 1))
-            captions, weight = read_sidecar(kind(sidecars[key]), text)
+            captions, weight = read_sidecar(kind(sidecars[key]), text, column)
             entries.append(Entry(name, tuple(captions), weight))
         except (ValueError, OSError) as error:
             skips.add(name, (error.strerror or "caption unreadable") if isinstance(error, OSError) else str(error))
@@ -289,6 +316,12 @@ def _repeats(images: list[str]) -> dict[str, tuple[float, str]]:
     folders = {posixpath.basename(posixpath.dirname(name)) for name in images}
     found = {folder: (float(match[1]), match[2]) for folder in folders if (match := REPEATS.fullmatch(folder))}
     return found if len(found) == len(folders) else {}
+
+
+def repeats(path: str) -> float:
+    """How often the images of a folder are drawn, by its name if that is like 10_name."""
+    match = REPEATS.fullmatch(os.path.basename(os.path.abspath(path)))
+    return float(match[1]) or 1.0 if match else 1.0
 
 
 def _weighed(entries: list[Entry], layout: str) -> Found:

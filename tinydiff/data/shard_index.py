@@ -24,6 +24,7 @@ from pathlib import Path
 from threading import Event
 from typing import NamedTuple
 
+from tinydiff.config import FILES, NAMES
 from tinydiff.data.captions import (
     MAX_CAPTION_FILE,
     SIDECARS,
@@ -31,10 +32,12 @@ from tinydiff.data.captions import (
     clean_captions,
     json_object,
     texts_of,
+    under,
     weight_of,
 )
 from tinydiff.data.listing import IMAGES, REFUSED
 from tinydiff.data.tar import File, Member, members
+from tinydiff.data.wording import words_of
 from tinydiff.errors import DataError
 from tinydiff.files import shown, written
 from tinydiff.images import KINDS, MAX_BYTES, size_of
@@ -69,7 +72,9 @@ class Shard(NamedTuple):
     content: str
 
 
-def indexed(paths: list[Path], folder: Path, progress: Callable[[int, int], None] | None) -> tuple[list[Shard], Skips]:
+def indexed(
+    paths: list[Path], folder: Path, progress: Callable[[int, int], None] | None, captions: str = FILES
+) -> tuple[list[Shard], Skips]:
     """Every shard, those without a valid index in `folder` indexed now, and the first MAX_SKIPPED of what is left out.
 
     Calls `progress(shards done, shards in all)`. Raises DataError for a shard that cannot be read.
@@ -77,7 +82,7 @@ def indexed(paths: list[Path], folder: Path, progress: Callable[[int, int], None
     shards, skipped, stop = list[Shard](), Skips(), Event()
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         try:
-            for shard, skips in pool.map(partial(_index, folder, stop), paths):
+            for shard, skips in pool.map(partial(_index, folder, captions, stop), paths):
                 shards.append(shard)
                 skipped += skips[: MAX_SKIPPED - len(skipped)]
                 if progress:
@@ -87,23 +92,23 @@ def indexed(paths: list[Path], folder: Path, progress: Callable[[int, int], None
     return shards, skipped
 
 
-def reopened(shards: list[Shard], number: int, index: bool) -> File:
+def reopened(shards: list[Shard], captions: str, number: int, index: bool) -> File:
     """A shard, or its `index`, rebuilt if the cache was cleared. Raises DataError if it changed since the start."""
     shard = shards[number]
     if index and not shard.index_path.exists():
-        _build(File(shard.path), shard.index_path, Event())
+        _build(File(shard.path), shard.index_path, captions, Event())
     file = File(shard.index_path if index else shard.path)
     if (file.read(0, PREFIX.size) != shard.prefix) if index else (file.state != shard.state):
         raise DataError(f"{shown(shard.path)}: has changed since the start; start again")
     return file
 
 
-def _index(folder: Path, stop: Event, path: Path) -> tuple[Shard, Skips]:
+def _index(folder: Path, captions: str, stop: Event, path: Path) -> tuple[Shard, Skips]:
     file = File(path)
-    place = json.dumps([FORMAT, os.path.realpath(path)]).encode()
+    place = json.dumps([FORMAT, os.path.realpath(path), captions]).encode()
     index = folder / f"{hashlib.sha256(place).hexdigest()[:32]}.index"
     if not (loaded := _load(file, index)):
-        _build(file, index, stop)
+        _build(file, index, captions, stop)
         loaded = _load(file, index)
     if not loaded:
         raise DataError(f"{shown(index)}: changed while it was read; start again when nothing else writes the shard")
@@ -132,10 +137,10 @@ def _load(file: File, index: Path) -> tuple[Shard, Skips] | None:
     return shard, [(name, reason) for name, reason in head["skipped"]]
 
 
-def _build(file: File, index: Path, stop: Event) -> None:
+def _build(file: File, index: Path, captions: str, stop: Event) -> None:
     """Read a shard and write its index."""
-    contents, content = _Contents(file, stop), hashlib.sha256()
-    rows, names, captions, count = bytearray(), bytearray(), bytearray(), 0
+    contents, content = _Contents(file, captions, stop), hashlib.sha256()
+    rows, names, texts, count = bytearray(), bytearray(), bytearray(), 0
     for key, sample in contents.samples.items():
         if fault := sample.fault():
             contents.skip(key, fault, bad=sample.image[0] < NONE)
@@ -143,15 +148,15 @@ def _build(file: File, index: Path, stop: Event) -> None:
         assert not isinstance(sample.image[1], str) and isinstance(sample.caption[1], bytes)
         (member, size, digest), caption, count = sample.image[1], sample.caption[1], count + 1
         name = member.name.encode()
-        texts = (len(names), len(name), len(captions), len(caption))
-        rows += ROW.pack(member.start, member.size, *size, sample.weight, digest, *texts)
+        places = (len(names), len(name), len(texts), len(caption))
+        rows += ROW.pack(member.start, member.size, *size, sample.weight, digest, *places)
         content.update(json.dumps([member.name, digest.hex(), caption.decode(), sample.weight]).encode())
         names += name
-        captions += caption
+        texts += caption
     head = {"state": list(file.state), "count": count, "names": len(names), "content": content.hexdigest()}
     head |= {"bad": contents.bad, "left_out": contents.left_out, "skipped": contents.skipped}
     text = json.dumps(head).encode()
-    sections = (text, rows, names, captions)
+    sections = (text, rows, names, texts)
     crc = zlib.crc32(struct.pack("<I", len(text)))
     for section in sections:
         crc = zlib.crc32(section, crc)
@@ -175,9 +180,10 @@ class _Sample:
 
 
 class _Contents:
-    """A shard's samples, and what is left out, read from front to back."""
+    """A shard's samples, and what is left out, read from front to back; `captions` as `data.captions` has it."""
 
-    def __init__(self, file: File, stop: Event) -> None:
+    def __init__(self, file: File, captions: str, stop: Event) -> None:
+        self.named, self.column = captions == NAMES, captions.partition(":")[2].strip()
         self.file, self.text, self.samples = file, 0, dict[str, _Sample]()
         self.bad, self.left_out, self.skipped = 0, 0, Skips()
         for member in members(file):
@@ -223,14 +229,17 @@ class _Contents:
         if "." + kind in IMAGES:
             if rank < sample.image[0]:
                 sample.image = rank, self._image(member)
+            if self.named:
+                self._caption(sample, rank, lambda: [words_of(posixpath.basename(member.name).partition(".")[0])])
         elif kind == "json":
             try:
-                texts, sample.weight = _parse(self._text(member))
-                if texts:
+                row = json_object(self._text(member))
+                sample.weight = weight_of(row)
+                if texts := [] if self.named else texts_of(under(row, self.column)):
                     self._caption(sample, rank, lambda: texts)
             except ValueError as error:
                 sample.problem = str(error)
-        else:
+        elif not self.named and not self.column:
             self._caption(sample, rank, lambda: self._text(member).splitlines())
 
     def _image(self, member: Member) -> tuple[Member, tuple[int, int], bytes] | str:
@@ -254,9 +263,3 @@ class _Contents:
 
     def _text(self, member: Member) -> str:
         return caption_text(self.file.read(member.start, min(member.size, MAX_CAPTION_FILE + 1)))
-
-
-def _parse(text: str) -> tuple[list[str], float]:
-    """Captions, if there are any, and weight in a sample's .json. Raises ValueError if it is unusable."""
-    row = json_object(text)
-    return texts_of(row), weight_of(row)

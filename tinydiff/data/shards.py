@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tinydiff.config import Data
 from tinydiff.data.layouts import METADATA
 from tinydiff.data.listing import IMAGES, judge, summary
 from tinydiff.data.shard_index import MAX_SKIPPED, ROW, Row, Skips, indexed, reopened
@@ -69,22 +70,23 @@ class ShardSource:
     def __init__(
         self,
         path: str | Path,
-        background: str = "#ffffff",
-        max_bad_fraction: float = 0.01,
+        background: str = Data.background,
+        max_bad_fraction: float = Data.max_bad_fraction,
         index_dir: Path | None = None,
         progress: Callable[[int, int], None] | None = None,
+        captions: str = Data.captions,
     ) -> None:
         self.path, self.background = str(path), background
         if not (paths := find_shards(self.path)):
             raise DataError(f"{shown(self.path)}: no .tar file there; give one, or a folder of them")
         others = set(_visible(self.path)) - {path.name for path in paths} if os.path.isdir(self.path) else set()
-        self._shards, skipped = indexed(paths, index_dir or user_folder("shards"), progress)
+        self._shards, skipped = indexed(paths, index_dir or user_folder("shards"), progress, captions)
         notes = [(shown(name), "not a .tar file") for name in sorted(others)]
         self.skipped: Skips = (skipped + notes)[:MAX_SKIPPED]
         left_out = len(notes) + sum(shard.left_out for shard in self._shards)
         self._left_out = summary(self.skipped, left_out) if left_out else ""
         self._ends = list(accumulate(shard.samples for shard in self._shards))
-        self._file = lru_cache(MAX_OPEN)(partial(reopened, self._shards))
+        self._file = lru_cache(MAX_OPEN)(partial(reopened, self._shards, captions))
         if not len(self):
             problem = "no sample can be used" + (f": {self._left_out}" if self._left_out else "")
             raise DataError(f"{shown(self.path)}: {problem}; put an image and a caption of one name into the shards")

@@ -16,7 +16,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from tinydiff.data.captions import CAPTION_KEYS, FILE_KEYS, OTHERS, encoding, json_object, texts_of, tidy
+from tinydiff.data.captions import CAPTION_KEYS, FILE_KEYS, OTHERS, encoding, json_object, texts_of, tidy, under
 from tinydiff.data.listing import IMAGES, kind, stem
 from tinydiff.errors import DataError
 from tinydiff.system import shown, unreadable
@@ -34,10 +34,10 @@ Rows = Iterator[tuple[int, Row]]  # with the number of the line, or of the row
 
 
 class Names:
-    """The files of a folder, found by what a table calls them."""
+    """The files of a folder, found by what a table calls them. `column`: the one of a table that has its captions, if chosen."""
 
-    def __init__(self, root: Path, names: Sequence[str]) -> None:
-        self.all, self.root, self.like = set(names), root.resolve().name, dict[str, list[str]]()
+    def __init__(self, root: Path, names: Sequence[str], column: str = "") -> None:
+        self.all, self.root, self.like, self.column = set(names), root.resolve().name, dict[str, list[str]](), column
         for name in names:
             if kind(name) in IMAGES:
                 for key in {base := posixpath.basename(_lenient(name)), stem(base)}:
@@ -97,6 +97,14 @@ def names_images(path: Path, names: Names, folder: str) -> bool:
 
 def rows(path: Path, names: Names, folder: str = "") -> Rows:
     """A table's rows. Bytes that are not UTF-8 become surrogates, refused later. Raises DataError for no table."""
+    for number, row in _rows(path, names, folder):
+        try:
+            yield number, row if isinstance(row, str) else under(row, names.column)
+        except ValueError as error:
+            yield number, str(error)
+
+
+def _rows(path: Path, names: Names, folder: str) -> Rows:
     try:
         with open(path, "rb") as head:
             coding = encoding(head.read(2))
@@ -199,7 +207,10 @@ def _header(path: Path, first: str, names: Names, folder: str) -> tuple[list[str
     for separator, fields in split.items():
         columns = list(tidy(dict.fromkeys(fields)))
         if len(columns) == len(fields) and set(columns) & set(FILE_KEYS) and len(columns) > 1:
-            if not set(columns) & {*CAPTION_KEYS, *OTHERS}:
+            if names.column and not {*tidy({names.column: None})} & set(columns):
+                problem = f"no column {shown(names.column)}; there are {', '.join(map(shown, columns[:20]))}"
+                raise DataError(f"{shown(path)}: {problem}: set data.captions to one of these")
+            if not names.column and not set(columns) & {*CAPTION_KEYS, *OTHERS}:
                 like = [c for c in columns if c.startswith(("text", "caption", "prompt"))]
                 hint = (
                     f"rename the one to use of {', '.join(like[:4])}"

@@ -85,6 +85,10 @@ def _unused(cfg: config.Config) -> Iterator[tuple[list[str], str]]:
         )
     if cfg.data.path != "shapes":
         rules.append(([key for key in changed if key == "data.samples"], "data.path is no 'shapes'"))
+    else:
+        rules.append((_named(changed, ("captions", "max_captions", "prefix", "suffix")), "data.path is 'shapes'"))
+    if not cfg.data.retells:
+        rules.append((_named(changed, ("keep_tags",)), "neither data.shuffle_tags nor data.tag_dropout is set"))
     if cfg.data.max_aspect_ratio <= 1:
         rules.append(([key for key in changed if key == "data.bucket_step"], "data.max_aspect_ratio is 1"))
     if kind == "dit" and cfg.network.size != "custom":

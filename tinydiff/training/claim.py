@@ -22,7 +22,7 @@ from tinydiff.training.runtime import Runtime
 from tinydiff.training.state import checkpoints
 from tinydiff.verified import verify
 
-CONFIG, DATA, BASE = "tinydiff.toml", "data.json", "base.json"
+CONFIG, DATA, BASE, SKIPPED = "tinydiff.toml", "data.json", "base.json", "skipped.txt"
 FREE = (  # keys that change nothing that is learnt; those of stages ahead, or of none of the run's, are free too
     "generate.",
     *(f"train.{k}" for k in ("time", "threads", "keep", "device", "timeout", "max_skipped", "tensorboard", "parallel")),
@@ -64,7 +64,7 @@ class Claim:
 
     def __init__(self, runtime: Runtime, run_dir: Path, accept: bool):
         self.runtime, self.dir, self.accept = runtime, run_dir, accept
-        self.written, self.notes = runtime.world.rank != 0, dict[str, bytes]()
+        self.written, self.notes, self.listed = runtime.world.rank != 0, dict[str, bytes](), b""
 
     @property
     def begun(self) -> bool:
@@ -109,7 +109,7 @@ class Claim:
 
     def data(self, images: Images) -> None:
         """Refuse other data for a run that has begun, or on another process."""
-        world, path, origin = self.runtime.world, self.dir / DATA, self.runtime.config.data.path
+        world, path, origin = self.runtime.world, self.dir / DATA, ", ".join(self.runtime.config.data.paths)
         held_out = int(images.held_out.sum())
         now = {"fingerprint": images.source.fingerprint(), "images": len(images.source), "held_out": held_out}
         if world.share(now["fingerprint"]) != now["fingerprint"]:
@@ -125,9 +125,21 @@ class Claim:
         if begun != now:
             self.notes[DATA] = json.dumps(now).encode()
         if origin != "shapes":
-            self.runtime.say(images.source.report())
-            for line in examples(images.source):
-                self.runtime.say(f"  {line}")
+            for line in (*images.source.report().splitlines(), *(f"  {line}" for line in examples(images.source))):
+                self.runtime.say(line)
+        self.left_out(images)
+
+    def left_out(self, images: Images) -> None:
+        """List in the run what is left out, and what could not be read since; say so where that is new."""
+        lines = [f"{name}\t{reason}\n" for name, reason in (*images.source.skipped, *images.unread())]
+        text, path = "".join(lines).encode("utf-8", "replace"), self.dir / SKIPPED
+        if text == self.listed or not (lines or path.exists()):
+            return
+        self.listed = self.notes[SKIPPED] = text
+        if lines:
+            self.runtime.say(f"{len(lines)} files are left out; {shown(path)} lists them")
+        if self.written and self.runtime.world.rank == 0:
+            files.write_file(path, text, force=True)
 
     def tokenizer(self, cfg: config.Config, images: Images, *others: Images) -> Any:
         """The run's tokenizer; made anew of the `images` until the run has begun. `others` are read with it, too."""

@@ -90,7 +90,7 @@ class ContrastiveTask(Task):
         z = [shifted(m + s * normal, by) for m, s, (_, normal, by) in zip(mean, std, mine, strict=True)]
         right = [{*self.captions_of(int(i))} for i in everything[rows.start : rows.stop]]
         match = np.array([[caption in own for caption in captions] for own in right], np.float32)
-        ids = np.stack([self.encode(caption) for caption, _, _ in mine])
+        ids = np.stack([self.encode(self.retold(drawn[row][0], step, row)) for row in rows])
         return {
             "ids": torch.from_numpy(ids),
             "latents": torch.from_numpy(np.stack(z)),

@@ -150,7 +150,8 @@ class DenoiserTask(Task):
         normals = self.normals(rng, shape)
         captions = self.data.source.captions(image % len(self.data.source))
         captions = captions if self.model.text_encoders else captions[:1]  # of a class the first one is the label
-        return level, "" if dropped < self.dropout else captions[self.choose(which, len(captions))], normals
+        caption = "" if dropped < self.dropout else captions[self.choose(which, len(captions))]
+        return level, self.retold(caption, step, row), normals
 
     def normals(self, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
         """Of the latents, and the noise upon them: (2, C, h, w)."""

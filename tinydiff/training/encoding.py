@@ -53,7 +53,7 @@ def sources(run: Run) -> list[Images]:
     return list(dict.fromkeys([run.data, run.held.images if run.held else run.data]))
 
 
-def captions(run: Run) -> embeddings.TextEmbeddings | None:
+def captions(run: Run) -> embeddings.TextEmbeddings | embeddings.Anew | None:
     """What all captions say, where every text encoder is frozen."""
     world, place, encoders, texts = run.world, run.dir / "texts", run.model.text_encoders, None
     if encoders and not any(map(learns, encoders.values())):
@@ -66,9 +66,12 @@ def captions(run: Run) -> embeddings.TextEmbeddings | None:
             return backend.encode_text({name: t.encode(captions) for name, t in backend.tokenizers.items()})
 
         most = run.cfg.train.stage("denoiser").rows
-        embeddings.fill(place, said, encode, key, progress, world.rank, world.size, most)
-        world.wait()
-        texts = embeddings.open_cache(place, said, key)
+        if run.cfg.data.retells:
+            texts = embeddings.Anew(encode, key)
+        else:
+            embeddings.fill(place, said, encode, key, progress, world.rank, world.size, most)
+            world.wait()
+            texts = embeddings.open_cache(place, said, key)
     if world.rank == 0:
         cache.sweep(place, texts.paths if texts else [])
     return texts

@@ -99,6 +99,7 @@ def run(
             for _ in grow.parts(this, name):
                 with enough_memory(cfg, name):
                     task = imported(row.task)(this)
+                    this.claim.left_out(this.data)
                     stage(this, task)
                 if task.publishes:
                     made, publishers[task.publishes] = run_dir / task.publishes, task
@@ -108,6 +109,7 @@ def run(
             task.cfg = this.cfg
             put_right(this, task)
         this.claim.write()
+        this.claim.left_out(this.data)
     return made
 
 

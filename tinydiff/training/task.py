@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from tinydiff.checkpoints import folder
 from tinydiff.data.dataset import Order
+from tinydiff.data.wording import retold
+from tinydiff.diffusion.noise import keyed
 from tinydiff.errors import ModelError
 from tinydiff.networks.contrastive import CONTRASTIVE
 from tinydiff.stages import Stage, trained
@@ -73,6 +75,11 @@ class Task:
     def weights(self) -> np.ndarray:
         """(N,): how often each image is drawn, relative to the others."""
         return self.data.weights()
+
+    def retold(self, caption: str, step: int, row: int) -> str:
+        """A caption as a row of the batch of a step reads it."""
+        data, seed = self.cfg.data, self.cfg.train.seed
+        return retold(caption, data, keyed(seed, f"tags of {self.name}", step, row)) if data.retells else caption
 
     def batch(self, step: int, rows: range) -> Batch:
         """Rows of the batch of a step."""
