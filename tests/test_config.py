@@ -133,7 +133,7 @@ def test_a_part_of_a_table_leaves_the_rest(tmp_path):
     [
         ("[trian]\nseed = 1", ["trian: unknown key", "'train'"]),
         ("[train.denoiser]\nbatchsize = 4", ["train.denoiser.batchsize: unknown key", "'batch_size'"]),
-        ("[data]\nqqqq = 4", ["data.qqqq: unknown key", "there are: path, captions"]),
+        ("[data]\nqqqq = 4", ["data.qqqq: unknown key", "there are: path, resolution"]),
         ("[train]\nseed = '1'", ["train.seed: expected int, got '1'"]),
         ("[train]\nseed = 1.0", ["train.seed: expected int, got 1.0"]),
         ("[train]\nseed = true", ["train.seed: expected int, got True"]),

@@ -40,15 +40,6 @@ class Data:
     path: str | tuple[str, ...] = key(
         "shapes", "a folder of captioned images, several in a list, or the built-in 'shapes'"
     )
-    captions: str = key("files", "where captions are from: files, names (of the images), or column:NAME of a table")
-    max_captions: int = key(0, "captions of an image that are used, its first ones; 1 is the first line; 0 is all", 0)
-    prefix: str = key("", "what is put before each caption, with the space after it if there is to be one")
-    suffix: str = key("", "what is put after each caption")
-    shuffle_tags: bool = key(
-        False, "training reads the tags of a caption, which commas separate, in another order each time"
-    )
-    keep_tags: int = key(0, "the first tags of a caption, which stay first and are never left out", 0)
-    tag_dropout: float = key(0.0, "share of the other tags that training leaves out, others each time", 0, 1)
     resolution: int = key(32, "images are resized and cropped to this square, in pixels", 8, 4096)
     samples: int = key(60000, "how many images 'shapes' draws for the latent cache", 1)
     background: str = key("#ffffff", "what shows through transparent pixels")
@@ -60,6 +51,15 @@ class Data:
     validation: str = key("", "a folder of other captioned images to measure on, instead of held-out ones")
     max_aspect_ratio: float = key(1.0, "longest over shortest side of a training image; 1 crops all to squares", 1, 8)
     bucket_step: int = key(16, "sides of images that are no squares are multiples of this, in pixels", 1, 512)
+    captions: str = key("files", "where captions are from: files, names (of the images), or column:NAME of a table")
+    max_captions: int = key(0, "captions of an image that are used, its first ones; 1 is the first line; 0 is all", 0)
+    prefix: str = key("", "what is put before each caption, with the space after it if there is to be one")
+    suffix: str = key("", "what is put after each caption")
+    shuffle_tags: bool = key(
+        False, "training reads the tags of a caption, which commas separate, in another order each time"
+    )
+    keep_tags: int = key(0, "the first tags of a caption, which stay first and are never left out", 0)
+    tag_dropout: float = key(0.0, "share of the other tags that training leaves out, others each time", 0, 1)
 
     @property
     def paths(self) -> tuple[str, ...]:

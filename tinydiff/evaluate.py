@@ -166,7 +166,7 @@ def open_subject(settings: config.Data, count: int, seed: int) -> Subject:
     if settings.path == "shapes":
         return Read(count, seed, settings.resolution)
     source = open_source(settings)
-    return Retrieved(settings.path, source, settings.resolution, choose(source, count, seed))
+    return Retrieved(", ".join(settings.paths), source, settings.resolution, choose(source, count, seed))
 
 
 def line(row: dict[str, Any]) -> str:
