@@ -47,6 +47,10 @@ FITTED = {
     "size",
     "grow",
     "position_width",
+    "window",
+    "stride",
+    "learn_frequencies",
+    "conditioning",
 }  # keys that have to fit another key: left at their default
 
 

@@ -15,7 +15,8 @@ from tinydiff import config, export
 from tinydiff.checkpoints import dit
 from tinydiff.checkpoints.dit import NAMES, is_published, published
 from tinydiff.errors import ModelError
-from tinydiff.models.dit import DiT, DiTBlock, positions
+from tinydiff.models.dit import DiT, DiTBlock
+from tinydiff.models.spatial import positions, rates
 from tinydiff.networks import DENOISERS
 from tinydiff.networks.dit import SIZES, DiTNetwork, is_shared
 from tinydiff.networks.dit import DiT as DiTSettings
@@ -225,7 +226,7 @@ def test_it_starts_as_nothing_and_every_block_as_the_identity(context_dim):
     assert net(noise(2, 4, 8, 8), torch.tensor(3.0), context).abs().max() == 0
     x, c = noise(2, 16, 24), noise(2, 24)
     for block in net.transformer_blocks:
-        assert torch.equal(block(x, c, context), x)
+        assert torch.equal(block(x, c, context, (4, 4)), x)
     assert len(net.transformer_blocks) == 3 and isinstance(net.transformer_blocks[0], DiTBlock)
 
 
@@ -276,7 +277,7 @@ def test_places_span_the_square_it_was_trained_on(h, w, base):
     rows, columns = np.divmod(np.arange(h * w), w)
     rate = 10000.0 ** -(np.arange(4) / 4)
     wanted = [f(a[:, None] * rate) for a in (columns * base / w, rows * base / h) for f in (np.sin, np.cos)]
-    found = positions(h, w, base, width, torch.device("cpu")).numpy()
+    found = positions(h, w, base, rates(width)).numpy()
     np.testing.assert_allclose(found, np.concatenate(wanted, axis=1), atol=1e-6)
 
 

@@ -692,7 +692,11 @@ def test_the_paper_s_sizes_build_by_name(size, millions):
     words += ["autoencoder.block_out_channels=[8,8,8,8]"]
     with torch.device("meta"):
         model = folder.build(config.load(None, words), Labels([], 1000))
-    assert isinstance(model.denoiser, DiT) and model.denoiser.pos_embed.base == 16 and model.networks.keys() >= {"vae"}
+    assert (
+        isinstance(model.denoiser, DiT)
+        and model.denoiser.pos_embed.place.base == 16
+        and model.networks.keys() >= {"vae"}
+    )
     assert sum(p.numel() for p in model.denoiser.parameters()) / 1e6 == pytest.approx(millions, abs=0.6)
 
 

@@ -38,6 +38,7 @@ BAD: dict[Any, list[Any]] = {
     bool: [0, 1, "true", {}, []],
     str: [1, True, {}, []],
     int | tuple[int, ...]: [*BAD_NUMBERS, 0, [0], [8] * 9, [0.5, 0.5]],
+    str | tuple[str, ...]: [1, True, {}, [], [1], [None], ["full"] * 17],
     tuple[int, ...]: ["os.system", 8, 0.5, {}, [], [0], [-8], [True], ["8"], [8] * 17, [HUGE], [INF], [[8]]],
     tuple[str, ...]: ["DownBlock2D", 1, {}, [], [1], [None], ["x"] * 17],
 }

@@ -314,8 +314,9 @@ def conflicts(config: Config) -> Iterator[str]:
     heads, processes = network.heads(config), config.train.tensor_parallel
     if processes > 1 and (not heads or config.train.parallel != "fsdp"):
         yield "train.tensor_parallel: only a dit's matrices are shared, with train.parallel fsdp"
-    if processes > 1 and heads and config.network.qk_norm:
-        yield f"{kind}.qk_norm: heads that processes share out have one norm; set train.tensor_parallel 1"
+    if processes > 1 and heads:
+        for name in network.undivided(config.network):
+            yield f"{kind}.{name}: heads that processes share out have this in common; set train.tensor_parallel 1"
     if heads % processes:
         yield f"train.tensor_parallel: {processes} does not divide {heads} attention heads"
     if config.train.validation_samples == 1:

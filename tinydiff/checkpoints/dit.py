@@ -122,9 +122,9 @@ def split(name: str, tensor: Any) -> dict[str, Any]:
 
 
 def check_places(stored: Any, table: dict[str, Any]) -> None:
-    from tinydiff.models.dit import positions
+    from tinydiff.models.spatial import positions, rates
 
     side = table["sample_size"] // table["patch_size"]
-    wanted = positions(side, side, side, stored.shape[2], stored.device)
+    wanted = positions(side, side, side, rates(stored.shape[2], stored.device))
     if not (stored[0].float() - wanted).abs().max() < 1e-2:  # what bfloat16 rounds off
         raise ModelError(f"{PLACES}: not the sines and cosines of DiT; learned places of tokens are not supported")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinydiff.models.layers import Normaliser, zero
+from tinydiff.networks.unet import UNet
 
 
 class Attention(nn.Module):
@@ -30,16 +33,25 @@ class Attention(nn.Module):
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, N, T, D/N)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None, size: tuple[int, int] = (0, 0)) -> Tensor:
+        """`size`: height and width of the map that x is, for attention that asks for it."""
         context = x if context is None else context
-        y = self.read(self.to_q(x), self.to_k(context), self.to_v(context))
-        return self.to_out[0](y.transpose(1, 2).flatten(2))  # (B, T, D)
+        qkv = self.parted(self.to_q(x), self.to_k(context), self.to_v(context))
+        return self.to_out[0](self.attend(*qkv, x, size).transpose(1, 2).flatten(2))  # (B, T, D)
 
-    def read(self, *qkv: Tensor) -> Tensor:
-        """What each head reads: (B, T, D), (B, S, D) twice -> (B, N, T, D/N)."""
+    def parted(self, *qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of each head, normalised: (B, T, D), (B, S, D) twice -> (B, N, T, D/N), (B, N, S, D/N) twice."""
         q, k, v = map(self.split, qkv)
         if self.norm_q is not None and self.norm_k is not None:
             q, k = (norm(x.to(norm.weight.dtype)).to(v.dtype) for norm, x in ((self.norm_q, q), (self.norm_k, k)))
+        return q, k, v
+
+    def read(self, *qkv: Tensor) -> Tensor:
+        """What each head reads: (B, T, D), (B, S, D) twice -> (B, N, T, D/N)."""
+        return F.scaled_dot_product_attention(*self.parted(*qkv))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """What each head gives (B, N, T, D/N); `x` is what queries were made of."""
         return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -101,41 +113,37 @@ class FeedForward(nn.Module):
 class BasicTransformerBlock(nn.Module):
     """Self-attention, cross-attention to the text, or to several `sources`, perceptron; each pre-normalised and residual."""
 
-    def __init__(self, dim: int, heads: int, context_dim: int, qk_norm: bool, sources: int = 1):
+    def __init__(self, dim: int, heads: int, context_dim: int, config: UNet, attention: nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn1 = Attention(dim, heads, qk_norm=qk_norm)
+        self.attn1 = attention
         self.norm2 = nn.LayerNorm(dim)
-        fused = FusedAttention(dim, heads, context_dim, sources, qk_norm) if sources > 1 else None
-        self.attn2 = fused or Attention(dim, heads, context_dim, qk_norm=qk_norm)
+        fused = FusedAttention(dim, heads, context_dim, config.sources, config.qk_norm) if config.sources > 1 else None
+        self.attn2 = fused or Attention(dim, heads, context_dim, qk_norm=config.qk_norm)
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        x = x + self.attn1(self.norm1(x))
+    def forward(self, x: Tensor, context: Tensor, size: tuple[int, int]) -> Tensor:
+        x = x + self.attn1(self.norm1(x), size=size)
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
 
 class Transformer2DModel(nn.Module):
-    """Transformer blocks over the pixels of a feature map: (B, C, h, w) -> (B, C, h, w)."""
+    """Transformer blocks over the pixels of a feature map: (B, C, h, w) -> (B, C, h, w).
+
+    `make` makes a block's self-attention, of (channels, heads).
+    """
 
     def __init__(
-        self,
-        channels: int,
-        heads: int,
-        depth: int,
-        context_dim: int,
-        norm: Normaliser,
-        linear: bool,
-        qk_norm: bool = False,
-        sources: int = 1,
+        self, channels: int, heads: int, depth: int, context_dim: int, norm: Normaliser, config: UNet, make: Callable
     ):
         super().__init__()
-        self.linear = linear
+        self.linear = linear = config.use_linear_projection
         self.norm = norm(channels)
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
-        blocks = [BasicTransformerBlock(channels, heads, context_dim, qk_norm, sources) for _ in range(depth)]
+        own = (make(channels, heads) for _ in range(depth))
+        blocks = [BasicTransformerBlock(channels, heads, context_dim, config, each) for each in own]
         self.transformer_blocks = nn.ModuleList(blocks)
         self.proj_out = zero(nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1))
 
@@ -144,7 +152,7 @@ class Transformer2DModel(nn.Module):
         y = tokens(y) if self.linear else tokens(self.proj_in(y))  # (B, h w, C)
         y = self.proj_in(y) if self.linear else y
         for block in self.transformer_blocks:
-            y = block(y, context)
+            y = block(y, context, size)
         y = pixels(self.proj_out(y), size) if self.linear else self.proj_out(pixels(y, size))
         return x + y
 

@@ -9,7 +9,7 @@ come from: the layout of the published files is in `checkpoints/dit.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,28 +17,15 @@ from torch.nn import functional as F
 
 from tinydiff.models.attention import Attention, FeedForward, tokens
 from tinydiff.models.layers import TimestepEmbedding, embedding, timestep_embedding
+from tinydiff.models.spatial import ATTENTIONS, POSITIONS
 from tinydiff.networks.dit import DiT as Config
 from tinydiff.networks.dit import DiTNetwork, is_shared
 from tinydiff.networks.network import Table
+from tinydiff.networks.spatial import Spatial, spatial
 
 FREQUENCIES = 256  # sines and cosines of time, at any width
 NOTHING = ("norm1.linear", "attn2.to_out", "proj_out_")  # attention to the text has no gate, so its own output is zero
-SMALL = ("timestep_embedder", "embedding_table")
-
-
-def positions(h: int, w: int, base: int, width: int, device: torch.device) -> Tensor:
-    """Sines and cosines of each token's column, then of its row: (h w, width) float32."""
-    rates = 10000 ** (torch.arange(width // 4, dtype=torch.float32, device=device) * (-4 / width))
-
-    def along(n: int) -> Tensor:
-        # The size is read off the numbers themselves: as a float it would be copied to the card in every call of a graph.
-        places = torch.arange(n, device=device).float()
-        places = places / ((places[-1:] + 1) / base)  # on the square that was trained on
-        angles = places[:, None] * rates
-        return torch.cat([angles.sin(), angles.cos()], dim=-1)  # (n, D/2)
-
-    columns, rows = along(w)[None].expand(h, w, -1), along(h)[:, None].expand(h, w, -1)  # (h, w, D/2)
-    return torch.cat([columns, rows], dim=-1).flatten(0, 1)  # (h w, D)
+SMALL = ("timestep_embedder", "embedding_table", "place.table")
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -46,18 +33,16 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """Patches as tokens that know their place: (B, C, h, w) -> (B, T, D). Positions of a smaller `width` are repeated."""
+    """Patches as tokens that know their place: (B, C, h, w) -> (B, T, D)."""
 
-    def __init__(self, channels: int, dim: int, patch: int, side: int, width: int = 0):
+    def __init__(self, channels: int, dim: int, patch: int, place: nn.Module):
         super().__init__()
-        self.base, self.width = side // patch, width or dim
         self.proj = nn.Conv2d(channels, dim, patch, stride=patch)
+        self.place = place
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.proj(x)  # (B, D, h/p, w/p)
-        place = positions(x.shape[2], x.shape[3], self.base, self.width, x.device)
-        place = place if self.width == x.shape[1] else place.repeat_interleave(x.shape[1] // self.width, 1)
-        return tokens(x).contiguous() + place.to(x.dtype)  # every block keeps this order of memory
+        return self.place(tokens(x).contiguous(), x.shape[2:])  # every block keeps this order of memory
 
 
 class LabelEmbedding(nn.Module):
@@ -86,38 +71,131 @@ class Condition(nn.Module):
         return F.silu(c if self.class_embedder is None else c + self.class_embedder(context))
 
 
-class AdaLayerNormZero(nn.Module):
-    """Layer norm shifted and scaled by c (B, D), and what else c says of the block: two gates, a second shift and scale."""
+class Tokens(Condition):
+    """The same as a token each: (B, FREQUENCIES) -> (B, 1 or 2, D)."""
 
-    def __init__(self, dim: int, emb: Condition):
+    def forward(self, waves: Tensor, context: Tensor) -> Tensor:
+        time = self.timestep_embedder(waves)
+        return torch.stack([time] if self.class_embedder is None else [time, self.class_embedder(context)], 1)
+
+
+class AdaLayerNormZero(nn.Module):
+    """What a condition c says of a block: shift, scale and gate of attention, then of the perceptron, (B, 1, D) each."""
+
+    def __init__(self, dim: int, emb: Condition | None, linear: nn.Linear):
         super().__init__()
-        self.emb = emb
-        self.linear = nn.Linear(dim, dim * 6)
+        self.emb, self.linear = emb, linear
         self.norm = nn.LayerNorm(dim, 1e-6, elementwise_affine=False)
 
-    def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-        shift, scale, *rest = self.linear(c)[:, None].chunk(6, dim=-1)  # (B, 1, D) each
-        return modulate(self.norm(x), shift, scale), *rest
+    def forward(self, c: Tensor) -> tuple[Any, ...]:
+        each = self.linear(c)[:, None].split(self.norm.normalized_shape[0], dim=-1)
+        return each if len(each) == 6 else (*each[:2], 1, *each[2:], 1)  # gates are open where there are none
+
+
+class AdaLNZero(nn.Module):
+    """Time and class as one vector, from which the shifts, scales and gates of every block are computed.
+
+    This and what follows: Peebles & Xie 2023, section 3.2. `context_dim`: the width of what `attn2` attends to, if anything.
+    """
+
+    parts = 6  # of a block's norms
+
+    def __init__(self, dim: int, classes: int, context_dim: int | None):
+        super().__init__()
+        self.context_dim = context_dim
+
+    def emb(self, dim: int, classes: int) -> Condition | None:
+        return Condition(dim, classes)
+
+    def linear(self, dim: int, parts: int) -> nn.Linear:
+        """The layer from a condition c to `parts` vectors."""
+        return nn.Linear(dim, dim * parts)
+
+    def vector(self, emb: Any, waves: Tensor, context: Tensor) -> Tensor:
+        return emb(waves, context)  # (B, D)
+
+    def begin(self, x: Tensor, waves: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens and the context that blocks are given."""
+        return x, context
+
+    def end(self, x: Tensor, count: int) -> Tensor:
+        """The image's `count` tokens."""
+        return x
+
+
+class FiLM(AdaLNZero):
+    """Shift and scale without gates (Perez et al. 2018, equation 1): the paper's adaLN."""
+
+    parts = 4
+
+
+class Cross(FiLM):
+    """Time and class are tokens that every block attends to, with those of the text where there is text.
+
+    Blocks are told nothing else: instead of a vector there is a one, so that shifts and scales are weights.
+    """
+
+    def __init__(self, dim: int, classes: int, context_dim: int | None):
+        super().__init__(dim, classes, context_dim or dim)
+        self.tokens, self.text = Tokens(context_dim or dim, classes), context_dim is not None
+
+    def emb(self, dim: int, classes: int) -> Condition | None:
+        return None
+
+    def linear(self, dim: int, parts: int) -> nn.Linear:
+        return nn.Linear(1, dim * parts, bias=False)
+
+    def vector(self, emb: Any, waves: Tensor, context: Tensor) -> Tensor:
+        return waves.new_ones(1, 1)
+
+    def begin(self, x: Tensor, waves: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        told = self.tokens(waves, context)
+        return x, torch.cat([told, context], 1) if self.text else told
+
+
+class InContext(Cross):
+    """Time and class are tokens after those of the image."""
+
+    def __init__(self, dim: int, classes: int, context_dim: int | None):
+        super().__init__(dim, classes, None)
+        self.context_dim = context_dim
+
+    def begin(self, x: Tensor, waves: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.cat([x, self.tokens(waves, context)], 1), context
+
+    def end(self, x: Tensor, count: int) -> Tensor:
+        return x[:, :count]
+
+
+CONDITIONINGS = {"adaln_zero": AdaLNZero, "film": FiLM, "in_context": InContext, "cross": Cross}
+NORM_ORDERS = {  # Xiong et al. 2020, figure 1
+    "pre": lambda x, branch, norm: x + branch(norm(x)),
+    "post": lambda x, branch, norm: norm(x + branch(x)),
+}
 
 
 class DiTBlock(nn.Module):
-    """Self-attention, cross-attention where there is text, perceptron: (B, T, D) -> (B, T, D)."""
+    """Self-attention, cross-attention where there is context, perceptron: (B, T, D) -> (B, T, D)."""
 
-    def __init__(self, dim: int, heads: int, context_dim: int | None, eps: float, emb: Condition, qk_norm: bool):
+    def __init__(self, config: Config, told: AdaLNZero, emb: Condition | None, eps: float, where: Spatial):
         super().__init__()
-        self.norm1 = AdaLayerNormZero(dim, emb)
-        self.attn1 = Attention(dim, heads, qkv_bias=True, qk_norm=qk_norm)
+        _, heads, width = config.shape
+        dim, context_dim = heads * width, told.context_dim
+        self.residual = NORM_ORDERS[config.norm_order]
+        self.norm1 = AdaLayerNormZero(dim, emb, told.linear(dim, told.parts))
+        self.attn1 = ATTENTIONS[where.kind](dim, heads, where, True, config.qk_norm)
         self.norm2 = nn.LayerNorm(dim, eps, elementwise_affine=False)
-        self.attn2 = None if context_dim is None else Attention(dim, heads, context_dim, True, qk_norm)
+        self.attn2 = None if context_dim is None else Attention(dim, heads, context_dim, True, config.qk_norm)
         self.norm3 = nn.LayerNorm(dim, eps, elementwise_affine=False)
         self.ff = FeedForward(dim, "gelu-approximate")
 
-    def forward(self, x: Tensor, c: Tensor, context: Tensor) -> Tensor:
-        y, gate, shift, scale, gate2 = self.norm1(x, c)
-        x = x + gate * self.attn1(y)
-        if self.attn2 is not None:
-            x = x + self.attn2(self.norm2(x), context)
-        return x + gate2 * self.ff(modulate(self.norm3(x), shift, scale))
+    def forward(self, x: Tensor, c: Tensor, context: Tensor, size: tuple[int, int]) -> Tensor:
+        shift, scale, gate, shift2, scale2, gate2 = self.norm1(c)
+        attend, norm1 = lambda y: gate * self.attn1(y, size=size), lambda y: modulate(self.norm1.norm(y), shift, scale)
+        x = self.residual(x, attend, norm1)
+        if (read := self.attn2) is not None:
+            x = self.residual(x, lambda y: read(y, context), self.norm2)
+        return self.residual(x, lambda y: gate2 * self.ff(y), lambda y: modulate(self.norm3(y), shift2, scale2))
 
     def share(self, processes: int) -> dict[str, str]:
         """Leaves this process its part of the attention heads; the matrices that are then to be divided, and by what."""
@@ -153,14 +231,22 @@ class DiT(nn.Module):
         depth, heads, width = config.shape
         dim, patch, outputs = heads * width, config.patch_size, channels * (1 + learned_sigma)
         self.channels, self.patch, self.shared, self.freq_shift = channels, patch, shared, freq_shift
-        self.pos_embed = PatchEmbed(channels, dim, patch, config.position_side or side, config.position_width)
-        embs = [Condition(dim, classes)] * depth if shared else [Condition(dim, classes) for _ in range(depth)]
-        blocks = [DiTBlock(dim, heads, context_dim, norm_eps, emb, config.qk_norm) for emb in embs]
+        base, biased = (config.position_side or side) // patch, config.positions == "relative"
+        first, inside = (
+            ("none" if biased else config.positions),
+            ("relative" if biased else "none"),
+        )  # told once, or in blocks
+        wheres = [spatial(config, kind, i, inside, base) for i, kind in enumerate(config.attentions())]
+        place = spatial(config, "full", 0, first, base)._replace(width=config.position_width)
+        self.pos_embed = PatchEmbed(channels, dim, patch, POSITIONS[first](dim, heads, place))
+        self.told = told = CONDITIONINGS[config.conditioning](dim, classes, context_dim)
+        embs = [told.emb(dim, classes)] * depth if shared else [told.emb(dim, classes) for _ in range(depth)]
+        blocks = [DiTBlock(config, told, emb, norm_eps, where) for emb, where in zip(embs, wheres, strict=True)]
         self.transformer_blocks = nn.ModuleList(blocks)
         self.norm_out = nn.LayerNorm(dim, 1e-6, elementwise_affine=False)
-        self.proj_out_1 = nn.Linear(dim, dim * 2)
+        self.proj_out_1 = told.linear(dim, 2)
         self.proj_out_2 = nn.Linear(dim, patch * patch * outputs)
-        if not self.proj_out_1.weight.is_meta:
+        if not self.proj_out_2.weight.is_meta:
             initialise(self)
 
     @classmethod
@@ -184,13 +270,15 @@ class DiT(nn.Module):
         waves = timestep_embedding(timestep.reshape(-1).expand(sample.shape[0]), FREQUENCIES, self.freq_shift)
         waves = waves.to(sample.dtype)
         x = self.pos_embed(sample)  # (B, T, D)
+        count = x.shape[1]
+        x, context = self.told.begin(x, waves, encoder_hidden_states)
         blocks = cast("list[DiTBlock]", list(self.transformer_blocks))
-        first = blocks[0].norm1.emb(waves, encoder_hidden_states)  # (B, D)
+        first = self.told.vector(blocks[0].norm1.emb, waves, encoder_hidden_states)  # (B, D)
         for i, block in enumerate(blocks):
-            c = first if self.shared or i == 0 else block.norm1.emb(waves, encoder_hidden_states)
-            x = block(x, c, encoder_hidden_states)
+            c = first if self.shared or i == 0 else self.told.vector(block.norm1.emb, waves, encoder_hidden_states)
+            x = block(x, c, context, (h, w))
         shift, scale = self.proj_out_1(first)[:, None].chunk(2, dim=-1)  # (B, 1, D) each
-        x = self.proj_out_2(modulate(self.norm_out(x), shift, scale))  # (B, T, p p C')
+        x = self.proj_out_2(modulate(self.norm_out(self.told.end(x, count)), shift, scale))  # (B, T, p p C')
         x = x.unflatten(1, (h, w)).unflatten(3, (self.patch, self.patch, -1))  # (B, h/p, w/p, p, p, C')
         x = x[..., : self.channels].permute(0, 5, 1, 3, 2, 4)  # (B, C, h/p, p, w/p, p)
         return x.reshape(x.shape[0], self.channels, *sample.shape[2:])  # (B, C, h, w)

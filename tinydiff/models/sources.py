@@ -6,7 +6,9 @@ from torch import Tensor, nn
 
 from tinydiff.models.dit import PatchEmbed
 from tinydiff.models.layers import embedding
+from tinydiff.models.spatial import Sine
 from tinydiff.networks.network import Table
+from tinydiff.networks.spatial import Spatial
 from tinydiff.networks.unet import ATTENDED, LABEL, PICTURE
 from tinydiff.networks.unet import UNet as Config
 
@@ -25,7 +27,11 @@ class Sources(nn.Module):
         dim, channels, side = table["cross_attention_dim"], table["out_channels"], table["sample_size"]
         classes, self.count = table.get("num_class_embeds") or 0, config.time_tokens
         self.label = embedding(classes, dim) if config.label == ATTENDED else None
-        self.image = PatchEmbed(channels, dim, PATCH, side) if config.image == ATTENDED else None
+        self.image = (
+            PatchEmbed(channels, dim, PATCH, Sine(dim, 1, Spatial(base=side // PATCH)))
+            if config.image == ATTENDED
+            else None
+        )
         self.time = nn.Linear(time, self.count * dim) if self.count else None
 
     def forward(self, text: Tensor, time: Tensor, told: dict[str, Tensor]) -> list[Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import count
 from typing import Any, cast
 
 import torch
@@ -29,9 +30,13 @@ from tinydiff.models.modulation import MODULATIONS, TIMES
 from tinydiff.models.residual import CHANNELS, RESNETS, Parts, ResnetBlock2D
 from tinydiff.models.skips import CONTEXTS, MERGES
 from tinydiff.models.sources import Sources
+from tinydiff.models.spatial import ATTENTIONS
 from tinydiff.networks.network import Table
+from tinydiff.networks.spatial import spatial
 from tinydiff.networks.unet import ADDED, BESIDE, LABEL, MIDDLE, MIDDLES, PICTURE, SKIP, UNetNetwork, plan
 from tinydiff.networks.unet import UNet as Config
+
+CELLS = 16  # along a side of the square that positions are on, which is stretched over every level's map
 
 
 class Block(nn.Module):
@@ -107,10 +112,11 @@ class MidBlock(nn.Module):
         return self.resnets[1](x, time)
 
 
-def makers(config: Config, context_dim: int) -> tuple[Callable[[int, int, int], nn.Module], Callable[[int, int], Any]]:
-    """What makes a U-Net's residual blocks, of (level, channels, out), and of (heads, depth) what makes its transformers."""
+def makers(
+    config: Config, context_dim: int
+) -> tuple[Callable[[int, int, int], nn.Module], Callable[[int, int, str], Any]]:
+    """What makes a U-Net's residual blocks, of (level, channels, out), and of (heads, depth, attention) its transformers."""
     norm, transformers_norm = (partial(NORMS[config.norm], config.norm_num_groups, eps) for eps in (1e-5, 1e-6))
-    told = context_dim, transformers_norm, config.use_linear_projection, config.qk_norm, config.sources
     parts = norm, config.block_out_channels[0] * 4, MODULATIONS[config.modulation], CHANNELS[config.channel_attention]
 
     def resnet(level: int, c: int, out: int) -> ResnetBlock2D:
@@ -118,8 +124,16 @@ def makers(config: Config, context_dim: int) -> tuple[Callable[[int, int, int], 
         zero(block.last())
         return block
 
-    def transformer(heads: int, depth: int) -> Any:
-        return depth and (lambda c: Transformer2DModel(c, heads, depth, *told))
+    def transformer(heads: int, depth: int, kind: str) -> Any:
+        blocks = count()  # of this level, one way
+
+        def attention(c: int, heads: int) -> nn.Module:
+            where = spatial(config, kind, next(blocks), config.positions, CELLS)
+            return ATTENTIONS[kind](c, heads, where, qk_norm=config.qk_norm)
+
+        return depth and (
+            lambda c: Transformer2DModel(c, heads, depth, context_dim, transformers_norm, config, attention)
+        )
 
     return resnet, transformer
 
@@ -140,11 +154,11 @@ class Descent(nn.Module):
         self.class_embedding: nn.Embedding | None = None
         self.down_blocks = nn.ModuleList()
         for i, level in enumerate(levels):
-            block = DownBlock(level.down, partial(resnet, i), transformer(level.heads, level.depth))
+            block = DownBlock(level.down, partial(resnet, i), transformer(level.heads, level.depth, level.attention))
             if not level.last:
                 block.downsamplers = nn.ModuleList([Downsample2D(level.width, 1)])
             self.down_blocks.append(block)
-        middle = transformer(levels[-1].heads, config.depths()[-1])
+        middle = transformer(levels[-1].heads, config.depths()[-1], levels[-1].attention)
         lowest = partial(resnet, len(levels) - 1)
         self.mid_block = MidBlock(levels[-1].width, MIDDLES[config.middle](config), lowest, middle)
 
@@ -197,7 +211,7 @@ class UNet(Descent):
         resnet, transformer = makers(config, context_dim)
         self.up_blocks = nn.ModuleList()
         for i, level in reversed(list(enumerate(levels))):
-            block = UpBlock(level.up, partial(resnet, i), transformer(level.heads, level.depth))
+            block = UpBlock(level.up, partial(resnet, i), transformer(level.heads, level.depth, level.attention))
             block.merges = nn.ModuleList([MERGES[config.skips](*each) for each in level.merged])
             if i > 0:
                 block.upsamplers = nn.ModuleList([Upsample2D(level.width)])

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from tinydiff.networks import spatial
 from tinydiff.networks.growth import Growth, times
 from tinydiff.networks.network import HIDDEN, SIDE, WIDTH, Array, Denoiser, Table
+from tinydiff.networks.spatial import ATTENTIONS, POSITIONS
 from tinydiff.schema import Key, key
 
 if TYPE_CHECKING:
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 
 # Table 1 of Peebles & Xie 2023: transformer blocks, attention heads, width of a head.
 SIZES = {"S": (12, 6, 64), "B": (12, 12, 64), "L": (24, 16, 64), "XL": (28, 16, 72)}
+CONDITIONINGS = ("adaln_zero", "film", "in_context", "cross")
+NORM_ORDERS = ("pre", "post")
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,26 @@ class DiT:
     position_width: int = key(
         0, "width that positions have, repeated to that of the tokens; 0: theirs", 0, 2**16, own=True
     )
+    attention: str | tuple[str, ...] = key(
+        "full",
+        "which tokens attend to each other, or a list that is stretched over the blocks",
+        choices=ATTENTIONS,
+        own=True,
+    )
+    window: int = key(
+        4, "side of the windows of attention window; every other block's are shifted by half", 1, 256, own=True
+    )
+    stride: int = key(2, "tokens between those that attend to each other in attention strided", 1, 256, own=True)
+    positions: str = key("sine", "what tokens are told of their places", choices=POSITIONS, own=True)
+    learn_frequencies: bool = key(False, "the frequencies of positions sine are learnt", own=True)
+    conditioning: str = key("adaln_zero", "how blocks are told time and class", choices=CONDITIONINGS, own=True)
+    norm_order: str = key("pre", "norms before each residual branch, or after its sum", choices=NORM_ORDERS, own=True)
+
+    def attentions(self) -> list[str]:
+        """The kind of self-attention of each block."""
+        kinds = self.attention if isinstance(self.attention, tuple) else (self.attention,)
+        layers = self.shape[0]
+        return [kinds[i * len(kinds) // layers] for i in range(layers)]
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -64,12 +88,14 @@ class DiTNetwork(Denoiser):
     nulls = ("num_embeds_ada_norm",)
 
     def misfits(self, table: Table) -> Iterator[str]:
-        if table["num_attention_heads"] * table["attention_head_dim"] % 4:
+        settings = self.settings_of(table)
+        _, heads, width = settings.shape
+        if settings.positions == "sine" and heads * width % 4:
             yield "attention_head_dim: heads times their width must be a multiple of 4, for the 2-D sinusoidal positions"
-        width = table["num_attention_heads"] * table["attention_head_dim"]
-        yield from misplaced(table.get("position_width", 0), width)
+        yield from misplaced(settings.position_width, heads * width)
         if (side := table["sample_size"]) % table["patch_size"]:
             yield f"patch_size: {table['patch_size']} does not divide sample_size {side}"
+        yield from of_blocks(settings, side)
 
     def shapes(self, table: Table) -> dict[str, tuple[int, ...]]:
         width, patch = table["num_attention_heads"] * table["attention_head_dim"], table["patch_size"]
@@ -98,6 +124,10 @@ class DiTNetwork(Denoiser):
 
     def heads(self, cfg: Config) -> int:
         return cfg.network.shape[1]
+
+    def undivided(self, settings: DiT) -> list[str]:
+        common = {"qk_norm": settings.qk_norm, "attention": "gated" in settings.attentions()}
+        return [name for name, has in (common | {"positions": settings.positions == "relative"}).items() if has]
 
     def describe(self, cfg: Config, widths: Mapping[str, int]) -> dict[str, Any]:
         settings, width = cfg.network, widths[HIDDEN]
@@ -148,8 +178,21 @@ class DiTNetwork(Denoiser):
             yield f"patch_size: {s.patch_size} is none of 2, 4, 8"
         elif cfg.latents["sample_size"] % s.patch_size:
             yield f"patch_size: {s.patch_size} does not divide the latents' side {cfg.latents['sample_size']}"
-        if heads * width % 4:
+        if s.positions == "sine" and heads * width % 4:
             yield f"attention_head_dim: {heads} heads × {width} must be a multiple of 4, for the 2-D sinusoidal positions"
+        yield from of_blocks(s, cfg.latents["sample_size"])
+
+
+def of_blocks(s: DiT, side: int) -> Iterator[str]:
+    """Conflicts between settings of a DiT's blocks, for latents of `side` a side."""
+    layers = s.shape[0]
+    if isinstance(s.attention, tuple) and len(s.attention) > layers:
+        yield f"attention: a list of {len(s.attention)} for num_layers {layers}"
+    kinds = s.attentions()
+    yield from spatial.misfits(s, ((kind, side // s.patch_size, 4) for kind in kinds))
+    apart = next((f"attention {kind}" for kind in kinds if kind in ("window", "strided")), "")
+    if s.conditioning == "in_context" and (apart or s.positions == "relative"):
+        yield f"conditioning: in_context adds tokens without a place, which {apart or 'positions relative'} asks for"
 
 
 def misplaced(positions: int, width: int) -> Iterator[str]:

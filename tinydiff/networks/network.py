@@ -336,6 +336,10 @@ class Denoiser(Network):
         """Attention heads that processes can divide among them; 0 where its matrices cannot be shared."""
         return 0
 
+    def undivided(self, settings: Any) -> list[str]:
+        """The settings under which heads have something in common, so that they cannot be divided."""
+        return []
+
 
 class TextEncoder(Network):
     """A network that reads a prompt, with a tokenizer of its own."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import accumulate
+from itertools import accumulate, compress
 from typing import TYPE_CHECKING, Any
 
+from tinydiff.networks import spatial
 from tinydiff.networks.growth import Growth, times
 from tinydiff.networks.network import (
     HIDDEN,
@@ -24,6 +25,7 @@ from tinydiff.networks.network import (
     Table,
     pick,
 )
+from tinydiff.networks.spatial import ATTENTIONS, POSITIONS
 from tinydiff.schema import Key, brief, key
 
 if TYPE_CHECKING:
@@ -94,6 +96,15 @@ class UNet:
     context: str = key("none", "what brings scales together before the way up", choices=CONTEXTS, own=True)
     middle: str = key("block", "the lowest resolution: one transformer, or middle_layers", choices=MIDDLES, own=True)
     middle_layers: int = key(4, "transformers of the middle, with long skips, where it is one", 2, 64, own=True)
+    attention: str | tuple[str, ...] = key(
+        "full", "which pixels attend to each other, or a list with one a width", choices=ATTENTIONS, own=True
+    )
+    window: int = key(
+        4, "side of the windows of attention window; every other block's are shifted by half", 1, 256, own=True
+    )
+    stride: int = key(2, "pixels between those that attend to each other in attention strided", 1, 256, own=True)
+    positions: str = key("none", "what self-attention is told of pixels' places", choices=POSITIONS, own=True)
+    learn_frequencies: bool = key(False, "the frequencies of positions sine are learnt", own=True)
 
     @property
     def sources(self) -> int:
@@ -108,7 +119,11 @@ class UNet:
         """Transformer blocks after each residual block at each width that has any."""
         return self._each(self.transformer_layers_per_block)
 
-    def _each(self, value: int | tuple[int, ...]) -> tuple[int, ...]:
+    def attentions(self) -> tuple[str, ...]:
+        """The kind of self-attention at each width."""
+        return self._each(self.attention)
+
+    def _each(self, value: Any) -> tuple[Any, ...]:
         return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
 
 
@@ -117,13 +132,14 @@ class Level:
     """One resolution of the U-Net: channels (in, out) of its residual blocks on the way down and on the way up.
 
     `merged`: channels (that come, of the skip) before each block on the way up, whose channels in are what `SKIPS` makes of
-    them. `heads` and `depth` are those of the transformer
-    after each block; a depth of 0 is none. `last`: the lowest resolution, which is not halved.
+    them. `heads`, `depth` and `attention` are those of the transformer after each block; a depth of 0 is none. `last`: the
+    lowest resolution, which is not halved.
     """
 
     width: int
     heads: int
     depth: int
+    attention: str
     down: tuple[tuple[int, int], ...]
     up: tuple[tuple[int, int], ...]
     merged: tuple[tuple[int, int], ...]
@@ -143,7 +159,8 @@ def plan(settings: UNet) -> list[Level]:
         merged = tuple(zip(enters, skips, strict=True))
         before = accumulate((sum(pair) for pair in merged[:-1]), initial=0)
         up = tuple((SKIPS[settings.skips](*pair, read), width) for pair, read in zip(merged, before, strict=True))
-        levels.append(Level(width, settings.heads()[i], depth, down, up, merged, last=i == len(widths) - 1))
+        heads, kind = settings.heads()[i], settings.attentions()[i]
+        levels.append(Level(width, heads, depth, kind, down, up, merged, last=i == len(widths) - 1))
     return levels
 
 
@@ -315,7 +332,7 @@ class UNetNetwork(Denoiser):
         return (OURS, reason or given) if told else (name, reason)
 
     def conflicts(self, cfg: Config) -> Iterator[str]:
-        yield from self.misfits(asdict(cfg.network))
+        yield from self.misfits(cfg.latents | asdict(cfg.network))
 
     def grown(self, cfg: Config, to: Growth) -> UNet:
         """Heads keep their width, so that there are more of them where the levels are wider."""
@@ -363,9 +380,15 @@ class UNetNetwork(Denoiser):
         for width, count in zip(widths, heads, strict=False):
             if width % count:
                 yield f"attention_head_dim: {count} heads do not divide width {width}"
-        for name, each in (("attention_head_dim", heads), ("transformer_layers_per_block", s.depths())):
+        listed = {"attention_head_dim": heads, "transformer_layers_per_block": s.depths(), "attention": s.attentions()}
+        for name, each in listed.items():
             if len(each) != len(widths):
-                yield f"{name}: needs one entry for each of block_out_channels, or one number for all"
+                yield f"{name}: needs one entry for each of block_out_channels, or one for all"
+        attentive = [
+            kind == CROSS or i == len(widths) - 1 for i, kind in enumerate(s.down_block_types)
+        ]  # and the middle
+        sides = [-(-table.get("sample_size", SIDE.high) // 2**i) for i in range(len(widths))]
+        yield from spatial.misfits(s, compress(zip(s.attentions(), sides, widths, strict=False), attentive))
         if table.get("addition_embed_type") == XL:
             pooled, sizes = (
                 table.get(key) for key in ("projection_class_embeddings_input_dim", "addition_time_embed_dim")

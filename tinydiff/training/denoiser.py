@@ -245,7 +245,10 @@ class DenoiserTask(Task):
         loss, terms = each.mean(), self.bands(each.detach(), batch["level"])
         if read is None:
             return loss, terms
-        alike = F.cosine_similarity(read.float(), as_tokens(batch["map"]), dim=-1).mean()  # Yu et al. 2025, section 3.2
+        wanted = as_tokens(batch["map"])  # (B, T, D); tokens of the condition come after the image's
+        alike = F.cosine_similarity(
+            read[:, : wanted.shape[1]].float(), wanted, dim=-1
+        ).mean()  # Yu et al. 2025, section 3.2
         return loss + self.settings.alignment_weight * (1 - alike), terms | {"alignment": counted(alike.detach())}
 
     def band(self, level: Tensor) -> Tensor:
