@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from tinydiff import config
 from tinydiff.data import cache
 from tinydiff.data.dataset import buckets
+from tinydiff.data.facts import Facts
 from tinydiff.errors import ResourceError, UsageError
 from tinydiff.text.labels import Labels
 from tinydiff.text.tokenizer import Tokenizer
@@ -20,6 +22,7 @@ from tinydiff.training import advice, loop
 DIT = ("denoiser.kind=dit", "data.resolution=32")
 SAID = {  # sets -> the keys named, and what to write
     ("train.denoiser.steps=50",): ("train.denoiser.warmup", "set 5"),
+    ("train.denoiser.steps=399",): ("train.denoiser.warmup", "set 39"),
     ("train.autoencoder.lr=0",): ("train.autoencoder.lr", "0.001"),
     ("train.autoencoder.features=x",): ("train.autoencoder.features", "train.autoencoder.perceptual_weight is 0"),
     ("train.autoencoder.critic_width=8", "train.autoencoder.critic_lr=1"): (
@@ -56,7 +59,8 @@ SAID = {  # sets -> the keys named, and what to write
     (*DIT, "text_encoder.kind=class", "text_encoder.hidden_size=96"): ("text_encoder.hidden_size", "kind is class"),
 }
 QUIET = [(), ("generate.cfg_scale=1", "diffusion.caption_dropout=0"), (*DIT, "dit.size=custom", "dit.num_layers=2")]
-QUIET += [("autoencoder.path=x", "train.autoencoder.lr=0.001")]
+QUIET += [("autoencoder.path=x", "train.autoencoder.lr=0.001"), ("train.denoiser.steps=400",)]
+QUIET += [("train.denoiser.steps=50", "train.time=600")]  # whose steps and warm-up follow from the time
 QUIET += [("autoencoder.path=x", "train.autoencoder.steps=0"), ("train.distill.calls=2", "train.distill.steps=100")]
 QUIET += [("data.max_aspect_ratio=2", "data.resolution=64"), ("train.keep_every=1000",), ("train.keep_every=2000",)]
 
@@ -179,3 +183,77 @@ def test_a_model_that_cannot_be_drawn_is_refused_before_it_is_trained(run_config
 def test_a_second_moment_that_never_begins_is_refused(stage):
     with pytest.raises(UsageError, match=rf"train.{stage}.beta2: .*set 0.999"):
         config.load(None, (f"train.{stage}.beta2=1",))
+
+
+# ---- of data -----------------------------------------------------------------------------------------------------------
+
+
+def facts(count: int = 200, size: tuple[int, int] = (64, 64), captions: tuple[str, ...] = ("picture {}",)) -> Facts:
+    return Facts(
+        count, np.tile(size, (count, 1)), [[text.format(i) for text in captions] for i in range(count)], "", []
+    )
+
+
+MANY = tuple(f"{language} {{}}" for language in ("a", "une", "ein", "un", "en", "yksi", "bir"))
+MINDED = {  # images, settings -> what is said of them, with what mends it
+    "few images": (
+        facts(20),
+        ("train.autoencoder.batch_size=4", "train.denoiser.batch_size=4"),
+        "20 images are few",
+        "--from emoji",
+    ),
+    "a batch of all": (facts(60), (), "train.denoiser.batch_size: 64 of 60", "set 16"),
+    "one image": (facts(1), ("train.autoencoder.batch_size=1",), "train.denoiser.batch_size: 64 of 1 ", "set 1"),
+    "translations": (facts(captions=MANY), (), "captions: 7 an image, such as a 0 / une 0 / ein 0", "one language"),
+    "equal captions": (
+        facts(captions=("a photo",)),
+        (),
+        "captions: 100% of the images have the same, 'a photo'",
+        "write",
+    ),
+    "enlarged": (
+        facts(size=(20, 20)),
+        (),
+        "data.resolution: 100% of the images are smaller than 32",
+        "data.resolution=16",
+    ),
+    "cropped": (facts(size=(200, 64)), (), "data.max_aspect_ratio: 100% of the images lose", "data.max_aspect_ratio=2"),
+    "cropped still": (
+        facts(size=(512, 64)),
+        ("data.max_aspect_ratio=3", "data.resolution=64"),
+        "data.max_aspect_ratio: 100%",
+        "data.max_aspect_ratio=4",
+    ),
+}
+MINDED["a batch of all"] = (
+    facts(60),
+    ("train.autoencoder.steps=0", "autoencoder.path=general"),
+    *MINDED["a batch of all"][2:],
+)
+
+
+@pytest.mark.parametrize("row", MINDED)
+def test_data_that_teach_little_are_told_with_what_mends_it(row):
+    of, sets, wanted, fix = MINDED[row]
+    said = list(advice.of_data(config.load(None, ["data.path=x", *sets]), of))
+    (line,) = [line for line in said if line.startswith(wanted)]
+    assert fix in line.removeprefix(wanted) and "\n" not in line
+    assert len(said) == 1 + (of.count == 1), said
+
+
+@pytest.mark.parametrize("sets", [(), ("train.denoiser.batch_size=200",)])
+def test_nothing_is_said_of_good_data(sets):
+    assert list(advice.of_data(config.load(None, ["data.path=x", *sets]), facts())) == []
+
+
+def test_few_images_are_enough_for_what_changes_a_model():
+    train = config.make(train={"base": "x", "adapter": "lora", "lora": {"batch_size": 4}}).train
+    cfg = replace(config.load(None, ["data.path=x"]), train=train)
+    assert list(advice.of_data(cfg, facts(12, captions=("a mug",)))) == []
+
+
+def test_what_is_told_comes_before_the_first_update(run_config, tmp_path, capsys):
+    """Of every run, in the order of the first things that a person sees."""
+    loop.run(run_config, tmp_path, last="autoencoder")
+    said = capsys.readouterr().err
+    assert 0 <= said.index("12 images are few") < said.index("autoencoder 1")

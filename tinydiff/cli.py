@@ -98,9 +98,6 @@ ClipSkip = Annotated[
     flag("Leave out so many of CLIP's last blocks, as diffusers counts them (other programs add 1).", min=0, max=256),
 ]
 Force = Annotated[bool, flag("Replace what is there.", "--force")]
-ConfigFile = Annotated[
-    Path | None, typer.Argument(help="A tinydiff.toml; by default the one here, else the built-in.", parser=path)
-]
 ModelName = Annotated[str | None, flag("Model folder, .safetensors file, run, or shipped name.", "-m", "--model")]
 Output = Annotated[str, flag("File, pattern ('out/%04d.png'), folder, or - for stdout.", "-o", "--output")]
 CfgMax = Annotated[float | None, flag("Guidance at the last step; it grows from --cfg-scale.", min=0, max=100)]
@@ -127,13 +124,22 @@ def options(
 
 @app.command()
 def train(
-    config: ConfigFile = None,
-    run_dir: Annotated[Path | None, flag("Where the run lives; runs/NAME by default.", parser=path)] = None,
-    set_: Annotated[list[str], flag("Change a key, such as train.seed=1.", "--set", metavar="KEY=VALUE")] = [],  # noqa: B006
+    what: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[PHOTOS|RUN|CONFIG]",
+            help="A folder of captioned images, or .tar shards; a run, to go on with; or a tinydiff.toml, by default "
+            "the one here, else the built-in.",
+            parser=path,
+        ),
+    ] = None,
     time: Annotated[
         str | None,
         flag("How long the run takes, such as 30m or 2h; one that has ended goes on for so long.", metavar="TIME"),
     ] = None,
+    resolution: Annotated[int | None, flag("Pixels that images are brought to.", min=8, max=4096)] = None,
+    run_dir: Annotated[Path | None, flag("Where the run lives; runs/NAME by default.", parser=path)] = None,
+    set_: Annotated[list[str], flag("Change a key, such as train.seed=1.", "--set", metavar="KEY=VALUE")] = [],  # noqa: B006
     from_: Annotated[
         str | None,
         flag("Begin with this model: folder, .safetensors file, run or shipped name.", "--from", parser=name),
@@ -150,27 +156,40 @@ def train(
         bool, flag("Stop at a damaged checkpoint instead of going back to the one before it.", "--strict")
     ] = False,
     dry_run: Annotated[bool, flag("Print the resolved configuration and stop.", "--dry-run")] = False,
+    data: Annotated[str | None, typer.Option("--data", hidden=True)] = None,
 ) -> None:
-    """Train a model. The same command again goes on where the last one stopped."""
-    from tinydiff import config as configuration
-    from tinydiff.schema import to_toml
-    from tinydiff.start import tables
+    """Train a model. The same command again goes on where the last one stopped.
 
-    path = config or (Path("tinydiff.toml") if Path("tinydiff.toml").exists() else None)
+    Of images all that is not said is chosen from them and from the machine, and written to the run's tinydiff.toml with the
+    reason.
+    """
+    from time import monotonic
+
+    begun = monotonic()
+    if data is not None:
+        raise UsageError(f"--data: images are given by themselves: tinydiff train {shown(data)}")
+    seconds = None if time is None else flags.seconds(time)
     if adapter is not None:
         flags.choose("--adapter", adapter, ADAPTERS)
-    seconds = None if time is None else flags.seconds(time)
-    begun = {"train.base": from_, "train.adapter": adapter, "train.time": seconds}
-    given = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in begun.items() if value is not None]
-    cfg = configuration.load(path, [*set_, *given], note, model=tables)
+    said = {"data.resolution": resolution, "train.base": from_, "train.adapter": adapter, "train.time": seconds}
+    given = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in said.items() if value is not None]
+    from tinydiff.beginning import begin, drawing
+    from tinydiff.config import unread
+    from tinydiff.schema import to_toml
+
+    cfg, folder, reasons, facts = begin(what, [*set_, *given], run_dir, fresh)
     if stage is not None:
         flags.choose("--stage", stage, tuple(STAGES))
         if stage not in trained(cfg.train):
             problem = f"train.{stage}.steps is 0, which leaves it out; set train.{stage}.steps"
             others = f"this run does not train {stage}; give {' or '.join(trained(cfg.train))}"
             raise UsageError(f"--stage: {others if cfg.train.stage(stage).steps else problem}")
+    if facts is not None and processes.rank() == 0:
+        from tinydiff import outlook
+
+        print(*outlook.lines(cfg, facts, folder, warned=not dry_run), sep="\n", file=sys.stderr)
     if dry_run:
-        print(to_toml(cfg, configuration.unread(cfg)), end="")
+        print(to_toml(cfg, unread(cfg), reasons), end="")
         return
     cfg.autoencoder_network.given(cfg)  # said now, where it is missing
     from tinydiff.training.memory import keep_pages
@@ -178,26 +197,11 @@ def train(
     keep_pages()
     from tinydiff.training.loop import run
 
-    folder = run_dir or Path("runs") / default_name(path)
-    result = run(cfg, unused(folder) if fresh else folder, stage, accept_changes, strict, time is not None)
+    result = run(cfg, folder, stage, accept_changes, strict, seconds is not None, begun, reasons)
     if processes.rank() == 0:
         print(result)
-
-
-def default_name(path: Path | None) -> str:
-    """A run's name from its configuration file: the stem, or the folder of a tinydiff.toml."""
-    if path is None or path.name == "tinydiff.toml":
-        return (path.resolve().parent.name if path and path.parent != Path(".") else "") or "default"
-    return path.stem
-
-
-def unused(folder: Path) -> Path:
-    """The folder itself where it is new, else the first of folder-2, folder-3, ... that is."""
-    n, free = 1, folder
-    while free.exists():
-        n += 1
-        free = folder.with_name(f"{folder.name}-{n}")
-    return free
+        if command := drawing(folder, cfg):
+            print(f"draw with it: {command}", file=sys.stderr)
 
 
 @app.command()

@@ -15,9 +15,10 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import SimpleNamespace
 from typing import Any
 
-from tinydiff import backends, config, images
+from tinydiff import backends, beginning, config, images
 from tinydiff.adapters import described
 from tinydiff.backends.graph import check
+from tinydiff.beginning import is_run
 from tinydiff.checkpoints import control, new, weights
 from tinydiff.checkpoints.counts import counts_of, onnx_counts, safetensors_counts
 from tinydiff.checkpoints.description import Description, describe
@@ -26,11 +27,14 @@ from tinydiff.checkpoints.ldm import averaged
 from tinydiff.checkpoints.scheduler import read
 from tinydiff.checkpoints.source import Source
 from tinydiff.cost import costs
+from tinydiff.data.listing import IMAGES as FILES
+from tinydiff.data.listing import MODELS, Skips, kind, walk
 from tinydiff.errors import ModelError, UsageError
 from tinydiff.files import again, read_json, shown, undisturbed
 from tinydiff.networks import CONTROL, VAE, denoiser_in, network_of, networks, text_encoders, tokenizer_folder
 from tinydiff.networks.network import OtherNetwork
 from tinydiff.pipeline import check_size
+from tinydiff.schema import flat as to_flat
 from tinydiff.schema import to_dict
 from tinydiff.text.labels import LEAST
 
@@ -45,7 +49,8 @@ LONGEST = 10**6  # tokens; transformers writes 1e30 for "no limit"
 
 
 def show(what: str | None, as_json: bool = False, width: int | None = None, height: int | None = None) -> list[str]:
-    """Lines on `what`: a model (folder, file, run or shipped name), a .toml, an image, or None for the default configuration.
+    """Lines on `what`: a model (folder, file, run or shipped name), a .toml, an image, a folder of images to train on, or None
+    for the default configuration.
 
     With `as_json` one line of JSON. A configuration is printed as TOML with its defaults filled in, and what its networks
     cost as comments. Costs are counted at `width` x `height` pixels, by default the model's own. Raises the UserError of
@@ -58,7 +63,7 @@ def show(what: str | None, as_json: bool = False, width: int | None = None, heig
 
 
 def inspect(what: str | None, width: int | None = None, height: int | None = None) -> dict[str, Any]:
-    """What is known of `what`, by what is there; see `configuration` and `model`."""
+    """What is known of `what`, by what is there; see `configuration`, `photos`, `beginning.progress` and `model`."""
     path = Path(what) if what else None
     if path is None or (path.suffix == ".toml" and not path.is_dir()):
         return configuration(path, width, height)
@@ -68,6 +73,10 @@ def inspect(what: str | None, width: int | None = None, height: int | None = Non
         if not path.exists():
             raise UsageError(f"{shown(path)}: no such image; check the path")
         return {"kind": "image", "path": str(path), "settings": images.read_settings(path)}
+    if is_run(path) and (told := beginning.progress(path)):
+        return {"kind": "unfinished", "path": str(path), **told}
+    if path.suffix.lower() == ".tar" or holds_images(path):
+        return photos(path)
     if path.is_file() and path.suffix.lower() not in (".safetensors", *PICKLES):
         raise UsageError(f"{shown(path)}: nothing to inspect; give a model, a .toml or a generated image")
     if told := described.told(path):
@@ -75,6 +84,25 @@ def inspect(what: str | None, width: int | None = None, height: int | None = Non
             raise UsageError("-W, -H: only a model and a configuration have a cost; leave them out")
         return told
     return again(lambda: model(backends.find_model(what), width, height))
+
+
+def holds_images(path: Path) -> bool:
+    """Whether a folder is one of images: it is no model and no run, and has some."""
+    if not path.is_dir() or is_run(path) or any((path / name).exists() for name in MODELS):
+        return False
+    return any(kind(name) in FILES for name in walk(path, Skips()))
+
+
+def photos(path: Path) -> dict[str, Any]:
+    """What a run on these images would be: rows for a person, what would be chosen, and what to mind."""
+    from tinydiff import outlook
+    from tinydiff.choices import machine
+
+    cfg, folder, reasons, facts = beginning.begin(path, [], beginning.unused(beginning.RUNS / path.resolve().stem))
+    assert facts
+    rows = outlook.outlook(cfg, facts, machine(), folder)
+    chosen = {key: {"value": to_flat(cfg)[key], "reason": why} for key, why in reasons.items()}
+    return {"kind": "images", "path": str(path), "rows": rows, "chosen": chosen, "notes": outlook.warnings(cfg, facts)}
 
 
 def configuration(path: Path | None, width: int | None = None, height: int | None = None) -> dict[str, Any]:

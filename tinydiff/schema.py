@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import field
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 from tinydiff.errors import UsageError
@@ -26,6 +28,9 @@ except ModuleNotFoundError:  # Python 3.10
 
 
 MAX_LIST = 16
+CHOSEN = "chosen: "  # before a reason
+TEXT = r'"(?:[^"\\]|\\.)*"'
+REASON = re.compile(rf'(\w+) = (?:{TEXT}|\[(?:{TEXT}|[^"\]])*\]|[^"\[\s]+)\s+# {CHOSEN}(.*)$')
 Bound = float | None
 EITHER = {
     int | tuple[int, ...]: (int, tuple[int, ...]),
@@ -214,25 +219,40 @@ def flat(config: Any) -> dict[str, Any]:
     return dict(walk(to_dict(config), ""))
 
 
-def to_toml(config: Any, without: Collection[str] = ()) -> str:
-    """The configuration as commented TOML; reading it gives an equal configuration, but for the tables it is `without`."""
+def to_toml(config: Any, without: Collection[str] = (), reasons: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The configuration as commented TOML; reading it gives an equal configuration, but for the tables it is `without`.
+
+    Of a key that has its value for one of the `reasons`, that is the comment instead of its meaning.
+    """
     lines = ["# tinydiff configuration. Every key with its value; `--set section.key=value` changes one for a run."]
     lines += [f"# Not read by this run, and left out: {', '.join(f'[{name}]' for name in without)}."] if without else []
-    return "\n".join([*lines, "", *_table(config, "", without)]).rstrip() + "\n"
+    return "\n".join([*lines, "", *_table(config, "", without, reasons)]).rstrip() + "\n"
 
 
-def _table(part: Any, path: str, without: Collection[str] = ()) -> Iterator[str]:
+def reasons_of(path: Path) -> dict[str, str]:
+    """The reasons in a file that `to_toml` wrote; none where there is no such file."""
+    found, table = dict[str, str](), ""
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        if header := re.match(r"\[([\w.]+)\]", line):
+            table = f"{header[1]}."
+        elif match := REASON.match(line):
+            found[table + match[1]] = match[2]
+    return found
+
+
+def _table(part: Any, path: str, without: Collection[str], reasons: Mapping[str, str]) -> Iterator[str]:
     fields = [f for f in dataclasses.fields(part) if path + f.name not in without]
     nested = [f for f in fields if dataclasses.is_dataclass(getattr(part, f.name))]
     for f in (f for f in fields if f not in nested):
         choices = f.metadata["choices"]
         doc = f.metadata["doc"] + (f" ({' | '.join(choices)})" if choices else "")
+        doc = CHOSEN + " ".join(reasons[path + f.name].split()) if path + f.name in reasons else doc
         yield f"{f.name} = {_literal(getattr(part, f.name))}".ljust(40) + f"  # {doc}"
     names = [f.name for f in nested]
     for f in sorted(nested, key=lambda f: names.index(f.metadata["after"] or f.name)):
         yield ""
         yield f"[{path}{f.name}]".ljust(40) + f"  # {f.metadata['doc']}"
-        yield from _table(getattr(part, f.name), f"{path}{f.name}.", without)
+        yield from _table(getattr(part, f.name), f"{path}{f.name}.", without, reasons)
 
 
 def _literal(value: Any) -> str:

@@ -254,3 +254,8 @@ def possible(train: Any) -> list[str]:
 def trained(train: Any) -> dict[str, Row]:
     """Those of them that have steps; the others are left out."""
     return {name: STAGES[name] for name in possible(train) if train.stage(name).steps}
+
+
+def caption(train: Any) -> str:
+    """What all images are said to show by a stage that is trained; "" where their own captions are read."""
+    return next((text for name in trained(train) if (text := train.stage(name).caption)), "")

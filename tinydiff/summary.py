@@ -9,6 +9,7 @@ from typing import Any
 from tinydiff import config
 from tinydiff.adapters import described
 from tinydiff.networks import TEXT_ENCODERS
+from tinydiff.progress import duration
 from tinydiff.schema import to_toml
 from tinydiff.system import escaped, shown
 
@@ -24,6 +25,19 @@ def lines(told: dict[str, Any]) -> list[str]:
         return [*to_toml(cfg, config.unread(cfg)).splitlines(), *([""] if costs else []), *costs]
     if told["kind"] in described.KINDS:
         return table(dict(adapter_rows(told)))
+    if told["kind"] == "images":
+        chosen = {f"  {key}": f"{each['value']}: {each['reason']}" for key, each in told["chosen"].items()}
+        notes = {f"note {i}": note for i, note in enumerate(told["notes"], 1)}
+        return table(
+            told["rows"] | {"chosen": "what `tinydiff train` would, unless it is told otherwise"} | chosen | notes
+        )
+    if told["kind"] == "unfinished":
+        done = {f"  {k}": f"{s['step']:,} of {s['steps']:,} steps" for k, s in told["stages"].items()}
+        rows = {"run": f"{told['path']}, not at its end"} | done
+        if told["time"]:
+            rows["time"] = f"{duration(told['used'])} used of {duration(told['time'])}"
+        rows["model"] = told["model"] or "none yet"
+        return table(rows | {"go on": f"tinydiff train {told['path']}"})
     if told["kind"] == "image":
         return table({"image": told["path"]} | told["settings"])
     parts = {f"  {name}": weights_line(part) for name, part in told["components"].items()}

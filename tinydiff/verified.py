@@ -67,12 +67,12 @@ class Memory:
 
     def sha256(self, path: Path) -> str:
         """A file's hash: the one known of it, or that of its bytes, which is learnt."""
-        name, mark = os.path.realpath(path), _mark(path)
-        if isinstance(known := self.known.get(name), list) and known[:-1] == mark:
+        name, before = os.path.realpath(path), mark(path)
+        if isinstance(known := self.known.get(name), list) and known[:-1] == before:
             return str(known[-1])
         begun, digest = time.time_ns(), sha256(path)
-        if _mark(path) == mark and begun - max(mark[1:3]) > RECENT:
-            self.learnt[name] = [*mark, digest]
+        if mark(path) == before and begun - max(before[1:3]) > RECENT:
+            self.learnt[name] = [*before, digest]
         return digest
 
     def save(self) -> None:
@@ -83,7 +83,7 @@ class Memory:
                 write_file(self.path, json.dumps(dict(kept)).encode(), force=True)
 
 
-def _mark(path: Path) -> list[int]:
+def mark(path: Path) -> list[int]:
     """What changes when a file does; the change time is not the user's to set."""
     status = os.stat(path)
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]

@@ -57,7 +57,7 @@ def open_source(
 
     With a `caption` all images of folders have that one.
 
-    `progress(shards done, shards in all)` is called while shards are indexed.
+    `progress(done, in all)` is called while images are checked or shards are indexed.
     """
     if data.path == "shapes":
         from tinydiff.data.shapes import ShapesSource
@@ -81,7 +81,7 @@ def _opened(path: str, data: Data, progress: Callable[[int, int], None] | None, 
         return ShardSource(path, progress=progress, **settings)
     from tinydiff.data.folder import FolderSource
 
-    return FolderSource(Path(path), **settings, caption=caption)
+    return FolderSource(Path(path), **settings, caption=caption, progress=progress)
 
 
 def examples(source: Source, count: int = 3) -> list[str]:

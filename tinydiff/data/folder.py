@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -16,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from tinydiff.config import Data
+from tinydiff.data.checked import Checked
 from tinydiff.data.layouts import Entry, entries, of_one
 from tinydiff.data.listing import Skips, judge, summary, walk
 from tinydiff.errors import DataError
@@ -40,6 +43,7 @@ class FolderSource:
         max_bad_fraction: float = Data.max_bad_fraction,
         captions: str = Data.captions,
         caption: str = "",
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.path, self.background, skips = Path(path), background, Skips()
         names = walk(self.path, skips)
@@ -47,7 +51,7 @@ class FolderSource:
             found, self.layout = of_one(self.path, names, skips, caption)
         else:
             found, self.layout = entries(self.path, names, skips, captions)
-        self._entries = self._decodable(sorted(found, key=lambda entry: entry.name), skips)
+        self._entries = self._decodable(sorted(found, key=lambda entry: entry.name), skips, progress)
         self.skipped: list[tuple[str, str]] = sorted(skips.bad + skips.notes)
         bad = sorted(skips.bad)
         if not self._entries:
@@ -104,24 +108,43 @@ class FolderSource:
         line = f"{shown(self.path)}: {len(self)} images, {self.layout}"
         return line + (f", {summary(self.skipped)}" if self.skipped else "")
 
-    def _decodable(self, entries: list[Entry], skips: Skips) -> list[Entry]:
-        """The entries whose image decodes, with its hash and size."""
-        batches = (entries[start : start + BATCH] for start in range(0, len(entries), BATCH))
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            return [entry for batch in batches for entry in pool.map(partial(self._decoded, skips), batch) if entry]
+    def _decodable(
+        self, entries: list[Entry], skips: Skips, progress: Callable[[int, int], None] | None
+    ) -> list[Entry]:
+        """The entries whose image decodes, with its hash and size; those that did before are not decoded again."""
+        checked, good = Checked(self.path), list[Entry]()
+        try:
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+                for start in range(0, len(entries), BATCH):
+                    found = pool.map(partial(self._decoded, skips, checked), entries[start : start + BATCH])
+                    for done, entry in enumerate(found, start + 1):
+                        good += [entry] if entry else []
+                        if progress:
+                            progress(done, len(entries))
+        finally:
+            checked.save()
+        return good
 
-    def _decoded(self, skips: Skips, entry: Entry) -> Entry | None:
+    def _decoded(self, skips: Skips, checked: Checked, entry: Entry) -> Entry | None:
         path = self.path / entry.name
         try:
-            image, digest = decoded(path, self.background)
-            control = entry.control and (*entry.control, decoded(self.path / entry.control[0], self.background)[1])
-            return entry._replace(digest=digest, size=(image.shape[1], image.shape[0]), control=control)
+            digest, size = self._checked(checked, entry.name)
+            control = entry.control and (*entry.control, self._checked(checked, entry.control[0])[0])
+            return entry._replace(digest=digest, size=size, control=control)
         except DataError as error:
             reason = str(error).removeprefix(f"{shown(path)}: ").split("; ")[0]
         except OSError as error:
             reason = error.strerror or "cannot be read"
         skips.bad.append((shown(entry.name), reason))
         return None
+
+    def _checked(self, checked: Checked, name: str) -> tuple[str, tuple[int, int]]:
+        """The SHA-256 and (width, height) of an image that decodes. Raises DataError."""
+        if known := checked.get(name):
+            return known
+        begun, (image, digest) = time.time_ns(), decoded(self.path / name, self.background)
+        checked.add(name, begun, digest, (image.shape[1], image.shape[0]))
+        return digest, (image.shape[1], image.shape[0])
 
 
 def decoded(path: Path, background: str, digest: str = "") -> tuple[np.ndarray, str]:

@@ -14,11 +14,18 @@ from typing import Any
 
 from tinydiff import config
 from tinydiff.data.dataset import Source, buckets
+from tinydiff.data.facts import Facts
 from tinydiff.networks import DENOISERS
-from tinydiff.stages import STAGES, trained
-from tinydiff.system import cut
+from tinydiff.stages import NONE, STAGES, trained
+from tinydiff.system import cut, shown
 
 LOOKED_AT = 100_000  # captions
+FEW, EACH, EQUAL, HARD = (
+    50,
+    5,
+    0.5,
+    0.2,
+)  # images, captions an image, share of one caption, share of images cut or enlarged
 TUNED = 1e-3  # rate above which an autoencoder that is tuned on gets worse before it gets better
 WEIGHED = {  # keys of the autoencoder's stage that only the loss of a weight reads
     "perceptual_weight": ("features",),
@@ -30,7 +37,7 @@ def of_settings(cfg: config.Config) -> Iterator[str]:
     """Keys that do nothing in this configuration, each with the nearest value that does something."""
     stages = {f"train.{name}": cfg.train.stage(name) for name in trained(cfg.train)}
     for name, stage in stages.items():
-        yield from _of_stage(name, stage)
+        yield from _of_stage(name, stage, bool(cfg.train.time))
     if (every := cfg.train.keep_every) and not any(_kept(every, stage) for stage in stages.values()):
         multiples = " or ".join(f"{name}.save_every ({stage.save_every})" for name, stage in stages.items())
         yield f"train.keep_every: no checkpoint is at a multiple of {every}; set a multiple of {multiples}"
@@ -49,9 +56,37 @@ def of_settings(cfg: config.Config) -> Iterator[str]:
         yield f"{', '.join(keys)}: of no effect, {reason}"
 
 
-def _of_stage(name: str, stage: Any) -> Iterator[str]:
-    if stage.warmup >= stage.steps:
-        problem = f"{stage.warmup} updates of a run of {stage.steps}, which never reaches the learning rate"
+def of_data(cfg: config.Config, facts: Facts) -> Iterator[str]:
+    """What these images and captions will not teach, each with what mends it."""
+    data, stages = cfg.data, {name: cfg.train.stage(name) for name in trained(cfg.train)}
+    alone = cfg.train.adapter == NONE and not cfg.train.base
+    if facts.count < FEW and alone:
+        more = "add images, or change a model that knows more with --from emoji --adapter lora"
+        yield f"{facts.count} images are few: a model learns them by heart; {more}"
+    for name, stage in stages.items():
+        if stage.batch_size > facts.count:
+            fix = f"set {1 << max(0, (facts.count // 2).bit_length() - 1)}"
+            yield f"train.{name}.batch_size: {stage.batch_size} of {facts.count} images: an update has some twice; {fix}"
+    if facts.each > EACH:
+        many = max(facts.captions, key=len)
+        told = " / ".join(shown(cut(text, 30)) for text in many[:3])
+        fix = "keep one language, or set data.max_captions=1, which reads the first of each"
+        yield f"captions: {facts.each:.0f} an image, such as {told}: each is seldom read; if they are translations, {fix}"
+    (text, most), *_ = facts.distinct.most_common(1)
+    if most > max(1, EQUAL * len(facts.captions)) and alone:
+        problem = f"{most / len(facts.captions):.0%} of the images have the same, {shown(cut(text, 40))!r}"
+        yield f"captions: {problem}: prompts can tell nothing apart; write what each image shows"
+    if (small := facts.smaller(data.resolution)) > HARD:
+        fix = f"set data.resolution={max(16, 1 << facts.side.bit_length() - 1)}, or take larger ones"
+        yield f"data.resolution: {small:.0%} of the images are smaller than {data.resolution} pixels and are enlarged; {fix}"
+    if (hard := facts.cropped(data.resolution, data.max_aspect_ratio, data.bucket_step)) > HARD:
+        fix = f"set data.max_aspect_ratio={max(2, round(data.max_aspect_ratio + 1))}"
+        yield f"data.max_aspect_ratio: {hard:.0%} of the images lose over a quarter of their area by cropping; {fix}"
+
+
+def _of_stage(name: str, stage: Any, timed: bool) -> Iterator[str]:
+    if 2 * stage.warmup > stage.steps and not timed:
+        problem = f"{stage.warmup} updates of a run of {stage.steps}, which is hardly at the learning rate"
         yield f"{name}.warmup: {problem}; set {stage.steps // 10}"
     if stage.lr == 0:
         yield f"{name}.lr: at 0 nothing is learnt; 0.001 is usual"

@@ -6,8 +6,9 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tinydiff import config, files
@@ -15,7 +16,7 @@ from tinydiff.checkpoints.source import Source
 from tinydiff.data.dataset import Images, examples
 from tinydiff.errors import DataError, ModelError, UsageError
 from tinydiff.files import shown
-from tinydiff.schema import flat, to_toml
+from tinydiff.schema import flat, reasons_of, to_toml
 from tinydiff.stages import STAGES, Stage, trained
 from tinydiff.training.parallel import World
 from tinydiff.training.runtime import Runtime
@@ -62,9 +63,12 @@ class Claim:
     that fails does not claim the directory.
     """
 
-    def __init__(self, runtime: Runtime, run_dir: Path, accept: bool):
+    def __init__(
+        self, runtime: Runtime, run_dir: Path, accept: bool, reasons: Mapping[str, str] = MappingProxyType({})
+    ):
         self.runtime, self.dir, self.accept = runtime, run_dir, accept
         self.written, self.notes, self.listed = runtime.world.rank != 0, dict[str, bytes](), b""
+        self.reasons = {**(reasons_of(run_dir / CONFIG) if self.begun else {}), **reasons}
 
     @property
     def begun(self) -> bool:
@@ -90,12 +94,13 @@ class Claim:
             fix = "use --accept-changes to go on so, --fresh or another --run-dir"
             raise UsageError(f"{shown(self.dir)}: the run was begun with other settings: {what}; {fix}")
         if new != old:
-            self.notes[CONFIG] = to_toml(cfg).encode()
+            self.reasons = {k: why for k, why in self.reasons.items() if not old or old.get(k) == new.get(k)}
+            self.notes[CONFIG] = to_toml(cfg, reasons=self.reasons).encode()
 
     def laid(self, cfg: config.Config) -> None:
         """Write the configuration of a run that has begun again, some of whose stages have other steps."""
         if self.runtime.world.rank == 0:
-            files.write_file(self.dir / CONFIG, to_toml(cfg).encode(), force=True)
+            files.write_file(self.dir / CONFIG, to_toml(cfg, reasons=self.reasons).encode(), force=True)
 
     def base(self, source: Source) -> None:
         """Refuse another model to begin with than the run was begun with, unless it is accepted."""
@@ -124,7 +129,7 @@ class Claim:
             raise DataError(f"{shown(origin)}: changed since the run was begun ({counts}); {fix}")
         if begun != now:
             self.notes[DATA] = json.dumps(now).encode()
-        if origin != "shapes":
+        if origin != "shapes" and (self.begun or not self.reasons):  # who chose has told it
             for line in (*images.source.report().splitlines(), *(f"  {line}" for line in examples(images.source))):
                 self.runtime.say(line)
         self.left_out(images)

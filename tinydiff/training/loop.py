@@ -10,9 +10,10 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from tinydiff import config, files, images, report
 from tinydiff.checkpoints import folder
 from tinydiff.data.dataset import Images, open_source
+from tinydiff.data.facts import Facts
 from tinydiff.diffusion.noise import keyed
 from tinydiff.errors import DivergedError, ModelError, ResourceError, UsageError, out_of_memory
 from tinydiff.metrics import logged
@@ -54,16 +56,18 @@ def run(
     strict: bool = False,
     more: bool = False,
     begun: float | None = None,
+    reasons: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
     """Train the stages in order, up to the `last`, continuing a run. Returns the folder that was published last.
 
     `accept` goes on with another configuration or other data; `strict` refuses to pass over a damaged checkpoint; `more`
-    goes on from the end of a run that has ended, for its time again, which counts from when this was `begun` (`time.monotonic`).
+    goes on from the end of a run that has ended, for its time again, which counts from when this was `begun`
+    (`time.monotonic`). `reasons` say of keys why they have their values.
     """
     budget = Budget(run_dir, cfg, more, begun)
     cfg = budget.cfg
     with enough_memory(cfg), Runtime(cfg) as runtime, runtime.world.together(), claim.held(runtime, run_dir):
-        this, made, publishers = Run(runtime, run_dir, accept, strict, budget), run_dir, dict[str, Task]()
+        this, made, publishers = Run(runtime, run_dir, accept, strict, budget, reasons), run_dir, dict[str, Task]()
         this.claim.configuration(cfg)
         if cfg.train.tensorboard:
             writer()  # refused now, if it is not installed
@@ -74,9 +78,11 @@ def run(
             task.check(settings)
             rows = runtime.world.rows(settings.batch_size, cfg.train.tensor_parallel > 1)
             claim.split(rows, name, settings, task.whole, runtime.world)
-        source = open_source(cfg.data, cfg.train.seed, this.progress("indexing shards"), this.caption)
+        source = open_source(cfg.data, cfg.train.seed, this.progress("checking images"), this.caption)
         this.data = Images(source, cfg.data)
         this.claim.data(this.data)
+        for line in advice.of_data(cfg, Facts.of(this.data.source)) if cfg.data.path != "shapes" else ():
+            runtime.say(f"note: {line}")
         this.held = held_out(this)
         if this.held:
             runtime.say(f"{len(this.held)} images to measure on, which are not trained on")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from tinydiff.errors import UsageError
 from tinydiff.progress import Progress
-from tinydiff.stages import trained
+from tinydiff.stages import caption
 from tinydiff.training.budget import Budget
 from tinydiff.training.claim import Claim
 from tinydiff.training.runtime import Interrupted, Runtime
@@ -26,7 +27,7 @@ class Run:
     """What every stage of a run is given.
 
     `accept` goes on with another configuration or other data; `strict` refuses to pass over a damaged checkpoint; the
-    `budget` is of its time.
+    `budget` is of its time; `reasons` say of keys why they have their values.
     """
 
     data: Images
@@ -43,15 +44,19 @@ class Run:
         accept: bool = False,
         strict: bool = False,
         budget: Budget | None = None,
+        reasons: Mapping[str, str] = MappingProxyType({}),
     ):
         self.runtime, self.dir, self.strict = runtime, directory, strict
-        self.claim, self.budget = Claim(runtime, directory, accept), budget or Budget(directory, runtime.config)
+        self.claim, self.budget = (
+            Claim(runtime, directory, accept, reasons),
+            budget or Budget(directory, runtime.config),
+        )
         self.cfg, self.world, self.checkpoints = runtime.config, runtime.world, directory / "checkpoints"
 
     @property
     def caption(self) -> str:
         """What all images are said to show; "" where their own captions are read."""
-        return next((text for name in trained(self.cfg.train) if (text := self.cfg.train.stage(name).caption)), "")
+        return caption(self.cfg.train)
 
     @cached_property
     def features(self) -> Features | None:
