@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -131,10 +132,10 @@ class AutoencoderNetwork(Network):
         if not (path := cfg.autoencoder.path):
             return None
         start = shipped("autoencoder") if path == GENERAL else Path(path)
-        if start.is_file():
+        if os.path.isfile(start):  # False for a name that no file can have
             return start
         for place in PLACES:
-            if (start / place / "config.json").is_file():
+            if os.path.isfile(start / place / "config.json"):
                 return start / place
         raise ModelError(
             f"{shown(path)}: holds no autoencoder; autoencoder.path names a model, a run, a file, or {GENERAL!r}"
