@@ -70,6 +70,11 @@ def test_captions_that_are_cut_are_counted():
     assert "none is cut" in choose(facts(), CPU, {}, lambda side: 30).reasons["text_encoder.max_position_embeddings"]
 
 
+def test_steps_that_are_given_are_not_laid_by_time():
+    assert chosen(facts(), train__denoiser__steps=500).train.time == 0
+    assert chosen(facts(), train__autoencoder__steps=0).train.time > 0
+
+
 def test_an_autoencoder_that_is_not_good_enough_is_tuned():
     cfg = chosen(facts(), good=GOOD - 1)
     assert cfg.train.stage("autoencoder").steps > 0 and cfg.train.stage("autoencoder").lr == 3e-4
@@ -79,6 +84,7 @@ GIVEN = [
     {"data__resolution": 48},
     {"data__resolution": 128},
     {"train__time": 60},
+    {"train__denoiser__steps": 500, "train__autoencoder__steps": 0, "train__time": 0},
     {"unet__block_out_channels": [32, 64]},
     {"autoencoder__block_out_channels": [8, 16, 16]},
     {"denoiser__kind": "dit"},

@@ -64,7 +64,8 @@ def choose(facts: Facts, on: Machine, given: dict[str, Any], judge: Judge) -> Ch
     """What a run on these images has, where `given` says nothing: whole keys with dots, and their values."""
     c = Choices(given)
     hours = min(4, max(1, facts.count // 2000)) / 2
-    c.take("train.time", int(3600 * hours), f"{duration(3600 * hours)} for {facts.count} images; --time changes it")
+    if not any(value and key.endswith((".steps", "train.grow")) for key, value in given.items()):
+        c.take("train.time", int(3600 * hours), f"{duration(3600 * hours)} for {facts.count} images; --time changes it")
     if not on.gpu:
         c.take("train.validation_samples", 0, "drawing images to measure them would take much of a CPU's time")
     size, why = (64, "on a GPU") if on.gpu else (16, "on a CPU")

@@ -51,10 +51,17 @@ def outlook(cfg: config.Config, facts: Facts, on: Machine, run_dir: Path) -> dic
     rows["sizes"] += f"trained on at {listed}"
     rows["captions"] = f"{len(facts.distinct)} different, {facts.each:.3g} an image{read(cfg, facts)}"
     rows |= {f"  such as {n}": text for n, text in enumerate(facts.examples, 1)}
-    if not cfg.train.base:
-        rows |= of_networks(cfg, on)
+    rows |= of_base(cfg, on) if cfg.train.base else of_networks(cfg, on)
     rows["result"] = f"{shown(run_dir)}: model/, and report.html while it trains"
     return rows
+
+
+def of_base(cfg: config.Config, on: Machine) -> dict[str, str]:
+    """What learns of a model that a run begins with, and where."""
+    stages = trained(cfg.train)
+    steps = ", ".join(f"{name}: {cfg.train.stage(name).steps:,} updates" for name in stages)
+    time = duration(cfg.train.time) if cfg.train.time else steps
+    return {"begins with": f"{shown(cfg.train.base)}; learns: {', '.join(stages)}", "machine": on.said, "time": time}
 
 
 def read(cfg: config.Config, facts: Facts) -> str:

@@ -69,27 +69,8 @@ def run(
     with enough_memory(cfg), Runtime(cfg) as runtime, runtime.world.together(), claim.held(runtime, run_dir):
         this, made, publishers = Run(runtime, run_dir, accept, strict, budget, reasons), run_dir, dict[str, Task]()
         this.claim.configuration(cfg)
-        if cfg.train.tensorboard:
-            writer()  # refused now, if it is not installed
-        for line in (*advice.of_settings(cfg), *filter(None, [budget.said])):
-            runtime.say(f"note: {line}")
-        for name, row in trained(cfg.train).items():
-            settings, task = cfg.train.stage(name), imported(row.task)
-            task.check(settings)
-            rows = runtime.world.rows(settings.batch_size, cfg.train.tensor_parallel > 1)
-            claim.split(rows, name, settings, task.whole, runtime.world)
-        source = open_source(cfg.data, cfg.train.seed, this.progress("checking images"), this.caption)
-        this.data = Images(source, cfg.data)
-        this.claim.data(this.data)
-        for line in advice.of_data(cfg, Facts.of(this.data.source)) if cfg.data.path != "shapes" else ():
-            runtime.say(f"note: {line}")
-        this.held = held_out(this)
-        if this.held:
-            runtime.say(f"{len(this.held)} images to measure on, which are not trained on")
-        elif cfg.train.keep_best:
-            runtime.say(
-                "note: train.keep_best: of no effect, no images are held out; set data.validation or data.held_out"
-            )
+        check(this)
+        gather(this)
         if runtime.world.rank == 0:
             nothing_lost(this)
             state.sweep(run_dir)
@@ -117,6 +98,34 @@ def run(
         this.claim.write()
         this.claim.left_out(this.data)
     return made
+
+
+def check(run: Run) -> None:
+    """Refuse what settings alone show not to work, and say which have no effect."""
+    if run.cfg.train.tensorboard:
+        writer()  # refused now, if it is not installed
+    for line in (*advice.of_settings(run.cfg), *filter(None, [run.budget.said])):
+        run.runtime.say(f"note: {line}")
+    for name, row in trained(run.cfg.train).items():
+        settings, task = run.cfg.train.stage(name), imported(row.task)
+        task.check(settings)
+        rows = run.world.rows(settings.batch_size, run.cfg.train.tensor_parallel > 1)
+        claim.split(rows, name, settings, task.whole, run.world)
+
+
+def gather(run: Run) -> None:
+    """Open the images that are trained on and measured on, and say what they will not teach."""
+    cfg, say = run.cfg, run.runtime.say
+    source = open_source(cfg.data, cfg.train.seed, run.progress("checking images"), run.caption)
+    run.data = Images(source, cfg.data)
+    run.claim.data(run.data)
+    for line in advice.of_data(cfg, Facts.of(source)) if cfg.data.path != "shapes" else ():
+        say(f"note: {line}")
+    run.held = held_out(run)
+    if run.held:
+        say(f"{len(run.held)} images to measure on, which are not trained on")
+    elif cfg.train.keep_best:
+        say("note: train.keep_best: of no effect, no images are held out; set data.validation or data.held_out")
 
 
 def nothing_lost(run: Run) -> None:
