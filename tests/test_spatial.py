@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -13,10 +15,14 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tensors import noise, randomise
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
-from tinydiff import config, export
+from tinydiff import cli, config, export
+from tinydiff.errors import UsageError
+from tinydiff.files import MANIFEST
 from tinydiff.measure.cost import cost
 from tinydiff.models.attention import Attention
 from tinydiff.models.dit import DiT
@@ -161,6 +167,24 @@ def test_full_attention_without_positions_is_the_plain_one():
     assert torch.equal(module(x, size=(3, 4)), plain(x))
 
 
+def test_generate_says_what_share_of_heads_was_skipped(make_model, tiny_config, tmp_path):
+    """Two levels, of two heads each; all gates of the lower one are shut, as its middle's are."""
+    unet = replace(tiny_config.unet, attention=("full", "gated"), attention_head_dim=(4, 2))
+    source = make_model(replace(tiny_config, unet=unet))
+    weights = source / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    gates = sorted(name for name in tensors if name.endswith("attn1.gate.bias"))
+    assert len(gates) == 4  # down, up twice, and the middle
+    for name in gates:
+        tensors[name.replace("bias", "weight")].zero_()
+        tensors[name] = torch.tensor([-9.0, 9.0] if name != gates[0] else [9.0, 9.0])
+    save_file(tensors, weights)
+    (source / MANIFEST).unlink()
+    words = ["generate", "a red circle", "-m", str(source), "--steps", "2", "-o", str(tmp_path / "a.png")]
+    said = CliRunner().invoke(cli.app, words, catch_exceptions=False).stderr
+    assert "38% of the attention heads were shut, and skipped" in said
+
+
 # ---- positions -----------------------------------------------------------------------------------------------------
 
 
@@ -278,8 +302,7 @@ class Each(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        kinds = [("window", False, "sine", True), ("window", True, "relative"), ("strided", False, "learned")]
-        kinds += [("full", False, "relative"), ("strided", False, "relative"), ("gated", False, "relative")]
+        kinds = [("window", True, "relative"), ("strided", False, "learned"), ("gated", False, "sine", True)]
         self.each = nn.ModuleList([make(*kind) for kind in kinds])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -297,7 +320,7 @@ def test_graphs_of_attention_go_with_sizes_that_were_not_traced(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("classes", "options"), [CASES[1], CASES[2], CASES[-1]])
+@pytest.mark.parametrize(("classes", "options"), [CASES[1], CASES[-1]])
 @torch.no_grad()
 def test_graphs_of_dits_go_with_sizes_that_were_not_traced(classes, options, tmp_path):
     net = dit(classes, **options)
@@ -307,6 +330,38 @@ def test_graphs_of_dits_go_with_sizes_that_were_not_traced(classes, options, tmp
         given = told(classes, size, batch)
         wanted = net(*given)
         assert wanted.std() > 1e-2 and np.abs(run(*given) - wanted.numpy()).max() <= 1e-4 * wanted.std()
+
+
+# ---- what does not go together -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("table", "options", "said"),
+    [
+        ("unet", {"attention": ["window"]}, "unet.attention: needs one entry for each of block_out_channels"),
+        ("unet", {"attention": ["full", "window"], "window": 5}, "unet.window: 5 is more than the 4 tokens"),
+        ("unet", {"attention": "strided", "stride": 9}, "unet.stride: 9 is more than the 4 tokens"),
+        ("unet", {"positions": "learned", "learn_frequencies": True}, "unet.learn_frequencies: only positions sine"),
+        ("unet", {"attention": "dense"}, "unet.attention: unknown name 'dense'"),
+        ("dit", {"attention": ["full"] * 13}, "dit.attention: a list of 13 for num_layers 12"),
+        ("dit", {"attention": ["full", "strided"], "conditioning": "in_context"}, "dit.conditioning: in_context"),
+        ("dit", {"positions": "relative", "conditioning": "in_context"}, "dit.conditioning: in_context"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_named_in_a_line(table, options, said, tmp_path):
+    lines = [f"{key} = {json.dumps(value)}" for key, value in options.items()]
+    (tmp_path / "some.toml").write_text("\n".join([f"[{table}]", *lines, "[denoiser]", f'kind = "{table}"']))
+    with pytest.raises(UsageError) as caught:
+        config.load(tmp_path / "some.toml", [])
+    assert said in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("options", [{"attention": ("full", "gated")}, {"positions": "relative"}])
+def test_heads_with_something_in_common_are_not_divided(options):
+    sizes = DiTSettings(**options)
+    cfg = config.make(denoiser={"kind": "dit"}, dit=sizes, train={"tensor_parallel": 2, "parallel": "fsdp"})
+    (name,) = options
+    assert [text for text in config.conflicts(cfg) if text.startswith(f"dit.{name}: heads that processes share out")]
 
 
 # ---- what it costs -------------------------------------------------------------------------------------------------

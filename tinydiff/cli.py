@@ -316,6 +316,8 @@ def generate(
         path = sink.write(drawn, None if no_metadata else drawn.settings)
         say_image(path, drawn, as_json)
     sink.close()
+    if skipped := getattr(opened, "skipped", ""):
+        note(skipped)
     if code := mistakes.code():
         raise typer.Exit(code)
 

@@ -20,6 +20,7 @@ from tinydiff.checkpoints.folder import PRECISIONS
 from tinydiff.checkpoints.source import Source
 from tinydiff.condition import Condition, joined, texts_of
 from tinydiff.errors import UsageError
+from tinydiff.models.spatial import heads_shut
 from tinydiff.networks import CONTROL
 from tinydiff.networks.network import HIDDEN, named
 from tinydiff.progress import note
@@ -82,6 +83,12 @@ class TorchBackend:
             network.float()
             return self.ask(network, call, *arrays, **more)
         return answer
+
+    @property
+    def skipped(self) -> str:
+        """What of the denoiser's attention was not computed so far, in words; nothing where its heads have no gates."""
+        shut, heads = heads_shut(self.model.denoiser)
+        return f"{shut / heads:.0%} of the attention heads were shut, and skipped" if heads else ""
 
     def encode_text(self, ids: Mapping[str, np.ndarray]) -> Condition:
         said = joined([self.read(name, rows) for name, rows in ids.items()], self.description.conditions, torch.cat)

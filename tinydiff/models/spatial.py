@@ -169,7 +169,7 @@ class Gated(SelfAttention):
     """Full attention, each head's output times a gate in [0, 1] that is computed from the mean of its input (B, T, D).
 
     Which heads an image needs depends on the image (cf. Meng et al. 2022, "AdaViT", section 3.2). Outside of training a head is
-    not computed for an image whose gate is shut, and counted; exported graphs and compiled networks compute all.
+    not computed for an image whose gate is shut, and counted; graphs, recorded calls and compiled networks compute all.
     """
 
     asked = shut = 0  # heads, over all images and calls outside of training
@@ -180,7 +180,8 @@ class Gated(SelfAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, size: tuple[int, int]) -> Tensor:
         gates = F.hardsigmoid(self.gate(x.mean(1)))  # (B, N)
-        if self.training or gates.is_meta or torch.compiler.is_compiling():
+        recorded = gates.is_cuda and torch.cuda.is_current_stream_capturing()
+        if self.training or recorded or gates.is_meta or torch.compiler.is_compiling():
             return super().attend(q, k, v, x, size) * gates[..., None, None]
         rows, heads = gates.nonzero(as_tuple=True)
         self.asked, self.shut = self.asked + gates.numel(), self.shut + gates.numel() - rows.shape[0]
