@@ -187,7 +187,13 @@ def test_what_tinydiff_made_is_no_data(tmp_path: Path, inside: str) -> None:
     """A run in its own data, or in a folder below, changes neither what is read nor its fingerprint."""
     place = folder(tmp_path, ("cat/0.png", "dog/0.png"), {})
     before = FolderSource(place).fingerprint()
-    made = {"tinydiff.toml": "", "data.json": "{}", "metrics.jsonl": "{}", "samples/captions.json": "[]"}
+    made = {
+        "tinydiff.toml": "",
+        "data.json": "{}",
+        "metrics.jsonl": "{}",
+        "skipped.txt": "a\tb",
+        "samples/captions.json": "[]",
+    }
     made |= {"model/manifest.json": "{}", "model/unet/config.json": "{}", "tokenizer/labels.json": '{"0": "cat"}'}
     place = folder(
         tmp_path, (f"{inside}samples/denoiser-00000004.png",), {inside + name: text for name, text in made.items()}

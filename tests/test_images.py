@@ -329,6 +329,32 @@ def test_other_kinds_are_read(case):
     assert size_of(data) == seen.shape[1::-1]
 
 
+def tiff(width: int, data: bytes, bits: int = 8, white_is_zero: bool = False, **tags: int) -> bytes:
+    """A grey TIFF of one row written by hand: 32-bit entries in the order of their tags (TIFF 6.0, section 2)."""
+    entries = {256: width, 257: 1, 258: bits, 259: 1, 262: int(not white_is_zero), 277: 1}
+    entries |= {int(name[1:]): value for name, value in tags.items()}
+    at, count = (324, 325) if 322 in entries else (273, 279)
+    entries |= {count: len(data), at: 8 + 2 + 12 * (len(entries) + 2) + 4}
+    rows = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(entries.items()))
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + rows + bytes(4) + data
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_tiff_says_which_end_is_white(bits):
+    data = bytes([0, 255]) if bits == 8 else struct.pack("<2H", 0, 65535)
+    assert open_image(tiff(2, data, bits))[0, :, 0].tolist() == [0, 255]
+    assert open_image(tiff(2, data, bits, white_is_zero=True))[0, :, 0].tolist() == [255, 0]
+
+
+def test_a_tile_larger_than_its_image_is_refused_by_its_header():
+    assert open_image(tiff(1, zlib.compress(bytes(256)), _259=8, _322=16, _323=16)).tolist() == [[[0, 0, 0]]]
+    bomb = tiff(1, zlib.compress(bytes(10_000)), _259=8, _322=30_000, _323=30_000)
+    with pytest.raises(DataError, match="30000x30000 is over 64 megapixels"):
+        open_image(bomb)
+    with pytest.raises(DataError, match="30000x30000"):
+        size_of(bomb)
+
+
 def test_inks_of_a_tiff_are_those_of_a_jpeg():
     inks = Image.fromarray(RNG.integers(0, 256, (5, 7, 4), dtype=np.uint8), "CMYK")
     assert np.array_equal(open_image(encoded(inks, "TIFF")), np.asarray(inks.convert("RGB")))

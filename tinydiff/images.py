@@ -40,6 +40,8 @@ SETTINGS = "tinydiff"
 CROPS = ("center", "pad")
 WHITE = "#ffffff"
 ORIENTATION = 0x0112
+PHOTOMETRIC, TILE_WIDTH, TILE_LENGTH = 0x0106, 0x0142, 0x0143  # tags of TIFF 6.0
+WHITE_IS_ZERO = 0
 # The operations that undo EXIF orientations 2 to 8 (EXIF 2.32, section 4.6.4)
 UNDO = ["FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"]
 TRANSPOSES = {orientation: Image.Transpose[name] for orientation, name in enumerate(UNDO, 2)}
@@ -223,11 +225,15 @@ def _formats() -> tuple[str, ...]:
 
 
 def _reduced(image: Image.Image, source: Path | bytes) -> int:
-    """Have a JPEG over MAX_PIXELS decoded at half its sides; DataError for others. Returns the pixels to make room for."""
-    width, height = image.size
+    """Have a JPEG over MAX_PIXELS decoded at half its sides; DataError for others. Returns the pixels to make room for.
+
+    Of a TIFF in tiles libtiff decodes each whole, however small the image is.
+    """
+    tags, size = getattr(image, "tag_v2", {}), image.size
+    width, height = max(size, (tags.get(TILE_WIDTH, 1), tags.get(TILE_LENGTH, 1)), key=math.prod)
     if width * height > MAX_PIXELS:
         image.draft(image.mode, (width // 2, height // 2))
-        if image.width * image.height > MAX_PIXELS:
+        if image.size == size or math.prod(image.size) > MAX_PIXELS:
             raise DataError(f"{_name(source)}: {width}x{height} is over {MAX_PIXELS >> 20} megapixels; make it smaller")
     return width * height
 
@@ -243,8 +249,10 @@ def read_image(path: Path) -> bytes:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """`image` with its EXIF orientation applied, if that can be read."""
+    """`image` with its EXIF orientation applied, if that can be read; a TIFF is upright once it is loaded."""
     image.load()
+    if image.mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        return Image.fromarray(65535 - np.asarray(image))  # which Pillow does with 8 bits alone
     try:
         operation = TRANSPOSES.get(image.getexif().get(ORIENTATION, 1))
     except (OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error):
