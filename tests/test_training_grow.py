@@ -39,6 +39,7 @@ UNETS = {
 DITS = {
     "text": {"kind": "dit", "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8},
     "norms": {"kind": "dit", "num_layers": 1, "num_attention_heads": 3, "attention_head_dim": 4, "qk_norm": True},
+    "exits": {"kind": "dit", "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "exits": 1},
     "classes": {"kind": "class", "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 4},
 }
 

@@ -263,6 +263,9 @@ def generate(
         str | None, flag("SDXL: the size of the picture that the image is a crop of; its own.", metavar="W,H")
     ] = None,
     crop: Annotated[str | None, flag("SDXL: where that crop begins; 0,0.", metavar="LEFT,TOP")] = None,
+    exit_: Annotated[
+        float, flag("Leave a dit where one of its exits is surer than this; 1 never.", "--exit", min=0, max=1)
+    ] = 1.0,
     clip_skip: ClipSkip = None,
     vae: Vae = None,
     prediction: Predicts = None,
@@ -291,7 +294,7 @@ def generate(
     model, adapters, words = flags.of_run(model, adapters, flags.words(word))
     parts = {"vae": vae, "prediction": prediction, "adapters": adapters, "words": words, "anew": verify}
     parts |= {"controls": flags.networks(controls), "clip_skip": clip_skip}
-    opened = opening(model, backend, device, precision, compiled, **parts)
+    opened = opening(model, backend, device, precision, compiled, exit_, **parts)
     from tinydiff import drawing, reading  # imported while the graphs are being opened
 
     given = flags.Flags(
@@ -310,9 +313,9 @@ def generate(
     request, edit = flags.edited(opened, request, given)
     told = flags.controlled(request, given)
     jobs = flags.way(given) if moving else drawing.jobs(prompts, seed, count)
-    mistakes = drawing.Mistakes()
+    mistakes, left = drawing.Mistakes(), {"exit": exit_} if exit_ < 1 else {}
     for drawn in drawing.draw(opened, jobs, negative, request, size, edit, mistakes, told):
-        drawn = replace(drawn, settings=drawn.settings | flags.named(adapters, words))
+        drawn = replace(drawn, settings=drawn.settings | flags.named(adapters, words) | left)
         path = sink.write(drawn, None if no_metadata else drawn.settings)
         say_image(path, drawn, as_json)
     sink.close()
@@ -330,7 +333,9 @@ def say_image(path: str, image: Any, as_json: bool) -> None:
         print(json.dumps(row) + "\n", end="", flush=True)
     else:
         prompt, seed = shown(image.settings["prompt"]), image.settings["seed"]
-        print(f"{shown(path)}: {prompt!r}, seed {seed}\n", end="", file=sys.stderr)
+        blocks = image.settings.get("blocks", [])
+        share = f", {sum(blocks) / len(blocks):.0%} of the blocks" if blocks else ""
+        print(f"{shown(path)}: {prompt!r}, seed {seed}{share}\n", end="", file=sys.stderr)
 
 
 def opening(
@@ -339,6 +344,7 @@ def opening(
     device: str,
     precision: str | None = None,
     compiled: bool = False,
+    leave: float = 1.0,
     **parts: Any,
 ) -> Backend:
     """The model on its runtime, its graphs still being opened; `parts` are of its `Source`."""
@@ -348,7 +354,7 @@ def opening(
 
     def opened() -> tuple[Source, Backend]:
         source = look_up(model, **parts)
-        return source, open_backend(source, backend, device, False, precision, compiled)
+        return source, open_backend(source, backend, device, False, precision, compiled, leave)
 
     source, result = again(opened)
     for text in source.strangers:

@@ -349,12 +349,15 @@ def drawn(
             bar.update(step)
 
     begun, seeds, negatives = time.monotonic(), [job.seed for job in batch], [understood(negative)] * len(batch)
-    pixels = pipeline.generate(backend, prompts, seeds, request, negatives, on_step, edit, controls)
+    shares = getattr(backend, "shares", None)
+    spent = pipeline.Spent(shares, len(batch)) if shares else None
+    pixels = pipeline.generate(backend, prompts, seeds, request, negatives, on_step, edit, controls, spent)
     seconds = (time.monotonic() - begun) / len(batch)
-    for job, image in zip(batch, pixels, strict=True):
+    for i, (job, image) in enumerate(zip(batch, pixels, strict=True)):
         settings = {"prompt": job.prompt, "negative": negative, "seed": job.seed, **asdict(request)}
         settings |= {"toward": job.toward, "share": job.share} if job.toward is not None else {}
         settings |= {"strength": edit.strength} if edit else {}
         settings |= {"control": [each.settings for each in controls]} if controls else {}
+        settings |= {"blocks": [round(float(each[i]), 4) for each in spent.steps]} if spent else {}
         settings |= {"model": backend.description.path.name, "backend": backend.name}
         yield Drawn(job.index, image, settings, seconds)

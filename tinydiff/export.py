@@ -39,6 +39,7 @@ from tinydiff.networks.network import Graph
 from tinydiff.networks.unet import CONTROLLED
 from tinydiff.pipeline import Backend, Request, generate
 from tinydiff.precision import PRECISIONS, Arithmetic, Calls, Precision, lower, magnitudes
+from tinydiff.progress import note
 from tinydiff.quantisation import quantised
 from tinydiff.system import RESTORE
 
@@ -97,6 +98,8 @@ def written(
     """All of a bundle, its graphs verified: their rows, an image that torch draws, and what `write_graph` returns."""
     model = controllable(folder.load(source))
     check_weights(model, form, source.path)
+    if model.configs[source.denoiser].get("exits"):
+        note("the denoiser's graph computes all of its blocks: only torch leaves it by its exits (--exit)")
     say("draw with torch")
     image, calls = recorded(model)
     plain = write(model, source.path, bundle, form, calls, say)

@@ -118,6 +118,7 @@ def generate(
     on_step: Callable[[int], Any] = lambda step: None,
     edit: Edit | None = None,
     controls: Sequence[Control] = (),
+    spent: Spent | None = None,
 ) -> np.ndarray:
     """One image a prompt: uint8 (B, H, W, 3). `seeds` key the noise; `on_step` hears of every finished step.
 
@@ -129,7 +130,9 @@ def generate(
     d = backend.description
     check_size(d, request.width, request.height)
     with np.errstate(all="ignore"):  # `finite` reports what numpy would warn of
-        (x,) = deque(denoise_latents(backend, prompts, seeds, request, negatives, on_step, edit, controls), maxlen=1)
+        (x,) = deque(
+            denoise_latents(backend, prompts, seeds, request, negatives, on_step, edit, controls, spent), maxlen=1
+        )
         pixels = decoded(backend, x / np.float32(d.scaling_factor))
     drawn = images.to_uint8(pixels)
     return edit.over(drawn) if edit else drawn
@@ -144,6 +147,7 @@ def denoise_latents(
     on_step: Callable[[int], Any],
     edit: Edit | None = None,
     controls: Sequence[Control] = (),
+    spent: Spent | None = None,
 ) -> Iterator[np.ndarray]:
     """The latents at the start and after each step, float32 (B, C, h, w)."""
     d = backend.description
@@ -153,7 +157,7 @@ def denoise_latents(
         levels = Levels(levels[-1 - edit.steps(len(levels) - 1) :], levels.at)
     beside = concatenated(backend, edit, shape)
     added = partial(control.residuals, backend, controls, levels) if controls else None
-    denoise = guided(backend, prompts, negatives or [""] * len(prompts), request, beside, added)
+    denoise = guided(backend, prompts, negatives or [""] * len(prompts), request, beside, added, spent)
     x = noise.normal(seeds, shape)
     if edit:
         known = latents(backend, images.to_pixels(edit.image[None]))
@@ -169,6 +173,8 @@ def denoise_latents(
     for step, (x, _) in enumerate(sampler):
         fix = "use fp32 weights, a lower --cfg-scale or smaller weights in the prompt"
         finite(x, f"the denoiser at step {step + 1} of {len(levels) - 1}", fix)
+        if spent:
+            spent.step()
         on_step(step + 1)
         yield x
 
@@ -217,6 +223,7 @@ def guided(
     request: Request,
     beside: np.ndarray | None = None,  # (1, C', h, w), concatenated to what the network reads
     added: Callable[[np.ndarray, Level, Condition], Condition] | None = None,  # what else it is told at each level
+    spent: Spent | None = None,
 ) -> Denoise:
     """The denoiser (x, level) -> x0 under the request's guidance; where that is 1, the prompt alone is asked."""
     d, count = backend.description, len(prompts)
@@ -234,22 +241,44 @@ def guided(
     told |= condition.of_canvas(d.conditions, request.canvas(), sum(len(each.image) for each in rows))
     to_x0 = PREDICTIONS[d.prediction].to_x0
 
-    def ask(x: np.ndarray, level: Level, told: Condition) -> np.ndarray:
+    def ask(x: np.ndarray, level: Level, told: Condition, images: Sequence[int]) -> np.ndarray:
         told = told | added(x, level, told) if added else told
         read = x if beside is None else np.concatenate([x, np.repeat(beside, len(x), axis=0)], axis=1)
-        return to_x0(backend.denoise(read, level.t, told), x, level.alpha, level.sigma)
+        answer = backend.denoise(read, level.t, told)
+        if spent:
+            spent.asked(images)
+        return to_x0(answer, x, level.alpha, level.sigma)
 
     def both(x: np.ndarray, level: Level) -> tuple[np.ndarray, np.ndarray]:
         ends = np.cumsum([len(each.image) for each in rows])
-        answers, u, c = np.split(ask(np.concatenate([x[each.image] for each in rows]), level, told), ends), x, x
+        of = [i for each in rows for i in each.image]
+        answers, u, c = np.split(ask(x[of], level, told, of), ends), x, x
         for each, x0 in zip(rows, answers, strict=False):
             u, c = c, each.composed(x0, c)
         return u, c
 
-    one = partial(ask, told={name: array[-count:] for name, array in told.items()}) if wanted.alone else None
+    plainly = {name: array[-count:] for name, array in told.items()}
+    one = partial(ask, told=plainly, images=range(count)) if wanted.alone else None
     share = request.cfg_rescale
     adjust = guidance.rescale(PREDICTIONS[d.prediction], share) if share else guidance.unadjusted
     return guidance.classifier_free(both, strength, one, adjust)
+
+
+class Spent:
+    """The share of the denoiser's blocks that each image took at each step, `steps` (steps, B), where `shares` tells it of the
+    rows of a call."""
+
+    def __init__(self, shares: Callable[[], np.ndarray], count: int):
+        self.shares, self.sums, self.steps = shares, np.zeros((2, count)), list[np.ndarray]()
+
+    def asked(self, images: Sequence[int]) -> None:
+        """Told after every call, whose rows are of these images."""
+        self.sums += np.stack([np.bincount(images, each, self.sums.shape[1]) for each in (self.shares(), None)])
+
+    def step(self) -> None:
+        """Told at the end of every step."""
+        self.steps.append(self.sums[0] / self.sums[1])
+        self.sums[:] = 0
 
 
 class Rows:

@@ -71,6 +71,7 @@ class ContrastiveStage(Towers, Stage):
 
 @dataclass(frozen=True)
 class DenoiserStage(Stage):
+    exit_weight: float = key(0.5, "of a dit with exits: weight of their outputs' loss, and of their confidence's", 0)
     alignment_weight: float = key(0.0, "weight of the distance of inner features from those of a feature network", 0)
     features: str = key("", FEATURES)
 

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from tinydiff.pipeline import Backend
 
 SHIPPED = "emoji"
+TORCHS = {  # flags, and why they are not for graphs
+    "--precision": "have their own; export it with another --precision",
+    "--compile": "have their own; leave it out",
+    "--exit": "compute all blocks; leave it out",
+}
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
@@ -48,14 +53,20 @@ def open_backend(
     wait: bool = True,
     precision: str | None = None,
     compiled: bool = False,
+    leave: float = 1.0,
 ) -> Backend:
     """A model on onnxruntime where it holds ONNX graphs that take its control networks (or `kind` says so), else on torch.
 
     An ONNX bundle takes neither another autoencoder nor another prediction, nor what is torch's: a `precision` (see
-    `TorchBackend.open`) and being `compiled` (UsageError). `wait` false returns while the
+    `TorchBackend.open`), being `compiled` and exits to `leave` the denoiser by (UsageError). `wait` false returns while the
     graphs are still being opened; what is wrong with them is then raised by their first use.
     """
     path = source.path
+    if leave < 1 and not source.table(source.denoiser).get("exits"):
+        fix = "train one with denoiser.kind dit and dit.exits, or leave it out"
+        raise UsageError(f"--exit: {shown(path)} has no exits, heads that say when to leave its denoiser; {fix}")
+    if leave < 1 and compiled:
+        raise UsageError("--exit: what --compile compiles computes all blocks; leave one of them out")
     has_graphs = not source.file and (path / source.denoiser / "model.onnx").is_file()
     if kind == "auto" and has_graphs and not control.in_graphs(source):
         kind = "torch"
@@ -65,13 +76,10 @@ def open_backend(
         if source.vae or source.prediction or source.clip_skip is not None:
             flags = "--vae, --prediction and --clip-skip"
             raise UsageError(f"{shown(path)}: {flags} are for weights; export it with them, its graphs have theirs")
-        if precision or compiled:
-            flag, fix = (
-                ("--precision", "export it with another --precision") if precision else ("--compile", "leave it out")
-            )
-            raise UsageError(
-                f"{shown(path)}: {flag} is torch's, and graphs have their own; {fix}, or use --backend torch"
-            )
+        given = {"--precision": precision, "--compile": compiled, "--exit": leave < 1}
+        for flag, why in TORCHS.items():
+            if given[flag]:
+                raise UsageError(f"{shown(path)}: {flag} is torch's, and graphs {why}, or use --backend torch")
         from tinydiff.backends.onnx import OnnxBackend
 
         with undisturbed(source.stamps):
@@ -84,4 +92,7 @@ def open_backend(
         source.description  # noqa: B018  what is wrong with a model is said before torch is imported
         from tinydiff.backends.pytorch import TorchBackend
 
-        return TorchBackend.open(source, device, precision, compiled)
+        backend = TorchBackend.open(source, device, precision, compiled)
+        if leave < 1:
+            backend.leave(leave)
+        return backend

@@ -35,6 +35,7 @@ class TorchBackend:
     def __init__(self, model: folder.Model):
         self.model, self.description, self.tokenizers = model, model.description, model.tokenizers
         self.predict: Callable[..., Tensor] = model.denoiser
+        self.shares: Callable[[], np.ndarray] | None = None  # where rows may leave the denoiser
 
     @classmethod
     def open(
@@ -108,6 +109,15 @@ class TorchBackend:
         kept = self.description.conditions.keys() - texts_of(self.description.conditions)  # nor such sizes
         exact |= {name: self.tensor(condition[name]) for name in kept}
         return to_numpy(self.ask(self.model.denoiser, self.predict, sample=x, **condition | exact))
+
+    def leave(self, at: float) -> None:
+        """Let rows leave the denoiser where an exit is surer than this. What is computed then depends on the rows, so that no
+        calls are recorded."""
+        self.model.denoiser.leave, self.predict, self.shares = at, self.model.denoiser, self.computed
+
+    def computed(self) -> np.ndarray:
+        """Of each row of the denoiser's last call, the share of its blocks that was computed."""
+        return to_numpy(self.model.denoiser.computed) / len(self.model.denoiser.transformer_blocks)
 
     def control(self, network: str, x: np.ndarray, t: float, condition: Condition) -> Condition:
         module, time = self.model.networks[network], torch.tensor(t, device=self.device)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinydiff.models.attention import Attention, FeedForward, tokens
+from tinydiff.models.exits import Exit, Leavers
 from tinydiff.models.layers import TimestepEmbedding, embedding, timestep_embedding
 from tinydiff.models.spatial import ATTENTIONS, POSITIONS
 from tinydiff.networks.dit import DiT as Config
@@ -229,7 +230,8 @@ class DiT(nn.Module):
         super().__init__()
         assert (classes > 0) != (context_dim is not None), "conditioned on classes or on text"
         depth, heads, width = config.shape
-        dim, patch, outputs = heads * width, config.patch_size, channels * (1 + learned_sigma)
+        dim, patch = heads * width, config.patch_size
+        outputs = patch * patch * channels * (1 + learned_sigma)
         self.channels, self.patch, self.shared, self.freq_shift = channels, patch, shared, freq_shift
         base, biased = (config.position_side or side) // patch, config.positions == "relative"
         first, inside = (
@@ -245,7 +247,9 @@ class DiT(nn.Module):
         self.transformer_blocks = nn.ModuleList(blocks)
         self.norm_out = nn.LayerNorm(dim, 1e-6, elementwise_affine=False)
         self.proj_out_1 = told.linear(dim, 2)
-        self.proj_out_2 = nn.Linear(dim, patch * patch * outputs)
+        self.proj_out_2 = nn.Linear(dim, outputs)
+        self.exits = nn.ModuleDict({str(n): Exit(dim, outputs, told.linear(dim, 2)) for n in config.leaves})
+        self.leave, self.computed = 1.0, torch.empty(0)  # how sure a head must be; of the last call, blocks of each row
         if not self.proj_out_2.weight.is_meta:
             initialise(self)
 
@@ -265,7 +269,14 @@ class DiT(nn.Module):
             freq_shift=table["freq_shift"],
         )
 
-    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        early: list[tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """`early` gets what each exit says, (B, C, h, w) and (B,); without it rows leave where an exit is surer than `leave`."""
         h, w = (n // self.patch for n in sample.shape[2:])
         waves = timestep_embedding(timestep.reshape(-1).expand(sample.shape[0]), FREQUENCIES, self.freq_shift)
         waves = waves.to(sample.dtype)
@@ -274,11 +285,29 @@ class DiT(nn.Module):
         x, context = self.told.begin(x, waves, encoder_hidden_states)
         blocks = cast("list[DiTBlock]", list(self.transformer_blocks))
         first = self.told.vector(blocks[0].norm1.emb, waves, encoder_hidden_states)  # (B, D)
+        left = Leavers(len(x), len(blocks), x.device) if self.leave < 1 and early is None else None
         for i, block in enumerate(blocks):
             c = first if self.shared or i == 0 else self.told.vector(block.norm1.emb, waves, encoder_hidden_states)
             x = block(x, c, context, (h, w))
+            if str(i + 1) in self.exits and not (left is None and early is None):
+                output, sure = self.exits[str(i + 1)](self.told.end(x, count), first)
+                if early is not None:
+                    early.append((self.image(output, sample), sure))
+                elif left:
+                    state = (x, first, waves, encoder_hidden_states, context)
+                    state = left.leave(i + 1, output, sure > self.leave, state)
+                    x, first, waves, encoder_hidden_states, context = state
+                    if not len(x):
+                        break
         shift, scale = self.proj_out_1(first)[:, None].chunk(2, dim=-1)  # (B, 1, D) each
         x = self.proj_out_2(modulate(self.norm_out(self.told.end(x, count)), shift, scale))  # (B, T, p p C')
+        if left:
+            x, self.computed = left.joined(x), left.computed
+        return self.image(x, sample)
+
+    def image(self, x: Tensor, sample: Tensor) -> Tensor:
+        """What each token says of its patch (B, T, p p C') as an image like the sample, (B, C, h, w)."""
+        h, w = (n // self.patch for n in sample.shape[2:])
         x = x.unflatten(1, (h, w)).unflatten(3, (self.patch, self.patch, -1))  # (B, h/p, w/p, p, p, C')
         x = x[..., : self.channels].permute(0, 5, 1, 3, 2, 4)  # (B, C, h/p, p, w/p, p)
         return x.reshape(x.shape[0], self.channels, *sample.shape[2:])  # (B, C, h, w)

@@ -56,6 +56,15 @@ class DiT:
         layers = self.shape[0]
         return [kinds[i * len(kinds) // layers] for i in range(layers)]
 
+    exits: int | tuple[int, ...] = key(
+        0, "blocks after which heads learn when to leave, for generate --exit; 0: none", 0, 127, own=True
+    )
+
+    @property
+    def leaves(self) -> tuple[int, ...]:
+        """The blocks after which the network may be left."""
+        return self.exits if isinstance(self.exits, tuple) else (self.exits,) * bool(self.exits)
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """Transformer blocks, attention heads, width of a head."""
@@ -69,7 +78,7 @@ class DiTNetwork(Denoiser):
     module = "tinydiff.models.dit:DiT"
     library = ("diffusers", "DiTTransformer2DModel")
     outputs = (1, 2)  # a learned variance too
-    grows = dict.fromkeys(("layers", "widths", "resolution"), ("qk_norm", "position_side", "position_width"))
+    grows = dict.fromkeys(("layers", "widths", "resolution"), ("qk_norm", "position_side", "position_width", "exits"))
     reads = ("clip", "t5", "bert", "class")
     pipelines = {"class": "DiTPipeline"}
     no_form = "a DiT that reads text"
@@ -93,6 +102,7 @@ class DiTNetwork(Denoiser):
         if settings.positions == "sine" and heads * width % 4:
             yield "attention_head_dim: heads times their width must be a multiple of 4, for the 2-D sinusoidal positions"
         yield from misplaced(settings.position_width, heads * width)
+        yield from unreachable(settings.leaves, table["num_layers"])
         if (side := table["sample_size"]) % table["patch_size"]:
             yield f"patch_size: {table['patch_size']} does not divide sample_size {side}"
         yield from of_blocks(settings, side)
@@ -173,6 +183,9 @@ class DiTNetwork(Denoiser):
     def conflicts(self, cfg: Config) -> Iterator[str]:
         s: DiT = cfg.network
         yield from misplaced(s.position_width, s.shape[1] * s.shape[2])
+        yield from unreachable(s.leaves, s.shape[0])
+        if s.exits and cfg.train.stage("distill").steps:
+            yield "exits: the stage train.distill teaches no heads when to leave; set train.distill.steps 0, or no exits"
         _, heads, width = s.shape
         if s.patch_size not in (2, 4, 8):
             yield f"patch_size: {s.patch_size} is none of 2, 4, 8"
@@ -193,6 +206,12 @@ def of_blocks(s: DiT, side: int) -> Iterator[str]:
     apart = next((f"attention {kind}" for kind in kinds if kind in ("window", "strided")), "")
     if s.conditioning == "in_context" and (apart or s.positions == "relative"):
         yield f"conditioning: in_context adds tokens without a place, which {apart or 'positions relative'} asks for"
+
+
+def unreachable(exits: tuple[int, ...], layers: int) -> Iterator[str]:
+    """Why a network of so many blocks cannot be left after some."""
+    if beyond := [n for n in exits if not 0 < n < layers]:
+        yield f"exits: {beyond[0]} is not before the last of num_layers, {layers}"
 
 
 def misplaced(positions: int, width: int) -> Iterator[str]:

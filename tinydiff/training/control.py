@@ -26,7 +26,7 @@ from tinydiff.networks.control import IMAGE
 from tinydiff.networks.network import Graph
 from tinydiff.pipeline import generate
 from tinydiff.stages import GIVEN
-from tinydiff.training.denoiser import Denoise, DenoiserTask
+from tinydiff.training.denoiser import Denoise, DenoiserTask, Early
 from tinydiff.training.encoding import sources
 from tinydiff.training.run import Run
 from tinydiff.training.state import Blocks
@@ -40,11 +40,13 @@ class Controlled(Denoise):
         super().__init__(model)
         self.control, self.graph = control, graph
 
-    def forward(self, sample: Tensor, timestep: Tensor, tokens: dict[str, Tensor], condition: Condition) -> Tensor:
-        """The prediction (B, C, h, w); `condition` has the control image too."""
+    def forward(
+        self, sample: Tensor, timestep: Tensor, tokens: dict[str, Tensor], condition: Condition
+    ) -> tuple[Tensor, None, list[Early]]:
+        """The prediction (B, C, h, w), and nothing else; `condition` has the control image too."""
         told = {name: array for name, array in condition.items() if name != IMAGE}
         added = self.control(sample, timestep, **{k: x for k, x in condition.items() if k in self.graph.inputs})
-        return self.denoiser(sample, timestep, **told, **dict(zip(self.graph.outputs, added, strict=True)))
+        return self.denoiser(sample, timestep, **told, **dict(zip(self.graph.outputs, added, strict=True))), None, []
 
 
 class ControlTask(DenoiserTask):

@@ -22,6 +22,7 @@ from tinydiff.diffusion.predictions import PREDICTIONS
 from tinydiff.errors import ModelError
 from tinydiff.measure.features import open_features
 from tinydiff.models.attention import tokens as as_tokens
+from tinydiff.models.exits import certain
 from tinydiff.networks import denoiser_in, network_of
 from tinydiff.networks.network import HIDDEN, Canvas, named
 from tinydiff.overfitting import ERROR
@@ -37,6 +38,7 @@ from tinydiff.training.validation import BATCHES, ROWS, STEPS, Held, Samples, er
 
 BANDS = 4  # of noise levels, whose losses are told apart
 Moments = tuple[Tensor, Tensor]  # means and deviations of latents, (B, C, h, w) each
+Early = tuple[Tensor, Tensor]  # what an exit says, (B, C, h, w), and how sure it is (B,)
 Drawn = tuple[int, str, np.ndarray]  # of a row: its level, its caption, normals (2, C, h, w)
 LEAST = 32  # pixels a side that are enough for any feature network
 HIDDEN_WIDTH = 512  # of the perceptron that reads features off the denoiser
@@ -46,11 +48,12 @@ class Denoise(nn.Module):
     """The denoiser and the text encoders, if any of them learns, as one network; else these are kept outside.
 
     `aligned`: channels of features that a perceptron reads off the denoiser's middle, 0 for none. It is in no model folder.
+    `exits`: whether the denoiser has exits that learn.
     """
 
-    def __init__(self, model: Model, aligned: int = 0):
+    def __init__(self, model: Model, aligned: int = 0, exits: bool = False):
         super().__init__()
-        self.denoiser, self.wanted = model.denoiser, model.description.conditions
+        self.denoiser, self.wanted, self.exits = model.denoiser, model.description.conditions, exits
         if any(map(learns, model.text_encoders.values())):
             for name, encoder in model.text_encoders.items():
                 self.add_module(name, encoder)
@@ -65,23 +68,24 @@ class Denoise(nn.Module):
 
     def forward(
         self, sample: Tensor, timestep: Tensor, tokens: dict[str, Tensor], condition: Condition
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """The prediction (B, C, h, w), and where features are aligned also what is read of them (B, T, `aligned`).
+    ) -> tuple[Tensor, Tensor | None, list[Early]]:
+        """The prediction (B, C, h, w); where features are aligned, what is read of them (B, T, `aligned`); what exits say.
 
         `tokens`: ids (B, T) for each text encoder that is inside; `condition`: what else the denoiser is told.
         """
         if self.through:  # torch 2.13 crashes in the backward pass of a group norm that learns and whose input has none
             sample.requires_grad_()
         said = joined([named(self.get_submodule(name)(ids)) for name, ids in tokens.items()], self.wanted, torch.cat)
+        middle, early = list[Tensor](), list[Early]()
+        given: dict[str, Any] = {**said, **condition, **({"early": early} if self.exits and self.training else {})}
         if not hasattr(self, "alignment"):
-            return self.denoiser(sample, timestep, **said, **condition)
-        middle = list[Tensor]()
+            return self.denoiser(sample, timestep, **given), None, early
         seen = self.denoiser.get_submodule(self.middle).register_forward_hook(lambda *call: middle.append(call[-1]))
         try:
-            output = self.denoiser(sample, timestep, **said, **condition)
+            output = self.denoiser(sample, timestep, **given)
         finally:
             seen.remove()
-        return output, self.alignment(as_tokens(middle[0]) if middle[0].ndim == 4 else middle[0])
+        return output, self.alignment(as_tokens(middle[0]) if middle[0].ndim == 4 else middle[0]), early
 
 
 class DenoiserTask(Task):
@@ -132,7 +136,8 @@ class DenoiserTask(Task):
     def cast(self) -> dict[str, Player]:
         with torch.random.fork_rng([]):
             torch.manual_seed(int(keyed(self.cfg.train.seed, "alignment").integers(2**62)))
-            module = Denoise(self.model, self.maps.channels if self.maps else 0).to(self.run.runtime.device)
+            exits = bool(len(getattr(self.model.denoiser, "exits", ())) and getattr(self.settings, "exit_weight", 0))
+            module = Denoise(self.model, self.maps.channels if self.maps else 0, exits).to(self.run.runtime.device)
         return {self.name: Player(module, module, self.settings, list(module.children()))}
 
     def weights(self) -> np.ndarray:
@@ -227,22 +232,26 @@ class DenoiserTask(Task):
         hidden = [{HIDDEN: torch.from_numpy(rows)} for rows in vectors]
         return {}, joined(hidden, self.description.conditions, torch.cat)
 
-    def answer(self, player: str, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """What the network says of a batch, and the features that are read off it where they are aligned."""
+    def answer(self, player: str, batch: Batch) -> tuple[Tensor, Tensor | None, list[Early]]:
+        """What the network says of a batch."""
         sample = batch["sample"].to(memory_format=torch.channels_last)
-        output = self.players[player].network(sample, batch["timestep"], batch["tokens"], batch["condition"])
-        return output if self.maps else (output, None)
+        return self.players[player].network(sample, batch["timestep"], batch["tokens"], batch["condition"])
 
     def losses(self, player: str, batch: Batch) -> Tensor:
         """The denoising loss of each row, (B,)."""
         return denoising_losses(self.answer(player, batch)[0], batch["target"], batch["weight"])
 
     def loss(self, player: str, batch: Batch) -> tuple[Tensor, Terms]:
-        output, read = self.answer(player, batch)
+        output, read, early = self.answer(player, batch)
         each = denoising_losses(output, batch["target"], batch["weight"])  # (B,)
         if weight := self.cfg.diffusion.contrastive_weight:  # Stoica et al. 2025
             each = each - weight * denoising_losses(output, batch["other"], batch["weight"])
         loss, terms = each.mean(), self.bands(each.detach(), batch["level"])
+        for i, (said, sure) in enumerate(early):  # Tang et al. 2023, section 3
+            unlike = denoising_losses(said, batch["target"], batch["weight"]).mean()
+            unsure = (sure - certain(said.detach(), output.detach())).square().mean()
+            loss = loss + self.settings.exit_weight * (unlike + unsure) / len(early)
+            terms |= {f"exit_{i}_loss": counted(unlike.detach()), f"exit_{i}_confidence": counted(sure.detach().mean())}
         if read is None:
             return loss, terms
         wanted = as_tokens(batch["map"])  # (B, T, D); tokens of the condition come after the image's

@@ -82,7 +82,7 @@ class DistillTask(DenoiserTask):
             x0 = goal(self.guided(said, told), self.estimate(self.model.denoiser, said), x, levels)
             here = levels[0]
             target = self.prediction.target(x0, (x - x0 * here.alpha) / here.sigma, here.alpha, here.sigma)
-        output = learner.network(channels_last(x), here.t, {}, said)
+        output, _, _ = learner.network(channels_last(x), here.t, {}, said)
         return denoising_losses(output, target, batch["weight"])
 
     def loss(self, player: str, batch: Batch) -> tuple[Tensor, Terms]:
