@@ -33,7 +33,7 @@ STEP, TEXT = 5, 12  # of the growth; width of the text vectors
 UNETS = {
     "one level": config.UNet((16,), (CROSS,), 1, 1, 2, 8),
     "two levels": config.UNet((16, 32), (CROSS, CROSS), 2, 1, (2, 4), 4, qk_norm=True),
-    "told": config.UNet((8, 16), (CROSS, CROSS), 1, 1, 2, 4, label="time", modulation="film"),
+    "told": config.UNet((8, 16), (CROSS, CROSS), 1, 1, 2, 4, label="time", image="concat", modulation="film"),
     "plain above": config.UNet((8, 24), (PLAIN, CROSS), 1, 2, 2, 4, False),
 }
 DITS = {
@@ -63,6 +63,7 @@ GROWTHS = [
     ("plain above", {"attention": (0, 1)}),
     ("plain above", {"attention": (0, 1), "widths": (16, 48), "layers": 2, "resolution": 64}),
     ("two levels", {"resolution": 64}),
+    ("told", {"layers": 2, "widths": (16, 32), "resolution": 64}),
     *((name, {"layers": 4}) for name in DITS),
     ("text", {"widths": 32}),
     ("text", {"widths": 64}),
@@ -96,8 +97,10 @@ def told(cfg: config.Config, side: int = 16) -> dict[str, torch.Tensor]:
     time = torch.tensor([3.0, 950.0])
     asked = {"sample": noise(2, channels, side, side, seed=1), "timestep": time, "encoder_hidden_states": context}
     row = cfg.denoiser_network
-    classes = row.conditions(row.describe(cfg, {HIDDEN: TEXT})).get("class_labels")
-    return asked | ({"class_labels": noise(2, int(classes.axes[-1]), seed=2).softmax(-1)} if classes else {})
+    if "class_labels" in (conditions := row.conditions(row.describe(cfg, {HIDDEN: TEXT}))):
+        asked["class_labels"] = noise(2, int(conditions["class_labels"].axes[-1]), seed=2).softmax(-1)
+        asked["image_latents"] = noise(2, channels, side, side, seed=3)
+    return asked
 
 
 class Grown:
