@@ -37,14 +37,18 @@ class Metrics:
         self.path, self.stage, self.images_per_step = run_dir / "metrics.jsonl", stage, images_per_step
         self.board = board(run_dir / "tensorboard" / stage, start) if tensorboard else None
         cut(self.path, stage, start)
-        self.recent = math.nan  # the loss, smoothed
+        self.recent, self.weight = (
+            math.nan,
+            0.0,
+        )  # the mean loss, each update's counting DECAY of the next one's; their sum
         self.since: tuple[int, float] | None = None  # steps and clock from which the next rate counts
 
     def add(self, n: int, values: dict[str, float]) -> None:
         """What update `n`, counted from one, gave: "loss" and others. Numbers that are not finite are left out."""
         loss = values["loss"]
         if math.isfinite(loss):
-            self.recent = loss if math.isnan(self.recent) else DECAY * self.recent + (1 - DECAY) * loss
+            self.weight = 1 + DECAY * self.weight
+            self.recent = loss if self.weight == 1 else self.recent + (loss - self.recent) / self.weight
         self.since = self.since or (n, time.monotonic())  # from the end of the first step, which compiles and warms up
         if n % EVERY == 0:
             self.write(n, {**values, **self.rates(n), "memory": memory()})
