@@ -57,7 +57,7 @@ def photos(tmp_path_factory) -> Path:
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(beginning, "machine", lambda: Machine(2))
+    monkeypatch.setattr(beginning, "machine", lambda device: Machine(2))
     return tmp_path
 
 

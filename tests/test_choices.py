@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tinydiff import config
-from tinydiff.choices import GOOD, Machine, choose
+from tinydiff.choices import GOOD, Machine, choose, machine
 from tinydiff.data.facts import Facts
 from tinydiff.schema import flat, reasons_of, to_toml
 
@@ -118,3 +118,11 @@ def test_reasons_are_the_comments_of_keys_and_are_read_back(tmp_path):
     assert not reasons_of(tmp_path / "none")
     path.write_text(to_toml(cfg, reasons={key: f"why {key} [it] is" for key in flat(cfg)}))
     assert reasons_of(path) == {key: f"why {key} [it] is" for key in flat(cfg)}
+
+
+def test_a_machine_is_what_a_run_uses_of_it(monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    assert machine().said == machine("cuda").said == "a card" and machine("cpu").gpu == ""
+    assert machine("cpu").said in ("1 CPU core", f"{machine().cores} CPU cores")

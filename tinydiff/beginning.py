@@ -115,7 +115,7 @@ def of_images(what: Path, sets: Sequence[str], folder: Path) -> Beginning:
 
         return decibels_of("general", source, resolution)
 
-    made = choose(facts, machine(), dict(keys(given)), judge)
+    made = choose(facts, machine(asked.train.device), dict(keys(given)), judge)
     sets = [*(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in made.values.items()), *sets]
     return Beginning(loaded(None, sets), folder, made.reasons, facts)
 

@@ -30,9 +30,11 @@ class Machine(NamedTuple):
         return self.gpu or f"{self.cores} CPU core{'s' * (self.cores > 1)}"
 
 
-def machine() -> Machine:
-    """This one."""
+def machine(device: str = "auto") -> Machine:
+    """This one, of which a run uses what `train.device` says."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if device == "cpu":
+        return Machine(cores)
     try:
         import torch
     except ImportError:

@@ -100,7 +100,7 @@ def photos(path: Path) -> dict[str, Any]:
 
     cfg, folder, reasons, facts = beginning.begin(path, [], beginning.unused(beginning.RUNS / path.resolve().stem))
     assert facts
-    rows = outlook.outlook(cfg, facts, machine(), folder)
+    rows = outlook.outlook(cfg, facts, machine(cfg.train.device), folder)
     chosen = {key: {"value": to_flat(cfg)[key], "reason": why} for key, why in reasons.items()}
     return {"kind": "images", "path": str(path), "rows": rows, "chosen": chosen, "notes": outlook.warnings(cfg, facts)}
 

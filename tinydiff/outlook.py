@@ -30,7 +30,10 @@ LEARNS = {"autoencoder": ("vae_encoder", "vae_decoder"), "denoiser": ("unet", "t
 def lines(cfg: config.Config, facts: Facts, run_dir: Path, warned: bool = False) -> list[str]:
     """The rows and, unless a person is `warned` later, the warnings, in lines that are safe to print."""
     notes = [] if warned else warnings(cfg, facts)
-    return [*table(outlook(cfg, facts, machine(), run_dir)), *(escaped(f"note: {line}") for line in notes)]
+    return [
+        *table(outlook(cfg, facts, machine(cfg.train.device), run_dir)),
+        *(escaped(f"note: {line}") for line in notes),
+    ]
 
 
 def warnings(cfg: config.Config, facts: Facts) -> list[str]:
