@@ -35,7 +35,7 @@ def costs(configs: Mapping[str, Table], height: int, width: int, tokens: int, fa
         scale = factor if any(array.values == "pixels" for array in graph.inputs.values()) else 1
         sizes = {"batch": 1, "sequence": tokens, "height": height * scale, "width": width * scale}
         with torch.device("meta"):
-            network = network_of(folder, configs[folder]).build(configs[folder])
+            network = network_of(folder, configs[folder]).build(configs[folder]).eval()
             types = {k: torch.int64 if a.values == "tokens" else torch.float32 for k, a in graph.inputs.items()}
             inputs = {k: torch.empty(a.shape(sizes), dtype=types[k]) for k, a in graph.inputs.items()}
         counted = vars(cost(network, graph.method, inputs, graph.step))

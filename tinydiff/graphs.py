@@ -70,10 +70,14 @@ def translations() -> dict[Callable, Callable]:
         shape = op.Concat(op.Shape(x, start=0, end=-1), op.Constant(value_ints=[weight.shape[0]]), axis=0)
         return op.Reshape(rows, shape)
 
-    def group_norm(x: Any, groups: int, weight: Any, bias: Any, eps: float = 1e-5, cudnn_enabled: bool = True) -> Any:
-        """Each group is an instance; then weight and bias in one pass, as a batch norm of mean 0 and variance 1."""
+    def group_norm(
+        x: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn_enabled: bool = True
+    ) -> Any:
+        """Each group is an instance; then weight and bias, if any, in one pass, as a batch norm of mean 0 and variance 1."""
         one, zero = (op.Constant(value_floats=[v] * groups) for v in (1.0, 0.0))
         y = op.InstanceNormalization(op.Reshape(x, op.Constant(value_ints=[0, groups, -1])), one, zero, epsilon=eps)
+        if weight is None:
+            return op.Reshape(y, op.Shape(x))
         mean, variance = (op.Constant(value_floats=[v] * weight.shape[0]) for v in (0.0, 1.0))
         return op.BatchNormalization(op.Reshape(y, op.Shape(x)), weight, bias, mean, variance, epsilon=0.0)
 

@@ -209,8 +209,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor,
     return seen[..., None].expand(*seen.shape, v.shape[-1]), seen
 
 
+def reduced(x: Tensor, dims: list[int], keepdim: bool = False, **_: Any) -> Tensor:
+    """The rows of what is reduced: all where an image's pixels are."""
+    seen = lean(x).amax(dims, keepdim)
+    whole = seen.max().item() > -math.inf and any(dim % x.dim() >= 2 for dim in dims)
+    return (torch.full_like(seen, math.inf) if whole else seen).expand(x.amax(dims, keepdim).shape)
+
+
 RULES: dict[Any, Callable[..., Any]] = {aten.conv2d: conv2d, aten.linear: linear, aten.matmul: matmul, FUSED: attend}
 RULES |= {aten.pad: pad, aten.cat: aten.cat, aten.upsample_nearest2d: aten.upsample_nearest2d}
 RULES |= {aten.pixel_shuffle: aten.pixel_shuffle, aten.pixel_unshuffle: aten.pixel_unshuffle}
-SAME = (aten.group_norm, aten.layer_norm, aten.rms_norm, aten.dropout, aten.to, aten.contiguous)
+RULES |= {aten.mean: reduced, aten.amax: reduced}
+SAME = (aten.group_norm, aten.batch_norm, aten.layer_norm, aten.rms_norm, aten.dropout, aten.to, aten.contiguous)
 RULES |= dict.fromkeys(SAME, lambda x, *_, **__: x)

@@ -44,7 +44,9 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.training and torch._C._current_graph_task_id() != -1:
-            return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
+            assert self.running_mean is not None and self.running_var is not None
+            aside = self.running_mean.clone(), self.running_var.clone()
+            return F.batch_norm(input, *aside, self.weight, self.bias, True, self.momentum or 0.0, self.eps)
         return super().forward(input)
 
 
@@ -55,12 +57,16 @@ class RMSNorm2d(nn.RMSNorm):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
-Normaliser = Callable[[int], nn.Module]  # of so many channels
-NORMS: dict[str, Callable[[int, float, int], nn.Module]] = {  # (groups, eps, channels)
-    "group": lambda groups, eps, channels: nn.GroupNorm(math.gcd(groups, channels), channels, eps),
-    "layer": lambda _, eps, channels: nn.GroupNorm(1, channels, eps),  # of all values of an image (Wu & He 2018, 3.1)
-    "batch": lambda _, eps, channels: BatchNorm2d(channels, eps),
-    "rms": lambda _, eps, channels: RMSNorm2d(channels, eps),
+Normaliser = Callable[..., nn.Module]  # of so many channels
+NORMS: dict[str, Callable[..., nn.Module]] = {  # (groups, eps, channels); `share`: how many times fewer groups
+    "group": lambda groups, eps, channels, share=1: nn.GroupNorm(
+        math.gcd(max(groups // share, 1), channels), channels, eps
+    ),
+    "layer": lambda _, eps, channels, share=1: nn.GroupNorm(
+        1, channels, eps
+    ),  # of all values of an image (Wu & He 2018, 3.1)
+    "batch": lambda _, eps, channels, share=1: BatchNorm2d(channels, eps),
+    "rms": lambda _, eps, channels, share=1: RMSNorm2d(channels, eps),
 }
 
 

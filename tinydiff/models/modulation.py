@@ -45,9 +45,10 @@ class Learned(Sinusoidal):
         self.table = nn.Embedding(LEVELS, width, _weight=timestep_embedding(torch.arange(LEVELS), width))
 
     def row(self, t: Tensor) -> Tensor:
-        below = t.float().clamp(0, LEVELS - 1).floor().clamp(max=LEVELS - 2)
-        share, rows = (t.float().clamp(0, LEVELS - 1) - below)[:, None], self.table.weight.float()
-        return rows[below.long()] * (1 - share) + rows[below.long() + 1] * share
+        t = t.float().clamp(0, LEVELS - 1)
+        below, rows = t.floor(), self.table.weight.float()
+        share, row = (t - below)[:, None], below.long()
+        return rows[row] * (1 - share) + rows[(row + 1) % LEVELS] * share
 
 
 class Hybrid(Sinusoidal):

@@ -5,6 +5,7 @@ A block is made of (channels, out, `Parts`), and its `forward(x (B, C, h, w), ti
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ class Squeeze(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.down = nn.Conv2d(channels, max(channels // 16, 4), 1)  # the paper's reduction
+        self.down = nn.Conv2d(channels, max(channels // 16, 8), 1)  # the paper's reduction
         self.up = nn.Conv2d(self.down.out_channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,12 +62,13 @@ class ResnetBlock2D(nn.Module):
     def __init__(self, channels: int, out: int, parts: Parts):
         super().__init__()
         kind, inner = parts.modulation, out // self.narrower
+        inside = parts._replace(norm=partial(parts.norm, share=self.narrower))
         self.modulate = kind.call
         self.norm1 = parts.norm(channels)
-        self.conv1 = self.first(channels, inner, parts)
+        self.conv1 = self.first(channels, inner, inside)
         self.time_emb_proj = nn.Linear(parts.time, kind.numbers(inner)) if parts.time else None
-        self.norm2 = kind.norm(parts.norm, inner)
-        self.conv2 = self.second(inner + kind.more(inner), out, parts)
+        self.norm2 = kind.norm(inside.norm, inner)
+        self.conv2 = self.second(inner + kind.more(inner), out, inside)
         self.weigh = parts.weigh(out)
         self.conv_shortcut = nn.Conv2d(channels, out, 1) if channels != out else nn.Identity()
 

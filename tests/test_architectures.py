@@ -1,0 +1,177 @@
+"""Every option of what a denoiser is made of, and each pair of options: rows of a covering array, made from the settings."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable
+from dataclasses import fields, replace
+from itertools import combinations
+from types import SimpleNamespace
+from typing import Any
+
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from tensors import randomise
+from torch.utils.flop_counter import FlopCounterMode
+
+from tinydiff import config, export
+from tinydiff.checkpoints.folder import Model
+from tinydiff.cost import costs
+from tinydiff.models import layers, modulation, residual, skips
+from tinydiff.networks import unet
+from tinydiff.networks.dit import DiT
+from tinydiff.networks.network import HIDDEN
+
+CROSS = "CrossAttnDownBlock2D"
+TINY = {
+    "unet": config.UNet((64, 64), (unet.PLAIN, CROSS), 1, 1, 4, 32, True),
+    "dit": DiT("custom", 2, num_layers=2, num_attention_heads=2, attention_head_dim=12),
+}
+Row = dict[str, Any]
+Pair = tuple[tuple[str, Any], tuple[str, Any]]
+
+
+# ---- the rows -----------------------------------------------------------------------------------------------------------
+
+
+def options(kind: str) -> dict[str, list[Any]]:
+    """The values of each setting that says what a network is made of: all names, both truths, or two numbers."""
+    made = dict[str, list[Any]]()
+    for f in (f for f in fields(TINY[kind]) if f.metadata["own"]):
+        if isinstance(f.default, bool):
+            made[f.name] = [False, True]
+        else:
+            made[f.name] = list(f.metadata["choices"]) or [f.default, f.default + 2]
+    return made
+
+
+def configured(kind: str, row: Row) -> config.Config:
+    """A tiny configuration with a network of these settings."""
+    table = {"denoiser": config.Denoiser(kind), kind: replace(TINY[kind], **row)}
+    return config.make(data={"resolution": 32}, autoencoder=config.Autoencoder((8, 16), 1, 4, 4, False), **table)
+
+
+def misfits(kind: str, row: Row) -> list[str]:
+    cfg = configured(kind, row)
+    return list(cfg.denoiser_network.conflicts(cfg))
+
+
+def pairs(row: Row) -> set[Pair]:
+    return set(combinations(sorted(row.items()), 2))
+
+
+@functools.cache
+def covering(kind: str, tries: int = 40) -> tuple[list[Row], list[Pair]]:
+    """Rows in which each pair of values is that can be (greedy, seeded), and the pairs that cannot."""
+    choose, table = random.Random(0), options(kind)
+    left = {
+        pair
+        for a, b in combinations(sorted(table), 2)
+        for pair in ((((a, x)), (b, y)) for x in table[a] for y in table[b])
+    }
+    rows, never = list[Row](), list[Pair]()
+    while left:
+        pair = min(left, key=repr)
+        drawn = ({k: choose.choice(v) for k, v in table.items()} | dict(pair) for _ in range(tries))
+        found = [row for row in drawn if not misfits(kind, row)]
+        if found:
+            rows.append(max(found, key=lambda row: len(left & pairs(row))))
+            left -= pairs(rows[-1])
+        else:
+            never.append(pair)
+            left.remove(pair)
+    return rows, never
+
+
+EVERY = [pytest.param(kind, row, id=f"{kind}-{i}") for kind in TINY for i, row in enumerate(covering(kind)[0])]
+
+
+def test_a_pair_that_cannot_be_is_named_by_both_keys():
+    for kind in TINY:
+        rows, never = covering(kind)
+        covered = set().union(*map(pairs, rows))
+        for a, b in combinations(sorted(options(kind)), 2):
+            for pair in (((a, x), (b, y)) for x in options(kind)[a] for y in options(kind)[b]):
+                assert (pair in covered) != (pair in never)
+        for pair in never:
+            said = misfits(kind, dict(pair))
+            assert any(all(name in line for name, _ in pair) for line in said), (pair, said)
+    assert len(covering("unet")[0]) < 45
+
+
+def test_names_of_the_tables_are_those_of_the_settings():
+    """The settings know no torch, so their names stand there too."""
+    assert (*residual.RESNETS,) == unet.RESNETS and (*layers.NORMS,) == unet.NORMS
+    assert (*modulation.TIMES,) == unet.TIMES and (*modulation.MODULATIONS,) == unet.MODULATIONS
+    assert (*residual.CHANNELS,) == unet.CHANNELS and (*skips.CONTEXTS,) == unet.CONTEXTS
+    assert skips.MERGES.keys() == unet.SKIPS.keys()
+
+
+# ---- each row -----------------------------------------------------------------------------------------------------------
+
+
+class Built:
+    """The network of a row, random, its statistics moved by a batch, and its inputs at any size."""
+
+    def __init__(self, kind: str, row: Row):
+        cfg = configured(kind, row)
+        self.network, self.kind = cfg.denoiser_network, kind
+        self.table: dict[str, Any] = self.network.describe(cfg, {HIDDEN: 24, "label": 5})
+        self.net = self.network.build(self.table)
+        randomise(self.net)
+        self.graph = self.network.graphs(self.network.folder, self.network.complete(self.table))[self.network.folder]
+        with torch.no_grad():
+            self.net.train()(**self.inputs(3, 8, 8))
+        self.net.eval()
+
+    def inputs(self, batch: int, height: int, width: int, sequence: int = 5) -> dict[str, torch.Tensor]:
+        made, sizes = {}, {"batch": batch, "height": height, "width": width, "sequence": sequence}
+        generator = torch.Generator().manual_seed(height)
+        for name, array in self.graph.inputs.items():
+            shape = array.shape(sizes)
+            made[name] = torch.full(shape, 600.5) if array.values == "time" else torch.randn(shape, generator=generator)
+        return made
+
+
+def counted(net: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> int:
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.no_grad(),
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
+        net(**inputs)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("kind", "row"), EVERY)
+def test_a_row_computes_learns_and_exports(kind, row):
+    built = Built(kind, row)
+    for size in ((8, 8), (16, 8), (4, 12)):
+        inputs = built.inputs(2, *size)
+        assert built.net(**inputs).shape == inputs["sample"].shape
+    built.net(**built.inputs(2, 8, 8)).square().sum().backward()
+    silent = [name for name, p in built.net.named_parameters() if p.grad is None or not p.grad.any()]
+    # A constant added to every key moves all scores of a query alike, which softmax does not see.
+    assert [name for name in silent if not name.endswith("to_k.bias")] == []
+    folder = built.network.folder
+    cost = costs({folder: built.table}, 8, 8, 5)[folder]
+    used = sum(p.numel() for p in built.net.parameters())
+    assert cost["parameters"] == used and cost["flops"] == pytest.approx(counted(built.net, built.inputs(1, 8, 8)))
+    exports(built)
+
+
+@torch.no_grad()
+def exports(built: Built) -> None:
+    """The graph answers as torch does at sizes, batches and lengths that it was not traced with."""
+    tokens = SimpleNamespace(max_length=7, vocab_size=9, eos=8)
+    model = Model({built.network.folder: built.table}, {built.network.folder: built.net}, {"text_encoder": tokens})
+    proto = ir.to_proto(export.translate(built.network.folder, model, export.OPSET))
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    for batch, height, width, sequence in ((1, 8, 8, 5), (3, 4, 12, 2)):
+        inputs = built.inputs(batch, height, width, sequence)
+        (answer,) = session.run(None, {name: x.numpy() for name, x in inputs.items()})
+        wanted = built.net(**inputs)
+        assert (torch.from_numpy(answer) - wanted).abs().max() <= 1e-4 * wanted.std()
