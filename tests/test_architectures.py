@@ -44,7 +44,7 @@ def options(kind: str) -> dict[str, list[Any]]:
         if isinstance(f.default, bool):
             made[f.name] = [False, True]
         else:
-            made[f.name] = list(f.metadata["choices"]) or [f.default, f.default + 2]
+            made[f.name] = list(f.metadata["choices"]) or [f.default, f.default + 4]
     return made
 
 

@@ -284,11 +284,13 @@ def test_attention_reaches_everything_unless_its_keys_do_not_depend_on_the_image
 def test_what_norms_measure_is_no_path_and_what_ignores_the_image_has_no_reach() -> None:
     assert reach_of(stack(nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 3), nn.SiLU())) == 3
     assert reach_of(lambda x: x) == 1
+    assert reach_of(lambda x: x.mean(1, keepdim=True) + x.amax(1, keepdim=True)) == 1
+    assert reach_of(lambda x: x * x.mean((2, 3), keepdim=True)) == math.inf
     assert reach_of(lambda x: torch.empty(3, device="meta")) == 0
 
 
 UNKNOWN = {
-    "a mean": lambda x: x.mean((2, 3)),
+    "a sum so far": lambda x: x.cumsum(2),
     "a softmax": lambda x: x.softmax(2),
     "in place": lambda x: x.clone().add_(1),
     "another interpolation": lambda x: F.interpolate(x, scale_factor=2.0, mode="bilinear"),

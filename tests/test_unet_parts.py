@@ -11,7 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from tinydiff import config
+from tinydiff.checkpoints import single_file
 from tinydiff.checkpoints.folder import network_of
+from tinydiff.errors import ModelError
 from tinydiff.models.layers import NORMS, BatchNorm2d, timestep_embedding
 from tinydiff.models.modulation import LEVELS, MODULATIONS, TIMES
 from tinydiff.models.residual import RESNETS, Parts, SpatialChannel, Squeeze
@@ -263,3 +265,16 @@ def test_options_that_exclude_each_other_are_both_named(said):
     assert any(
         "modulation: adain" in line and "resnet_time_scale_shift" in line for line in UNetNetwork().misfits(scaled)
     )
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("norm", "layer"), ("resnet_time_scale_shift", "scale_shift"), ("skips", "add")]
+)
+def test_a_single_file_is_refused_what_it_cannot_say(key, value, tiny_sd, tmp_path):
+    model = tiny_sd["clip"]
+    named = key if key != "resnet_time_scale_shift" else "modulation"
+    with pytest.raises(ModelError, match=f"its unet has {named} "):
+        single_file.write(
+            tmp_path / "a.safetensors", model.parts, model.configs | {"unet": model.configs["unet"] | {key: value}}
+        )
+    assert not list(tmp_path.iterdir())

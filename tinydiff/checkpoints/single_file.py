@@ -41,6 +41,7 @@ from tinydiff.errors import ModelError
 from tinydiff.files import RESTORE, shown, written
 from tinydiff.networks.autoencoder import SCALING, attention, matrix
 from tinydiff.networks.network import unwrapped
+from tinydiff.networks.unet import UNetNetwork
 from tinydiff.text.tokenizer import BOS, END_OF_WORD, EOS, Tokenizer, byte_symbols
 
 if TYPE_CHECKING:
@@ -364,6 +365,7 @@ def write(path: str | Path, parts: Mapping[str, Mapping[str, Tensor]], configs: 
     named = {"text_encoder": "clip" if first else "open_clip"} | ({SECOND: "projected"} if xl else {})
     kind = kind_of(named)
     try:
+        _of_names(configs["unet"])
         shapes = {name: {k: tuple(v.shape) for k, v in part.items()} for name, part in parts.items()}
         tables = sizes(shapes, named)
         if "controlnet" in parts:
@@ -379,6 +381,15 @@ def write(path: str | Path, parts: Mapping[str, Mapping[str, Tensor]], configs: 
         raise ModelError(f"{shown(path)}: a single file cannot hold this model ({error}); write a folder") from error
     with written(path, force=force) as temporary:
         save_file(tensors, temporary, metadata)
+
+
+def _of_names(table: Mapping[str, Any]) -> None:
+    """Raises ValueError for a U-Net of parts that names and shapes do not tell."""
+    row = UNetNetwork()
+    settings = row.settings_of(row.complete(dict(table)))
+    own = [*row.unusual(settings), *(["modulation"] if settings.modulation == "film" else [])]
+    if own:
+        raise ValueError(f"its unet has {own[0]} {getattr(settings, own[0])}, which a file cannot say")
 
 
 def _compare(name: str, read: Mapping[str, Any], config: Mapping[str, Any]) -> None:

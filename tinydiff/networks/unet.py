@@ -332,7 +332,7 @@ class UNetNetwork(Denoiser):
         return (OURS, reason or given) if told else (name, reason)
 
     def conflicts(self, cfg: Config) -> Iterator[str]:
-        yield from self.misfits(cfg.latents | asdict(cfg.network))
+        yield from self.misfits(cfg.latents | asdict(cfg.network) | {"num_class_embeds": SOME})
 
     def grown(self, cfg: Config, to: Growth) -> UNet:
         """Heads keep their width, so that there are more of them where the levels are wider."""
