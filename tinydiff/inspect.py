@@ -98,7 +98,7 @@ def photos(path: Path) -> dict[str, Any]:
     from tinydiff import outlook
     from tinydiff.choices import machine
 
-    cfg, folder, reasons, facts = beginning.begin(path, [], beginning.unused(beginning.RUNS / path.resolve().stem))
+    cfg, folder, reasons, facts = beginning.begin(path, [], fresh=True)
     assert facts
     rows = outlook.outlook(cfg, facts, machine(cfg.train.device), folder)
     chosen = {key: {"value": to_flat(cfg)[key], "reason": why} for key, why in reasons.items()}
