@@ -51,6 +51,8 @@ FITTED = {
     "stride",
     "learn_frequencies",
     "conditioning",
+    "label",
+    "image",
 }  # keys that have to fit another key: left at their default
 
 

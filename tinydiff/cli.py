@@ -259,6 +259,10 @@ def generate(
             parser=name,
         ),
     ] = [],  # noqa: B006
+    label: Annotated[str | None, flag("The class, for a model that is told one besides the prompt.", "--label")] = None,
+    reference: Annotated[
+        Path | None, flag("The other image, for a model that is told one besides the prompt.", parser=path)
+    ] = None,
     original_size: Annotated[
         str | None, flag("SDXL: the size of the picture that the image is a crop of; its own.", metavar="W,H")
     ] = None,
@@ -300,7 +304,7 @@ def generate(
     given = flags.Flags(
         *(prompt, seed, count, to, seed_path, frames, batch_size, steps, cfg_scale, cfg_max, cfg_complex, cfg_interval),
         *(cfg_rescale, sampler, spacing, width, height, image, strength, mask, outpaint, fit, controls),
-        *(original_size, crop, eta),
+        *(original_size, crop, eta, label, reference),
     )
     moving = to is not None or seed_path is not None
     if frames and not moving:
@@ -311,11 +315,11 @@ def generate(
     prompts = reading.read_prompts(prompt)
     request, size = flags.complete(opened, given)
     request, edit = flags.edited(opened, request, given)
-    told = flags.controlled(request, given)
+    steered, told = flags.controlled(request, given), flags.told(opened, request, given)
     jobs = flags.way(given) if moving else drawing.jobs(prompts, seed, count)
     mistakes, left = drawing.Mistakes(), {"exit": exit_} if exit_ < 1 else {}
-    for drawn in drawing.draw(opened, jobs, negative, request, size, edit, mistakes, told):
-        drawn = replace(drawn, settings=drawn.settings | flags.named(adapters, words) | left)
+    for drawn in drawing.draw(opened, jobs, negative, request, size, edit, mistakes, steered, told):
+        drawn = replace(drawn, settings=drawn.settings | flags.named(adapters, words, given) | left)
         path = sink.write(drawn, None if no_metadata else drawn.settings)
         say_image(path, drawn, as_json)
     sink.close()

@@ -12,13 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinydiff.networks.network import Array, Canvas
+from tinydiff.errors import UsageError
+from tinydiff.networks.network import Array, Canvas, Given
 from tinydiff.text.prompts import Branch, Piece, Tokens, chunks
 
 if TYPE_CHECKING:
+    from tinydiff.checkpoints.description import Description
     from tinydiff.pipeline import Backend
 
 Condition = dict[str, Any]
+GIVEN = {
+    "label": ("--label", "a class"),
+    "image": ("--reference", "another image"),
+}  # a column: its flag, and what it gives
 Wanted = Mapping[str, Array]
 
 
@@ -37,6 +43,40 @@ def of_canvas(wanted: Wanted, canvas: Canvas, rows: int) -> Condition:
     """The conditions that the images' canvas gives: float32 (rows, ...)."""
     made = {name: array.of(canvas) for name, array in wanted.items() if callable(array.of)}
     return {name: np.repeat(np.array([row], np.float32), rows, 0) for name, row in made.items()}
+
+
+def blank(description: Description, name: str, shape: Sequence[int]) -> np.ndarray:
+    """What a condition that is given with an image is where it is left out: the null label, or zeros (...)."""
+    row = np.zeros(shape, np.float32)
+    if description.labels and description.given[name].of == Given("label"):
+        row[description.labels.pad] = 1
+    return row
+
+
+def of_given(
+    d: Description, told: Condition, shape: Sequence[int], rows: Sequence[tuple[Sequence[int], bool]]
+) -> Condition:
+    """What is told with images, (1, ...) or (images, ...) each, as rows of a call of the network for latents of this `shape`.
+
+    `rows`: lists of images, and whether each is of what is wanted; else it is told nothing, if the denoiser has learnt that.
+    Raises UsageError for what has to be given.
+    """
+    made, sizes = Condition(), {"height": shape[1], "width": shape[2], "batch": 1}
+    for name, array in d.given.items():
+        column: Any = array.of
+        spared, (flag, what) = column.column in d.spared, GIVEN[column.column]
+        if name not in told and not spared:
+            raise UsageError(f"this model is always told {what}; give {flag}")
+        none = blank(d, name, array.shape(sizes)[1:])[None]
+        given = told.get(name, none)
+        if given.shape[1:] != none.shape[1:]:
+            raise UsageError(f"{flag}: of shape {given.shape[1:]}, and {none.shape[1:]} goes with the picture")
+        parts = [
+            none.repeat(len(images), 0) if spared and not wanted else given[np.minimum(images, len(given) - 1)]
+            for images, wanted in rows
+        ]
+        made[name] = np.concatenate(parts)
+    return made
 
 
 def of_branches(backend: Backend, branches: Sequence[Branch]) -> Condition:

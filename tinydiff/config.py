@@ -94,6 +94,8 @@ class Diffusion:
     contrastive_weight: float = key(0.0, "weight of the distance from another image's target, which is to grow", 0, 0.9)
     offset_noise: float = key(0.0, "share of noise that is constant over each channel", 0, 1)
     caption_dropout: float = key(0.1, "share of captions emptied, which guidance needs", 0, 1)
+    label_dropout: float = key(0.1, "share of classes left out, where the denoiser is told one", 0, 1)
+    image_dropout: float = key(0.1, "share of other images left out, where the denoiser is told one", 0, 1)
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,11 @@ class Config:
     def network(self) -> Any:
         """The settings of the denoiser's kind."""
         return getattr(self, self.denoiser.kind)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What else of the data the denoiser is told."""
+        return tuple(name for name in ("label", "image") if getattr(self.network, name, NONE) != NONE)
 
     @property
     def denoiser_network(self) -> Network:
@@ -323,6 +330,7 @@ def conflicts(config: Config) -> Iterator[str]:
         yield "train.validation_samples: one image has no spread to compare; set 2 or more, or 0 for none"
     yield from _of_start(config)
     yield from _of_growth(config)
+    yield from _of_columns(config)
     if not (config.train.base or config.train.stage("autoencoder").steps or config.autoencoder.path):
         nothing = "with 0 there is nothing to make latents and images with"
         yield f"train.autoencoder.steps: {nothing}; set 1 or more, or name an autoencoder by autoencoder.path"
@@ -394,6 +402,18 @@ def _of_growth(config: Config) -> Iterator[str]:
             return
         now, last = grown(now, [growth]), growth.step
         yield from (f"{where}: {problem}" for problem in conflicts(now) if problem not in known)
+
+
+def _of_columns(config: Config) -> Iterator[str]:
+    """Of what else the denoiser is told."""
+    kind = config.denoiser.kind
+    for column in config.columns:
+        if "distill" in trained(config.train):
+            yield f"train.distill.steps: guidance by {kind}.{column} is not distilled; set 0"
+        if config.train.adapter == CONTROL:
+            yield f"train.adapter: {CONTROL} goes with no {kind}.{column}; begin with another model"
+    if "image" in config.columns and config.data.path == "shapes":
+        yield f"{kind}.image: shapes have no other images; set data.path to a folder with a column image, or none"
 
 
 def _of_distillation(config: Config) -> Iterator[str]:

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from tinydiff import images, pipeline, processes
+from tinydiff.condition import Condition
 from tinydiff.control import Control
 from tinydiff.diffusion.noise import Seed
 from tinydiff.editing import Edit
@@ -255,6 +256,7 @@ def draw(
     edit: Edit | None = None,
     mistakes: Mistakes | None = None,
     controls: Sequence[Control] = (),
+    given: Condition | None = None,
 ) -> Iterator[Drawn]:
     """Every job's image, in order; under torchrun only those of rank 0's `items`, each drawn by one of the processes.
 
@@ -272,14 +274,14 @@ def draw(
 
     def attempt(batch: list[Job], is_next: Callable[[], bool]) -> list[Drawn | tuple[Job, UserError]]:
         try:
-            return list(drawn(backend, batch, negative, request, edit, is_next, controls))
+            return list(drawn(backend, batch, negative, request, edit, is_next, controls, given))
         except (UsageError, DivergedError) as error:
             if len(batch) == 1 or not batch[0].line:
                 return [(batch[0], error)]
             return [each for job in batch for each in attempt([job], is_next)]  # whichever it is, the others are drawn
 
-    given = shares(readable(items, reader, mistakes), size)
-    for image in itertools.chain.from_iterable(in_turn(attempt, given, size, at_once(backend, request, size))):
+    shared = shares(readable(items, reader, mistakes), size)
+    for image in itertools.chain.from_iterable(in_turn(attempt, shared, size, at_once(backend, request, size))):
         if isinstance(image, Drawn):
             yield image
         else:
@@ -337,6 +339,7 @@ def drawn(
     edit: Edit | None,
     is_next: Callable[[], bool],
     controls: Sequence[Control] = (),
+    given: Condition | None = None,
 ) -> Iterator[Drawn]:
     """The images of one batch, whose progress is shown while it is the next that is waited for."""
     prompts = [understood(job.prompt, job.toward, job.share) for job in batch]
@@ -351,7 +354,7 @@ def drawn(
     begun, seeds, negatives = time.monotonic(), [job.seed for job in batch], [understood(negative)] * len(batch)
     shares = getattr(backend, "shares", None)
     spent = pipeline.Spent(shares, len(batch)) if shares else None
-    pixels = pipeline.generate(backend, prompts, seeds, request, negatives, on_step, edit, controls, spent)
+    pixels = pipeline.generate(backend, prompts, seeds, request, negatives, on_step, edit, controls, spent, given)
     seconds = (time.monotonic() - begun) / len(batch)
     for i, (job, image) in enumerate(zip(batch, pixels, strict=True)):
         settings = {"prompt": job.prompt, "negative": negative, "seed": job.seed, **asdict(request)}

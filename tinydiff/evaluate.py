@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from tinydiff import config, pipeline
+from tinydiff.condition import GIVEN
 from tinydiff.data.dataset import Source, open_source
 from tinydiff.drawing import at_once, in_turn
 from tinydiff.errors import UsageError
@@ -68,6 +69,10 @@ def evaluate(
     UsageError for a size the model cannot draw and DataError for unusable data.
     """
     width, height = request.width, request.height
+    columns = {array.of.column for array in backend.description.given.values()}  # type: ignore[union-attr]
+    for column in sorted(columns - backend.description.spared):
+        problem = f"images are drawn by captions alone, and this model is always told {GIVEN[column][1]}"
+        raise UsageError(f"{problem}; train it with diffusion.{column}_dropout above 0")
     pipeline.check_size(backend.description, width, height)
     pipeline.check_size(backend.description, resolution, resolution)
     if "shapes" in data and (width != height or width < 16):

@@ -37,7 +37,7 @@ from tinydiff.images import to_pixels
 from tinydiff.networks import LABELS, controls_of, denoiser_in, graphs, network_of
 from tinydiff.networks.network import Graph
 from tinydiff.networks.unet import CONTROLLED
-from tinydiff.pipeline import Backend, Request, generate
+from tinydiff.pipeline import Backend, Request, generate, given_with
 from tinydiff.precision import PRECISIONS, Arithmetic, Calls, Precision, lower, magnitudes
 from tinydiff.progress import note
 from tinydiff.quantisation import quantised
@@ -219,7 +219,7 @@ def recorded(model: Model) -> tuple[Drawn, dict[str, list[dict[str, np.ndarray]]
     side = min(d.size, max(1, MOST // d.multiple) * d.multiple)
     request = Request(min(g.steps, 20, d.scheduler.most), g.cfg_scale, g.sampler, g.spacing, side, side)
     controls = [Control(name, stripes(side)) for name in controls_of(model.configs)]
-    drawn = generate(backend, [prompt_of(backend)], [0], request, controls=controls)
+    drawn = generate(backend, [prompt_of(backend)], [0], request, controls=controls, given=told_of(backend, side))
     backend.encode_image(to_pixels(drawn))
     return Drawn(drawn, request, controls), backend.calls
 
@@ -232,6 +232,12 @@ def stripes(side: int) -> np.ndarray:
 
 def prompt_of(backend: Backend) -> str:
     return "0" if LABELS in backend.tokenizers else "red heart"
+
+
+def told_of(backend: Backend, side: int) -> Condition:
+    """The first class, and another image, for a denoiser that is told them."""
+    labels = backend.description.labels
+    return given_with(backend, labels and (labels.names[0] if labels.names else "0"), stripes(side))
 
 
 def part_of(name: str, model: Model) -> str:
@@ -389,7 +395,8 @@ def verify_image(bundle: Path, image: Drawn, precision: Precision, plain: Mappin
     """
     backend = Checked(Source(bundle, controls=tuple(bundle / each.network for each in image.controls)), plain)
     request = image.request
-    drawn = generate(backend, [prompt_of(backend)], [0], request, controls=image.controls)
+    told = told_of(backend, request.width)
+    drawn = generate(backend, [prompt_of(backend)], [0], request, controls=image.controls, given=told)
     apart = np.abs(drawn.astype(int) - image.pixels)
     same = float((apart.max(axis=-1) <= precision.levels).mean())
     psnr = min(99.0, float(10 * np.log10(255**2 / max((apart**2).mean(), 1e-9))))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tinydiff.diffusion.samplers import ETA, SAMPLERS
 from tinydiff.diffusion.schedules import SPACINGS
 from tinydiff.errors import DataError, ModelError, ResourceError, UsageError
+from tinydiff.networks import LABELS
 from tinydiff.progress import note
 from tinydiff.schema import nearest
 from tinydiff.system import shown
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from tinydiff import control
     from tinydiff.checkpoints.description import Description
     from tinydiff.checkpoints.source import Adapter
+    from tinydiff.condition import Condition
     from tinydiff.control import Control
     from tinydiff.editing import Edit
     from tinydiff.pipeline import Backend, Request
@@ -68,6 +70,8 @@ class Flags:
     original_size: str | None = None
     crop: str | None = None
     eta: float | None = None
+    label: str | None = None
+    reference: Path | None = None
 
 
 def complete(opened: Backend, given: Flags) -> tuple[Request, int]:
@@ -135,7 +139,7 @@ def unlike(d: Description, request: Request) -> Iterator[str]:
 def edited(opened: Backend, request: Request, given: Flags) -> tuple[Request, Edit | None]:
     """What is to be done to an image, and the request at that image's size. Raises UsageError for flags that do not fit."""
     if not given.image:
-        names = ("strength", "mask", "outpaint", *(() if given.control else ("fit",)))
+        names = ("strength", "mask", "outpaint", *(() if given.control or given.reference else ("fit",)))
         if lonely := [f"--{name}" for name in names if getattr(given, name) not in (None, False)]:
             raise UsageError(f"{', '.join(lonely)}: there is no image to change; give one with -i")
         return request, None
@@ -243,9 +247,11 @@ def plain(prompt: str, folder: Path | None) -> str:
     return LORA.sub(" ", prompt) if folder else prompt
 
 
-def named(adapters: Sequence[Adapter], words: Sequence[Path]) -> dict[str, Any]:
-    """What an image's settings say of adapters and learnt words."""
-    told = {"lora": [f"{each.path.name}:{each.strength:g}" for each in adapters], "word": [path.name for path in words]}
+def named(adapters: Sequence[Adapter], words: Sequence[Path], given: Flags) -> dict[str, Any]:
+    """What an image's settings say of adapters, learnt words, and what the model was told besides a prompt."""
+    told: dict[str, Any] = {"lora": [f"{each.path.name}:{each.strength:g}" for each in adapters]}
+    told |= {"word": [path.name for path in words], "label": given.label}
+    told |= {"reference": given.reference and given.reference.name}
     return {key: names for key, names in told.items() if names}
 
 
@@ -285,6 +291,34 @@ def controlled(request: Request, given: Flags) -> list[Control]:
 
     size, opened = (request.width, request.height), networks(given.control)
     return [control.read(flag, name(opened.index(flag.network)), size, given.fit) for flag in given.control]
+
+
+def told(opened: Backend, request: Request, given: Flags) -> Condition:
+    """What --label and --reference tell of every picture. Raises UsageError for what the model is not told, or has to be."""
+    from tinydiff import condition, images
+    from tinydiff.pipeline import given_with
+
+    d, typed = opened.description, {"label": given.label, "image": given.reference}
+    columns = [array.of.column for array in d.given.values()]  # type: ignore[union-attr]
+    for column, (flag, what) in condition.GIVEN.items():
+        if typed[column] is not None and column not in columns:
+            here = (
+                "give the class as the prompt" if column == "label" and LABELS in opened.tokenizers else "leave it out"
+            )
+            raise UsageError(f"{flag}: this model is not told {what}; {here}")
+        if typed[column] is None and column in columns and column in d.spared:
+            note(f"no {flag}: drawn without {what}, as the model has learnt to")
+    image = images.open_image(given.reference) if given.reference else None
+    if image is not None:
+        size, (height, width) = (request.width, request.height), image.shape[:2]
+        if not given.fit and (width, height) != size:
+            problem = f"it is {width}x{height} and the picture {size[0]}x{size[1]}"
+            raise UsageError(f"{shown(given.reference)}: {problem}; make them equal with -W and -H, or use --fit")
+        image = images.fit(image, size)
+    made = given_with(opened, given.label, image)
+    shape = (d.latent_channels, request.height // d.factor, request.width // d.factor)
+    condition.of_given(d, made, shape, [([0], True)])  # says what is missing before anything is drawn
+    return made
 
 
 def margins(text: str) -> tuple[int, int, int, int]:

@@ -197,6 +197,8 @@ def sampling(configs: Configs, d: Description | None) -> dict[str, Any]:
         "latent_channels": d.latent_channels if d else denoiser["in_channels"],
         "latent_size": denoiser["sample_size"],
         "mask": bool(d and d.in_channels > d.latent_channels),
+        "told": sorted(array.of.column for array in d.given.values()) if d else [],  # type: ignore[union-attr]
+        "labels": d.labels.names if d and d.labels else [],
         **{key: getattr(d, key, None) for key in ("factor", "multiple", "size", "scaling_factor")},
     }
 

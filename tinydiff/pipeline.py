@@ -24,7 +24,7 @@ from tinydiff.diffusion.samplers import SAMPLERS, Denoise, Sampler
 from tinydiff.diffusion.schedules import Level, Levels
 from tinydiff.editing import Edit, cells
 from tinydiff.errors import DivergedError, UsageError
-from tinydiff.networks.network import Canvas
+from tinydiff.networks.network import Canvas, Given
 from tinydiff.text.prompts import Branch, Piece, Tokens
 
 Prompt = str | Sequence[Branch]
@@ -119,19 +119,22 @@ def generate(
     edit: Edit | None = None,
     controls: Sequence[Control] = (),
     spent: Spent | None = None,
+    given: Condition | None = None,
 ) -> np.ndarray:
     """One image a prompt: uint8 (B, H, W, 3). `seeds` key the noise; `on_step` hears of every finished step.
 
     A prompt, negative or not, is plain text, or what `text.prompts.parse` makes of one with weights and ANDs. With an
     `edit` its image, of the request's size, is changed: below one step's strength it goes through the autoencoder and back,
-    at 1 only a mask keeps any of it. Images of `controls` have the request's size too. Raises UsageError for a size the model
+    at 1 only a mask keeps any of it. Images of `controls` have the request's size too. `given`: what `given_with`
+    makes of a class and of another image, one row for all images or one each. Raises UsageError for a size the model
     cannot draw, and DivergedError naming the part of the model that gives NaN or infinite values.
     """
     d = backend.description
     check_size(d, request.width, request.height)
     with np.errstate(all="ignore"):  # `finite` reports what numpy would warn of
         (x,) = deque(
-            denoise_latents(backend, prompts, seeds, request, negatives, on_step, edit, controls, spent), maxlen=1
+            denoise_latents(backend, prompts, seeds, request, negatives, on_step, edit, controls, spent, given),
+            maxlen=1,
         )
         pixels = decoded(backend, x / np.float32(d.scaling_factor))
     drawn = images.to_uint8(pixels)
@@ -148,6 +151,7 @@ def denoise_latents(
     edit: Edit | None = None,
     controls: Sequence[Control] = (),
     spent: Spent | None = None,
+    given: Condition | None = None,
 ) -> Iterator[np.ndarray]:
     """The latents at the start and after each step, float32 (B, C, h, w)."""
     d = backend.description
@@ -157,7 +161,7 @@ def denoise_latents(
         levels = Levels(levels[-1 - edit.steps(len(levels) - 1) :], levels.at)
     beside = concatenated(backend, edit, shape)
     added = partial(control.residuals, backend, controls, levels) if controls else None
-    denoise = guided(backend, prompts, negatives or [""] * len(prompts), request, beside, added, spent)
+    denoise = guided(backend, prompts, negatives or [""] * len(prompts), request, beside, added, spent, given or {})
     x = noise.normal(seeds, shape)
     if edit:
         known = latents(backend, images.to_pixels(edit.image[None]))
@@ -193,6 +197,22 @@ def latents(backend: Backend, pixels: np.ndarray) -> np.ndarray:
     return finite(moments * np.float32(d.scaling_factor), "the autoencoder's encoder", OTHER_AUTOENCODER)
 
 
+def given_with(backend: Backend, label: str | None = None, image: np.ndarray | None = None) -> Condition:
+    """What a model is told of a class's label and of another image uint8 (H, W, 3), of those that it is told: a row each.
+
+    Raises UsageError for an unknown label.
+    """
+    d, made = backend.description, Condition()
+    for name, array in d.given.items():
+        if array.of == Given("label") and label is not None and d.labels:
+            (number,) = d.labels.encode([label])[:, 0]
+            made[name] = np.zeros((1, int(array.axes[1])), np.float32)
+            made[name][0, number] = 1
+        elif array.of == Given("image") and image is not None:
+            made[name] = latents(backend, images.to_pixels(image[None]))
+    return made
+
+
 def decoded(backend: Backend, z: np.ndarray) -> np.ndarray:
     """The images (B, 3, H, W) of latents (B, C, h, w), already divided by the scaling factor."""
     pixels = tiling.decode(backend.decode, z, backend.description.factor)
@@ -224,6 +244,7 @@ def guided(
     beside: np.ndarray | None = None,  # (1, C', h, w), concatenated to what the network reads
     added: Callable[[np.ndarray, Level, Condition], Condition] | None = None,  # what else it is told at each level
     spent: Spent | None = None,
+    given: Condition = {},  # noqa: B006  what is told with the images
 ) -> Denoise:
     """The denoiser (x, level) -> x0 under the request's guidance; where that is 1, the prompt alone is asked."""
     d, count = backend.description, len(prompts)
@@ -239,6 +260,8 @@ def guided(
         for array in told.values():
             array[empty] = 0
     told |= condition.of_canvas(d.conditions, request.canvas(), sum(len(each.image) for each in rows))
+    shape = (d.latent_channels, request.height // d.factor, request.width // d.factor)
+    told |= condition.of_given(d, given, shape, [(each.image, each is wanted) for each in rows])
     to_x0 = PREDICTIONS[d.prediction].to_x0
 
     def ask(x: np.ndarray, level: Level, told: Condition, images: Sequence[int]) -> np.ndarray:

@@ -56,6 +56,9 @@ def lines(told: dict[str, Any]) -> list[str]:
     rows["images"] = size and f"{size}x{size} pixels; sides are multiples of {told['multiple']}"
     scaled, mask = f", times {factor:.5g}" if factor else "", "; reads a mask, and an image's latents, beside them"
     rows["latents"] = f"{told['latent_channels']}x{side}x{side}{scaled}{mask if told['mask'] else ''}"
+    names = f" ({', '.join(told['labels'][:5])}{', ...' * (len(told['labels']) > 5)})" if told["labels"] else ""
+    says = {"label": f"a class{names} by --label", "image": "another image by --reference"}
+    rows["told"] = "; ".join(says[column] for column in reversed(told["told"]))
     rows["noise"] = f"{told['schedule']}, {told['num_train_timesteps']} levels; predicts {told['prediction']}"
     first, *others = cost_lines(told["cost"])
     rows |= {"prompts": prompts_line(told["tokenizer"]), "cost": first}

@@ -18,7 +18,7 @@ from tinydiff.backends.replayed import Replayed
 from tinydiff.checkpoints import folder
 from tinydiff.checkpoints.folder import PRECISIONS
 from tinydiff.checkpoints.source import Source
-from tinydiff.condition import Condition, joined, texts_of
+from tinydiff.condition import Condition, joined
 from tinydiff.errors import UsageError
 from tinydiff.models.spatial import heads_shut
 from tinydiff.networks import CONTROL
@@ -106,7 +106,7 @@ class TorchBackend:
         exact: dict[str, Any] = {
             "timestep": torch.tensor(t, device=self.device)
         }  # bfloat16 knows none between 512 and 514
-        kept = self.description.conditions.keys() - texts_of(self.description.conditions)  # nor such sizes
+        kept = [name for name, array in self.description.conditions.items() if callable(array.of)]  # nor such sizes
         exact |= {name: self.tensor(condition[name]) for name in kept}
         return to_numpy(self.ask(self.model.denoiser, self.predict, sample=x, **condition | exact))
 

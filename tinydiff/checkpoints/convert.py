@@ -47,6 +47,10 @@ def to_single_file(source: Source, out: Path, precision: str | None = None, forc
                 "only a Stable Diffusion U-Net with CLIP's text encoder and a KL autoencoder has a single-file layout"
             )
             raise ModelError(f"{shown(source.path)}: {only}")
+        if source.description.given:
+            raise ModelError(
+                f"{shown(source.path)}: a single file holds no model that is told a class or an image; write a folder"
+            )
         added = {token.content for tokenizer in source.tokenizers.values() for token in tokenizer.added.values()}
         if words := ", ".join(sorted(added)):
             problem = f"a single file has no place for added tokens ({shown(words)})"

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from tinydiff import config
-from tinydiff.checkpoints.new import VERSION
+from tinydiff.checkpoints.new import SPARED, VERSION
 from tinydiff.checkpoints.scheduler import Scheduler, read
 from tinydiff.diffusion.schedules import Levels
 from tinydiff.errors import ModelError
 from tinydiff.networks import VAE, denoiser_in, is_xl, network_of
-from tinydiff.networks.network import Array, imported
+from tinydiff.networks.network import Array, Given, imported
 from tinydiff.system import shown
+from tinydiff.text.labels import Labels
 
 USUAL = (50, 7.5)  # steps and guidance of diffusers' pipelines, where they are not others
 DEFAULTS = {
@@ -42,6 +43,8 @@ class Description:
     generate: config.Generate
     conditions: Mapping[str, Array] = field(default_factory=dict)  # what the denoiser is told besides latent and level
     told_guidance: bool = False  # the denoiser is told how strong guidance is, and asked once
+    labels: Labels | None = None  # the classes that it is told by their names, besides text
+    spared: frozenset[str] = frozenset()  # columns of data that the denoiser has learnt to do without
     zero_empty: bool = False  # an empty negative prompt is zeros, not what the text encoders say of it
     notes: tuple[str, ...] = ()  # what is ignored of the files, a line each
 
@@ -53,6 +56,11 @@ class Description:
     @property
     def prediction(self) -> str:
         return self.scheduler.prediction
+
+    @property
+    def given(self) -> dict[str, Array]:
+        """The conditions that are given with each image, in a column of data or by a flag."""
+        return {name: array for name, array in self.conditions.items() if isinstance(array.of, Given)}
 
     def levels(self, sampler: str, steps: int, spacing: str) -> Levels:
         """The levels that a sampler visits, noisiest first, and the one it ends on."""
@@ -92,11 +100,22 @@ def describe(
             or config.Generate(min(steps, scheduler.most), cfg_scale, scheduler.sampler, scheduler.spacing, 1),
             conditions=network.conditions(table),
             told_guidance=network.told_guidance(table),
+            labels=_labels(index, network.conditions(table)),
+            spared=frozenset(index.get(SPARED) or ()),
             zero_empty=is_xl(model) and bool(index.get("force_zeros_for_empty_prompt", True)),
             notes=scheduler.notes,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{shown(path)}: its configuration files lack or misstate {error}") from None
+
+
+def _labels(index: Mapping[str, Any], conditions: Mapping[str, Array]) -> Labels | None:
+    """The classes of a denoiser that is told one; the last number is the null label where they have names."""
+    sizes = [array.axes[1] for array in conditions.values() if array.of == Given("label")]
+    names = [str(name) for name in (index.get("id2label") or {}).values()] if sizes else []
+    if names and len(names) != int(sizes[0]) - 1:
+        raise ValueError(f"id2label: {len(names)} names of {int(sizes[0]) - 1} classes")
+    return Labels(names, int(sizes[0]) - bool(names), whole=bool(names)) if sizes else None
 
 
 def _scheduler(configs: Mapping[str, dict[str, Any]], path: Path, ours: bool) -> Scheduler:

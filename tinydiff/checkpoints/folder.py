@@ -36,6 +36,7 @@ from tinydiff.networks import (
 from tinydiff.networks.network import Network, Table
 from tinydiff.schema import to_toml
 from tinydiff.system import RESTORE
+from tinydiff.text.labels import Labels
 from tinydiff.verified import Memory, verify
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -82,13 +83,15 @@ class Model:
         return replace(self, configs=self.configs | {VAE: self.configs[VAE] | {"scaling_factor": factor}})
 
 
-def build(cfg: config.Config, tokenizer: Any, seed: int = 0) -> Model:
+def build(cfg: config.Config, tokenizer: Any, seed: int = 0, labels: Labels | None = None) -> Model:
     """The networks of a configuration, each initialised from its own `seed`, so none depends on another's size.
+
+    `labels`: the classes that a denoiser is told besides text.
 
     A frozen text encoder and a given autoencoder are not initialised but read from their folders. Raises ModelError
     where that cannot be.
     """
-    configs, parts = new.configs(cfg, tokenizer), dict[str, nn.Module]()
+    configs, parts = new.configs(cfg, tokenizer, labels), dict[str, nn.Module]()
     given = {TEXT: cfg.text_network.given(cfg), VAE: cfg.autoencoder_network.given(cfg)}
     for name, table in networks(configs).items():
         torch.manual_seed(seed)

@@ -10,21 +10,26 @@ from tinydiff.checkpoints import scheduler
 from tinydiff.config import Config
 from tinydiff.networks import TEXT, VAE, Table
 from tinydiff.networks.network import HIDDEN, POOLED
-from tinydiff.text.labels import LEAST
+from tinydiff.text.labels import LEAST, Labels
 
 VERSION = "_tinydiff_version"  # a key of model_index.json
+SPARED = "_spared"  # another: the columns of data that the denoiser has learnt to do without
 ABSENT = {key: [None, None] for key in ("feature_extractor", "image_encoder", "safety_checker")}
 # What a pipeline of diffusers has besides, so that it opens the folder.
 EXTRAS = {"StableDiffusionPipeline": ABSENT | {"requires_safety_checker": False}}
 
 
-def configs(cfg: Config, tokenizer: Any) -> dict[str, dict[str, Any]]:
-    """The JSON files as `Source.configs` has them, for a run's tokenizer."""
+def configs(cfg: Config, tokenizer: Any, labels: Labels | None = None) -> dict[str, dict[str, Any]]:
+    """The JSON files as `Source.configs` has them, for a run's tokenizer, and the classes that a denoiser is told besides."""
     text, denoiser = cfg.text_network, cfg.denoiser_network
     table = text.describe(cfg, tokenizer)
-    tables = {denoiser.folder: denoiser.describe(cfg, dict.fromkeys((HIDDEN, POOLED), text.width(table)))}
+    widths = dict.fromkeys((HIDDEN, POOLED), text.width(table)) | ({"label": labels.vocab_size} if labels else {})
+    tables = {denoiser.folder: denoiser.describe(cfg, widths)}
     tables |= {VAE: cfg.autoencoder_network.describe(cfg)} | ({TEXT: table} if not text.labels else {})
-    return {"model_index": index(cfg, tokenizer, tables), "scheduler": scheduler.write(cfg), **tables}
+    told = {"id2label": labels.table()} if labels else {}
+    spared = [column for column in cfg.columns if getattr(cfg.diffusion, f"{column}_dropout")]
+    told |= {SPARED: spared} if spared else {}
+    return {"model_index": index(cfg, tokenizer, tables) | told, "scheduler": scheduler.write(cfg), **tables}
 
 
 def index(cfg: Config, tokenizer: Any, tables: Mapping[str, Table]) -> dict[str, Any]:

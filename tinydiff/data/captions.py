@@ -48,16 +48,16 @@ def encoding(data: bytes) -> str:
     return "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 
-def read_sidecar(kind: str, text: str, column: str = "") -> tuple[list[str], float]:
-    """Captions, cleaned, and weight in the file beside an image. Raises ValueError if it has no caption."""
+def read_sidecar(kind: str, text: str, column: str = "") -> tuple[list[str], float, str]:
+    """Captions, cleaned, weight, and class if there is one, in the file beside an image. ValueError if it has no caption."""
     if kind == ".json":
         row = under(json_object(text), column)
         if not (texts := texts_of(row)):
             raise ValueError(no_caption(row))
-        return clean_captions(texts), weight_of(row)
+        return clean_captions(texts), weight_of(row), label_of(row)
     if text.strip() and all(BOXES.fullmatch(line) for line in text.splitlines() if line.strip()):
         raise ValueError("numbers of boxes, no caption")
-    return clean_captions(text.splitlines()), 1.0
+    return clean_captions(text.splitlines()), 1.0, ""
 
 
 def json_object(text: str) -> dict[str, Any]:
@@ -107,6 +107,15 @@ def no_caption(row: dict[str, Any]) -> str:
     if like:
         return f"captions under {', '.join(sorted(like)[:3])}: name the one to use text"
     return "no caption: name it text or caption"
+
+
+def label_of(row: dict[str, Any]) -> str:
+    """The class in a row, a text or a number; "" without one."""
+    value = tidy(row).get("label")
+    is_one = (
+        isinstance(value, str | int) and not isinstance(value, bool) and not SURROGATE.search(str(value)[:MAX_CAPTION])
+    )
+    return " ".join(unicodedata.normalize("NFC", CONTROL.sub(" ", str(value)[:MAX_CAPTION])).split()) if is_one else ""
 
 
 def weight_of(row: dict[str, Any]) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from itertools import pairwise
@@ -20,6 +20,7 @@ import numpy as np
 
 from tinydiff import images
 from tinydiff.config import Data
+from tinydiff.data.columns import check
 from tinydiff.data.held_out import held_out
 from tinydiff.diffusion.noise import keyed
 from tinydiff.errors import DataError
@@ -51,14 +52,24 @@ class Source(Protocol):
 
 
 def open_source(
-    data: Data, seed: int = 0, progress: Callable[[int, int], None] | None = None, caption: str = ""
+    data: Data,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+    caption: str = "",
+    columns: Collection[str] = (),
 ) -> Source:
     """The source that `data.path` names: the built-in shapes, or tar shards and folders, with captions as `data` words them.
 
-    With a `caption` all images of folders have that one.
+    With a `caption` all images of folders have that one. `columns`: what images have besides captions.
 
-    `progress(done, in all)` is called while images are checked or shards are indexed.
+    `progress(done, in all)` is called while images are checked or shards are indexed. Raises DataError.
     """
+    source = _of(data, seed, progress, caption, columns)
+    check(source, columns)
+    return source
+
+
+def _of(data: Data, seed: int, progress: Any, caption: str, columns: Collection[str]) -> Source:
     if data.path == "shapes":
         from tinydiff.data.shapes import ShapesSource
 
@@ -66,17 +77,18 @@ def open_source(
     from tinydiff.data.layouts import repeats
     from tinydiff.data.several import Several
 
-    parts = [_opened(path, data, progress, caption) for path in data.paths]
+    parts = [_opened(path, data, progress, caption, columns) for path in data.paths]
     if len(parts) == 1 and not (data.prefix or data.suffix or data.max_captions):
         return parts[0]
     return Several(parts, data.paths, [repeats(path) if len(parts) > 1 else 1.0 for path in data.paths], data)
 
 
-def _opened(path: str, data: Data, progress: Callable[[int, int], None] | None, caption: str) -> Source:
+def _opened(path: str, data: Data, progress: Any, caption: str, columns: Collection[str]) -> Source:
     """One folder, or the shards of one."""
     from tinydiff.data.shards import ShardSource, find_shards
 
     settings: dict[str, Any] = {key: getattr(data, key) for key in ("background", "max_bad_fraction", "captions")}
+    settings |= {"columns": columns}
     if find_shards(path):
         return ShardSource(path, progress=progress, **settings)
     from tinydiff.data.folder import FolderSource

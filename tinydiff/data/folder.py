@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -32,8 +32,9 @@ class FolderSource:
     """The captioned images of a folder, ordered by name; with a `caption` all images, which have that one.
 
     `background`: the colour under transparent pixels. `captions`: where they are from, as `data.captions` has it; `layout` says
-    it. `skipped`: (path, reason) for everything left out. Raises DataError if the folder is missing, holds no captioned image,
-    or more than `max_bad_fraction` of its images are bad, or where captions lie that are not read.
+    it. `skipped`: (path, reason) for everything left out. `columns`: what else is read, of `columns.FIXES`. Raises DataError if
+    the folder is missing, holds no captioned image, or more than `max_bad_fraction` of its images are bad, or where captions
+    lie that are not read.
     """
 
     def __init__(
@@ -44,8 +45,9 @@ class FolderSource:
         captions: str = Data.captions,
         caption: str = "",
         progress: Callable[[int, int], None] | None = None,
+        columns: Collection[str] = (),
     ) -> None:
-        self.path, self.background, skips = Path(path), background, Skips()
+        self.path, self.background, self.columns, skips = Path(path), background, columns, Skips()
         names = walk(self.path, skips)
         if caption:
             found, self.layout = of_one(self.path, names, skips, caption)
@@ -75,6 +77,26 @@ class FolderSource:
         name, digest = self._entries[i].control
         return decoded(self.path / name, self.background, digest)[0]
 
+    def has_image(self, i: int) -> bool:
+        """Whether a table names another image beside image i."""
+        return bool(self._entries[i].other)
+
+    def other(self, i: int) -> np.ndarray:
+        """That image, uint8 (H, W, 3) of the size of image i."""
+        name, digest = self._entries[i].other
+        return decoded(self.path / name, self.background, digest)[0]
+
+    def other_digest(self, i: int) -> str:
+        """The first 32 hexadecimal digits of the SHA-256 of that image's file."""
+        return self._entries[i].other[1][:32]
+
+    def has_label(self, i: int) -> bool:
+        return bool(self._entries[i].label)
+
+    def label(self, i: int) -> str:
+        """The class of image i, "" where none is named."""
+        return self._entries[i].label
+
     def captions(self, i: int) -> list[str]:
         """At least one caption; the first is the main one."""
         return list(self._entries[i].captions)
@@ -100,6 +122,8 @@ class FolderSource:
         total = hashlib.sha256(json.dumps(["folder 1", self.background]).encode())
         for entry in self._entries:
             told = [entry.name, entry.digest, entry.captions, entry.weight, *filter(None, [entry.control])]
+            more = {"label": entry.label, "image": entry.other}
+            told += [[column, more[column]] for column in self.columns]
             total.update(json.dumps(told).encode())
         return total.hexdigest()
 
@@ -130,13 +154,22 @@ class FolderSource:
         try:
             digest, size = self._checked(checked, entry.name)
             control = entry.control and (*entry.control, self._checked(checked, entry.control[0])[0])
-            return entry._replace(digest=digest, size=size, control=control)
+            entry = entry._replace(digest=digest, size=size, control=control)
+            return self._beside(checked, entry) if "image" in self.columns and entry.other else entry
         except DataError as error:
             reason = str(error).removeprefix(f"{shown(path)}: ").split("; ")[0]
         except OSError as error:
             reason = error.strerror or "cannot be read"
         skips.bad.append((shown(entry.name), reason))
         return None
+
+    def _beside(self, checked: Checked, entry: Entry) -> Entry:
+        """The entry with the hash of its other image, which has to be of the same size. Raises DataError."""
+        digest, (width, height) = self._checked(checked, entry.other[0])
+        if (width, height) != entry.size:
+            problem = f"{width}x{height}, and the image {entry.size[0]}x{entry.size[1]}"
+            raise DataError(f"its {shown(entry.other[0])} is {problem}")
+        return entry._replace(other=(*entry.other, digest))
 
     def _checked(self, checked: Checked, name: str) -> tuple[str, tuple[int, int]]:
         """The SHA-256 and (width, height) of an image that decodes. Raises DataError."""

@@ -25,13 +25,25 @@ from tinydiff.data.captions import (
     SIDECARS,
     caption_text,
     clean_captions,
+    label_of,
     no_caption,
     read_sidecar,
     texts_of,
     weight_of,
 )
 from tinydiff.data.listing import IMAGES, Skips, kind, stem, summary
-from tinydiff.data.tables import CONTROL_KEYS, NUMBERED, TABLES, Names, Row, file_of, names_images, rows, slashed
+from tinydiff.data.tables import (
+    CONTROL_KEYS,
+    NUMBERED,
+    OTHER_KEYS,
+    TABLES,
+    Names,
+    Row,
+    file_of,
+    names_images,
+    rows,
+    slashed,
+)
 from tinydiff.data.wording import words_of
 from tinydiff.errors import DataError
 from tinydiff.images import KINDS
@@ -58,7 +70,8 @@ BESIDE = 1000  # files beside the folder that are looked at
 class Entry(NamedTuple):
     """An image; `digest`, the SHA-256 of its file, and `size`, (width, height), are known once it is decoded.
 
-    `control`: the image that is to control it, with its digest, where a table names one.
+    `control`: the image that is to control it, with its digest, where a table names one; `other` likewise, another image that a
+    denoiser may be told; `label`: its class.
     """
 
     name: str
@@ -67,6 +80,8 @@ class Entry(NamedTuple):
     digest: str = ""
     size: tuple[int, int] = (0, 0)
     control: tuple[str, ...] = ()
+    other: tuple[str, ...] = ()
+    label: str = ""
 
 
 Found = tuple[list[Entry], str]  # images with captions, and where these are from
@@ -182,7 +197,7 @@ def _from_table(root: Path, table: str, known: Names, skips: Skips) -> list[Entr
             skips.bad.append((f"{shown(table)}:{number}", str(error)))
     if not number:
         raise DataError(f"{shown(root / table)} is empty; write a row with file_name and text for each image")
-    used = {*entries, *(entry.control[0] for entry in entries.values() if entry.control)}
+    used = {*entries, *(each[0] for entry in entries.values() for each in (entry.control, entry.other) if each)}
     for name in sorted(known.all):
         if kind(name) in IMAGES and name not in used:
             skips.note(name, f"not used by {table}")
@@ -199,7 +214,10 @@ def _entry(row: Row, known: Names, folder: str) -> tuple[str, Entry]:
     control = (_image(steered, known, folder),) if steered else ()
     if not (texts := texts_of(row)):
         raise ValueError(no_caption(row))
-    return slashed(NUMBERED.sub("", file)), Entry(name, tuple(clean_captions(texts)), weight_of(row), control=control)
+    beside = known.find(called, folder) if (called := file_of(row, OTHER_KEYS)) else None
+    other = (beside,) if beside and kind(beside) in IMAGES and beside != name else ()
+    entry = Entry(name, tuple(clean_captions(texts)), weight_of(row), "", (0, 0), control, other, label_of(row))
+    return slashed(NUMBERED.sub("", file)), entry
 
 
 def _image(file: str, known: Names, folder: str) -> str:
@@ -273,8 +291,8 @@ def _from_sidecars(
         try:
             with open(root / sidecars[key], "rb") as file:
                 text = caption_text(file.read(MAX_CAPTION_FILE + 1))
-            captions, weight = read_sidecar(kind(sidecars[key]), text, column)
-            entries.append(Entry(name, tuple(captions), weight))
+            captions, weight, label = read_sidecar(kind(sidecars[key]), text, column)
+            entries.append(Entry(name, tuple(captions), weight, label=label))
         except (ValueError, OSError) as error:
             skips.add(name, (error.strerror or "caption unreadable") if isinstance(error, OSError) else str(error))
     return entries
@@ -296,7 +314,7 @@ def _from_classes(root: Path, images: list[str], skips: Skips) -> Found:
         label = posixpath.basename(posixpath.dirname(name))
         label = (weighed[label][1] if weighed else label).replace("_", " ")
         if label.strip():
-            entries.append(Entry(name, tuple(clean_captions([label]))))
+            entries.append(Entry(name, (caption := tuple(clean_captions([label]))), label=caption[0]))
             labels.setdefault(entries[-1].captions[0])
         else:
             skips.add(name, "not in a class subfolder")

@@ -46,7 +46,7 @@ REFUSED = (  # counted as unusable images
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 RUN = ("tinydiff.toml", "data.json")  # both are in every run
 MODELS = (MANIFEST, "model_index.json")  # either is in a model folder
-PARTS = ("checkpoints", "latents", "model", "samples", "texts", "tokenizer")  # folders of a run
+PARTS = ("checkpoints", "latents", "image_latents", "model", "samples", "texts", "tokenizer")  # folders of a run
 LOGS = (*RUN, "metrics.jsonl", "report.html", "skipped.txt")  # its files
 
 

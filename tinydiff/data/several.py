@@ -81,6 +81,26 @@ class Several:
         part: Any = self.parts[number]
         return part.control(inside)
 
+    def has_label(self, i: int) -> bool:
+        return self._asked("has_label", i, False)
+
+    def has_image(self, i: int) -> bool:
+        return self._asked("has_image", i, False)
+
+    def label(self, i: int) -> str:
+        return self._asked("label", i)
+
+    def other(self, i: int) -> np.ndarray:
+        return self._asked("other", i)
+
+    def other_digest(self, i: int) -> str:
+        return self._asked("other_digest", i)
+
+    def _asked(self, what: str, i: int, otherwise: Any = None) -> Any:
+        """What the part of image i says of it, which need not be one that can."""
+        number, inside = self._part(i)
+        return getattr(self.parts[number], what, lambda i: otherwise)(inside)
+
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the parts' own and how often each is drawn; the wording is the configuration's."""
         told = [[part.fingerprint(), repeats] for part, repeats in zip(self.parts, self.repeats, strict=True)]

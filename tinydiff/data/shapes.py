@@ -329,6 +329,13 @@ class ShapesSource:
         """The one caption of image i."""
         return [caption(self._draw(i)[0])]
 
+    def has_label(self, i: int) -> bool:
+        return True
+
+    def label(self, i: int) -> str:
+        """What the first object of image i is."""
+        return self._draw(i)[0].first.shape
+
     def weight(self, i: int) -> float:
         """All images are drawn equally often."""
         return 1.0

@@ -9,6 +9,7 @@ descriptor for each shard, and crash if the file shrank.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -31,6 +32,7 @@ from tinydiff.data.captions import (
     caption_text,
     clean_captions,
     json_object,
+    label_of,
     texts_of,
     under,
     weight_of,
@@ -42,7 +44,8 @@ from tinydiff.errors import DataError
 from tinydiff.files import shown, written
 from tinydiff.images import KINDS, MAX_BYTES, size_of
 
-FORMAT = 3
+FORMAT = 4
+LABELLED = "\0"  # between a sample's captions and its class
 MAX_SKIPPED = 1000  # reasons kept, per shard and in all
 MAX_TEXT = 256 * 2**20  # bytes of names and captions in one shard
 RANKS = {kind[1:]: rank for rank, kind in enumerate((*IMAGES, *SIDECARS, ".cls"))}
@@ -147,12 +150,13 @@ def _build(file: File, index: Path, captions: str, stop: Event) -> None:
             continue
         assert not isinstance(sample.image[1], str) and isinstance(sample.caption[1], bytes)
         (member, size, digest), caption, count = sample.image[1], sample.caption[1], count + 1
+        said = caption + f"{LABELLED}{sample.label}".encode() if sample.label else caption
         name = member.name.encode()
-        places = (len(names), len(name), len(texts), len(caption))
+        places = (len(names), len(name), len(texts), len(said))
         rows += ROW.pack(member.start, member.size, *size, sample.weight, digest, *places)
         content.update(json.dumps([member.name, digest.hex(), caption.decode(), sample.weight]).encode())
         names += name
-        texts += caption
+        texts += said
     head = {"state": list(file.state), "count": count, "names": len(names), "content": content.hexdigest()}
     head |= {"bad": contents.bad, "left_out": contents.left_out, "skipped": contents.skipped}
     text = json.dumps(head).encode()
@@ -173,6 +177,7 @@ class _Sample:
     caption: tuple[int, bytes | str] = NONE, "no caption"
     weight: float = 1.0
     problem: str = ""
+    label: str = ""
 
     def fault(self) -> str:
         """Why the sample cannot be used, or ""."""
@@ -234,13 +239,21 @@ class _Contents:
         elif kind == "json":
             try:
                 row = json_object(self._text(member))
-                sample.weight = weight_of(row)
+                sample.weight, sample.label = weight_of(row), label_of(row) or sample.label
                 if texts := [] if self.named else texts_of(under(row, self.column)):
                     self._caption(sample, rank, lambda: texts)
             except ValueError as error:
                 sample.problem = str(error)
-        elif not self.named and not self.column:
-            self._caption(sample, rank, lambda: self._text(member).splitlines())
+        else:
+            self._beside(member, sample, kind)
+
+    def _beside(self, member: Member, sample: _Sample, kind: str) -> None:
+        """A caption file, or a class."""
+        if kind == "cls":
+            with contextlib.suppress(ValueError):  # which is said of the caption
+                sample.label = sample.label or label_of({"label": self._text(member)})
+        if not self.named and not self.column:
+            self._caption(sample, RANKS[kind], lambda: self._text(member).splitlines())
 
     def _image(self, member: Member) -> tuple[Member, tuple[int, int], bytes] | str:
         """The member, (width, height) and SHA-256, or why it cannot be used."""

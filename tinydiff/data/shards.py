@@ -11,7 +11,7 @@ import json
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
@@ -21,7 +21,7 @@ import numpy as np
 from tinydiff.config import Data
 from tinydiff.data.layouts import METADATA
 from tinydiff.data.listing import IMAGES, judge, summary
-from tinydiff.data.shard_index import MAX_SKIPPED, ROW, Row, Skips, indexed, reopened
+from tinydiff.data.shard_index import LABELLED, MAX_SKIPPED, ROW, Row, Skips, indexed, reopened
 from tinydiff.errors import DataError
 from tinydiff.files import shown
 from tinydiff.images import open_image
@@ -75,8 +75,9 @@ class ShardSource:
         index_dir: Path | None = None,
         progress: Callable[[int, int], None] | None = None,
         captions: str = Data.captions,
+        columns: Collection[str] = (),
     ) -> None:
-        self.path, self.background = str(path), background
+        self.path, self.background, self.columns = str(path), background, columns
         if not (paths := find_shards(self.path)):
             raise DataError(f"{shown(self.path)}: no .tar file there; give one, or a folder of them")
         others = set(_visible(self.path)) - {path.name for path in paths} if os.path.isdir(self.path) else set()
@@ -109,8 +110,21 @@ class ShardSource:
 
     def captions(self, i: int) -> list[str]:
         """At least one caption; the first is the main one."""
+        return self._said(i)[0].split("\n")
+
+    def has_label(self, i: int) -> bool:
+        return bool(self._said(i)[1])
+
+    def label(self, i: int) -> str:
+        """The class of image i, "" where none is named."""
+        return self._said(i)[1]
+
+    def _said(self, i: int) -> tuple[str, str]:
+        """The captions of image i, and its class."""
         number, row = self._row(i)
-        return self._text(number, self._shards[number].captions_at + row.captions, row.captions_bytes).split("\n")
+        text = self._text(number, self._shards[number].captions_at + row.captions, row.captions_bytes)
+        captions, _, label = text.partition(LABELLED)
+        return captions, label
 
     def weight(self, i: int) -> float:
         """How often image i is drawn, relative to the others."""
@@ -134,7 +148,8 @@ class ShardSource:
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the shards' names and contents (names, images, captions, weights) and the background."""
         shards = [[shard.path.name, shard.content] for shard in self._shards]
-        return hashlib.sha256(json.dumps(["shards 1", self.background, shards]).encode()).hexdigest()
+        labels = [[self.label(i) for i in range(len(self))]] if "label" in self.columns else []
+        return hashlib.sha256(json.dumps(["shards 1", self.background, shards, *labels]).encode()).hexdigest()
 
     def report(self) -> str:
         """One line: how many images, how many left out, and the first reasons."""

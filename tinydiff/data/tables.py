@@ -25,6 +25,12 @@ TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
 MAX_LINE = 2**20
 MAX_JSON = 256 * 2**20
 SEPARATORS = ",;\t|"
+OTHER_KEYS = (
+    "input_image",
+    "original_image",
+    "source_image",
+    "image",
+)  # of another image; the last beside file_name alone
 CONTROL_KEYS = ("conditioning_image", "conditioning_image_file_name", "control_image")  # as diffusers' and datasets'
 NUMBERED = re.compile(r"(?<=.)#\d$")  # after a file's name, for several captions of it, as Flickr has them
 LOOKED_AT = 100  # rows, to see whether a table is one of captions

@@ -250,14 +250,14 @@ class UNetNetwork(Denoiser):
         return table
 
     def shapes(self, table: Table) -> dict[str, tuple[int, ...]]:
-        widths = table["block_out_channels"]
+        widths, added_class = table["block_out_channels"], self.settings_of(table).label == ADDED
         middle = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
         return {
             "conv_in.weight": (widths[0], table["in_channels"], 3, 3),
             "conv_out.weight": (table["out_channels"], widths[0], 3, 3),
             middle: (widths[-1], table["cross_attention_dim"]),
             **({"add_embedding.linear_1.weight": (widths[0] * 4, added)} if (added := self.added(table)) else {}),
-            **({"class_embedding.weight": (n, widths[0] * 4)} if (n := table.get("num_class_embeds")) else {}),
+            **({"class_embedding.weight": (table["num_class_embeds"], widths[0] * 4)} if added_class else {}),
         }
 
     def graphs(self, folder: str, table: Table) -> dict[str, Graph]:
@@ -401,7 +401,7 @@ class UNetNetwork(Denoiser):
                 yield f"{kinds}: needs one entry for each of block_out_channels"
         if s.image == ATTENDED and (self.reduction(asdict(s)) < 2 or table.get("cross_attention_dim", 4) % 4):
             yield "image: cross-attention reads 2x2 latents as a token; it needs two widths, and vectors of a multiple of 4"
-        if s.label == ATTENDED and "in_channels" in table and not table.get("num_class_embeds"):
+        if s.label == ATTENDED and "cross_attention_dim" in table and not table.get("num_class_embeds"):
             yield "label: there are no classes; set num_class_embeds"
         if widths[0] % 2:
             yield "block_out_channels: the first width is also that of the time's sines and cosines; it must be even"

@@ -18,6 +18,8 @@ from tinydiff.errors import DataError, ModelError, UsageError
 from tinydiff.files import shown
 from tinydiff.schema import flat, reasons_of, to_toml
 from tinydiff.stages import STAGES, Stage, trained
+from tinydiff.text.labels import FILE as LABELS
+from tinydiff.text.labels import Labels
 from tinydiff.training.parallel import World
 from tinydiff.training.runtime import Runtime
 from tinydiff.training.state import checkpoints
@@ -157,11 +159,22 @@ class Claim:
                 made = network.make_tokenizer(cfg, images.source)
                 with files.committed(path, replace=True) as temporary:
                     made.save(temporary)
+                    if "label" in cfg.columns:
+                        found: Any = images.source
+                        names = sorted({found.label(i) for i in range(len(found))})
+                        Labels(names, len(names)).save(temporary)
             verify(path)
             tokenizer = network.tokenizer_class.load(path)
         for source in (each.source for each in (images, *others) if network.labels):
             tokenizer.check(source.captions(i)[0] for i in range(len(source)))
         return tokenizer
+
+    def labels(self, cfg: config.Config) -> Labels | None:
+        """The run's classes, beside its tokenizer, where the denoiser is told one."""
+        if "label" not in cfg.columns:
+            return None
+        names = [*map(str, files.read_json(self.dir / "tokenizer" / LABELS).values())]
+        return Labels(names, len(names), whole=True)
 
     def write(self) -> None:
         """Write what is new, the first time; the configuration last, since the run has begun with it."""

@@ -31,6 +31,7 @@ from tinydiff.system import shown
 from tinydiff.text.labels import one_hot
 from tinydiff.training import encoding
 from tinydiff.training.encoding import learns
+from tinydiff.training.given import Columns
 from tinydiff.training.losses import denoising_losses, loss_weight, pick_level
 from tinydiff.training.run import Run
 from tinydiff.training.task import PICTURES, Batch, Player, Task, Terms, counted, moved
@@ -104,6 +105,7 @@ class DenoiserTask(Task):
         self.held_latents = encoding.held_out(run, self.latents)
         self.maps = encoding.maps(run, run.cfg.train.stage(self.name))
         run.model = run.model if run.model.opened else run.model.scaled(self.latents.scaling_factor)
+        self.columns = Columns(run)
         self.description = run.model.description
         self.levels, self.prediction = self.description.schedule, PREDICTIONS[self.description.prediction]
         count = len(run.data.source)
@@ -141,7 +143,7 @@ class DenoiserTask(Task):
         return {self.name: Player(module, module, self.settings, list(module.children()))}
 
     def weights(self) -> np.ndarray:
-        return self.data.weights() * self.latents.valid
+        return self.data.weights() * self.latents.valid * self.columns.valid(self.data)
 
     def pick(self, u: float, normal: float) -> int:
         """The level of a row, from a uniform and a normal number."""
@@ -197,6 +199,8 @@ class DenoiserTask(Task):
         `other`: the target that the next row of the whole batch has at this row's level, where the loss contrasts them.
         """
         batch = self.noisy(*self.rows_of(step, rows))
+        told = self.columns.rows(self.data, self.order(step)[list(rows)])
+        batch["condition"] |= self.columns.spared(told, self.name, step, rows)
         if self.cfg.diffusion.contrastive_weight:
             following = [(row + 1) % self.settings.batch_size for row in rows]
             *_, x0, noise = self.noised(*self.rows_of(step, following))
@@ -282,7 +286,9 @@ class DenoiserTask(Task):
         told = {f"{HELD}loss": loss.mean(), ERROR: error_of_mean(rest)}
         told |= {f"{HELD}loss_{i}": mean for i, mean in enumerate(usual) if np.isfinite(mean)}
         if self.samples:
-            told["frechet"] = self.samples.frechet(TorchBackend(self.model), self.request(self.steps))
+            told["frechet"] = self.samples.frechet(
+                TorchBackend(self.model), self.request(self.steps), self.columns.shown
+            )
         return {name: float(value) for name, value in told.items()}
 
     @torch.no_grad()
@@ -303,13 +309,18 @@ class DenoiserTask(Task):
             level = self.pick(u, NormalDist(d.logit_mean, d.logit_std).inv_cdf(u))
             caption = self.held.images.source.captions(image)[0]
             drawn.append((level, caption, self.normals(rng, latents[0].shape[1:])))
-        return self.noisy(latents, drawn)
+        batch = self.noisy(latents, drawn)
+        batch["condition"] |= self.columns.rows(self.held.images, chosen)
+        return batch
 
     @cached_property
     def held(self) -> Held | None:
         """The held-out images that could be encoded."""
         held = self.run.held and replace(
-            self.run.held, indices=self.run.held.indices[self.held_latents.valid[self.run.held.indices]]
+            self.run.held,
+            indices=self.run.held.indices[
+                (self.held_latents.valid & self.columns.valid(self.run.held.images))[self.run.held.indices]
+            ],
         )
         return held or None
 
@@ -340,4 +351,10 @@ class DenoiserTask(Task):
         backend, request, most = TorchBackend(self.model), self.request(steps), self.most
         each = [slice(start, start + most) for start in range(0, PICTURES, most)]
         seeds = range(self.cfg.train.seed, self.cfg.train.seed + PICTURES)
-        return np.concatenate([generate(backend, self.captions[s], seeds[s], request) for s in each]), {}
+        count = len(self.data.source)
+        told = self.columns.shown(backend, [(self.data, i * count // PICTURES) for i in range(PICTURES)])
+        drawn = [
+            generate(backend, self.captions[s], seeds[s], request, given={k: rows[s] for k, rows in told.items()})
+            for s in each
+        ]
+        return np.concatenate(drawn), {}

@@ -5,6 +5,8 @@ Every process computes a share; when all are done, each opens everything, and wh
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -12,6 +14,7 @@ from torch import nn
 from tinydiff.backends.pytorch import TorchBackend
 from tinydiff.condition import Condition
 from tinydiff.data import cache, embeddings, latents
+from tinydiff.data.columns import Others
 from tinydiff.data.dataset import Images
 from tinydiff.measure.features import open_features
 from tinydiff.stages import trained
@@ -26,15 +29,27 @@ def learns(module: nn.Module) -> bool:
 
 def images(run: Run) -> latents.Latents:
     """The latents of all images, by the run's autoencoder; those of other held-out images are cached too."""
-    world, place, vae = run.world, run.dir / "latents", run.model.vae
+    return encoded(run, sources(run), run.dir / "latents")[0]
+
+
+def others(run: Run) -> dict[Images, latents.Latents]:
+    """The latents of the other images that data name beside those that are trained on and measured on."""
+    datas = sources(run)
+    beside = [Images(Others(data.source), replace(data.data, held_out=0.0)) for data in datas]  # type: ignore[arg-type]
+    return dict(zip(datas, encoded(run, beside, run.dir / "image_latents"), strict=True))
+
+
+def encoded(run: Run, datas: list[Images], place: Path) -> list[latents.Latents]:
+    """Latents of all images of some data, cached in a folder that holds no others."""
+    world, vae = run.world, run.model.vae
     most = run.cfg.train.stage("autoencoder").rows
-    for data in (datas := sources(run)):
+    for data in datas:
         latents.fill(place, data, vae, run.progress("encoding images"), world.rank, world.size, most)
     world.wait()
     found = [latents.open_cache(place, data, vae) for data in datas]
     if world.rank == 0:
         cache.sweep(place, [path for each in found for path in each.paths])
-    return found[0]
+    return found
 
 
 def given(run: Run) -> dict[str, str]:

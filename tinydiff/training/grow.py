@@ -64,14 +64,15 @@ def parts(run: Run, name: str) -> Iterator[None]:
 def enlarge(run: Run, count: int) -> None:
     """Give the run the denoiser, and the images, that there are after the first `count` growths."""
     cfg, model = config.grown(run.cfg, run.cfg.train.grow[:count]), run.model
-    configs = new.configs(cfg, next(iter(model.tokenizers.values())))
+    configs = new.configs(cfg, next(iter(model.tokenizers.values())), model.description.labels)
     name = denoiser_in(configs)
     with torch.random.fork_rng([]):
         torch.manual_seed(int(keyed(cfg.train.seed, "growth", count).integers(2**62)))
         network = run.runtime.placed(network_of(name, configs[name]).build(configs[name]))
     run.model = replace(model, configs=configs | {VAE: model.configs[VAE]}, networks=model.networks | {name: network})
     if cfg.data != run.data.data:
-        run.data = Images(open_source(cfg.data, cfg.train.seed, run.progress("indexing shards")), cfg.data)
+        source = open_source(cfg.data, cfg.train.seed, run.progress("checking images"), run.caption, cfg.columns)
+        run.data = Images(source, cfg.data)
         run.held = held_out(run)
     run.growths = count
 

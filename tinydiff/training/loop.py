@@ -35,6 +35,7 @@ from tinydiff.start import source_of
 from tinydiff.system import shown
 from tinydiff.training import advice, claim, grow, state
 from tinydiff.training.budget import Budget
+from tinydiff.training.encoding import sources
 from tinydiff.training.metrics import Metrics, writer
 from tinydiff.training.optim import clip, learning_rate
 from tinydiff.training.parallel import divides, norm, spread, synced
@@ -75,6 +76,7 @@ def run(
             nothing_lost(this)
             state.sweep(run_dir)
         this.model = started(this) if cfg.train.base else built(this)
+        classes(this)
         for part in this.model.networks.values():
             runtime.placed(part)
         drawable(cfg, this.model)
@@ -116,7 +118,7 @@ def check(run: Run) -> None:
 def gather(run: Run) -> None:
     """Open the images that are trained on and measured on, and say what they will not teach."""
     cfg, say = run.cfg, run.runtime.say
-    source = open_source(cfg.data, cfg.train.seed, run.progress("checking images"), run.caption)
+    source = open_source(cfg.data, cfg.train.seed, run.progress("checking images"), run.caption, run.cfg.columns)
     run.data = Images(source, cfg.data)
     run.claim.data(run.data)
     for line in advice.of_data(cfg, Facts.of(source)) if cfg.data.path != "shapes" else ():
@@ -145,7 +147,7 @@ def nothing_lost(run: Run) -> None:
 def built(run: Run) -> folder.Model:
     """The model that the configuration describes, with the run's tokenizer."""
     tokenizer = run.claim.tokenizer(run.cfg, run.data, *([run.held.images] if run.held else []))
-    return folder.build(run.cfg, tokenizer, run.cfg.train.seed)
+    return folder.build(run.cfg, tokenizer, run.cfg.train.seed, run.claim.labels(run.cfg))
 
 
 def started(run: Run) -> folder.Model:
@@ -158,6 +160,15 @@ def started(run: Run) -> folder.Model:
         for each in (run.data, *([run.held.images] if run.held else [])):
             labels.check(each.source.captions(i)[0] for i in range(len(each.source)))
     return model
+
+
+def classes(run: Run) -> None:
+    """DataError for a class of the data that the model has not."""
+    if not (labels := run.model.description.labels) or "label" not in run.cfg.columns:
+        return
+    known = labels.check if labels.names else labels.encode  # other programs' models have numbers alone
+    for source in (each.source for each in sources(run)):
+        known([source.label(i) for i in range(len(source))])  # type: ignore[attr-defined]
 
 
 def drawable(cfg: config.Config, model: folder.Model) -> None:

@@ -69,14 +69,15 @@ def held_out(run: Run) -> Held | None:
     if data.path == "shapes" and not data.validation:  # as many as there may be: others are drawn
         count = min(MOST, round(data.held_out * data.samples))
         other = replace(data, samples=count, flip=False)
-        drawn = open_source(other, (run.cfg.train.seed + 2**62) % 2**63) if count >= FEWEST else None
+        seed = (run.cfg.train.seed + 2**62) % 2**63
+        drawn = open_source(other, seed, columns=run.cfg.columns) if count >= FEWEST else None
         return Held(Images(drawn, other), np.arange(count)) if drawn else None
     if not data.validation:
         return Held(own, np.flatnonzero(own.held_out)) if own.held_out.any() else None
     few = min(MOST, data.samples)  # of shapes, which are all encoded
     other = replace(data, path=data.validation, validation="", held_out=0.0, flip=False, samples=few)
     try:
-        source = open_source(other, caption=run.caption)
+        source = open_source(other, caption=run.caption, columns=run.cfg.columns)
     except DataError as error:
         raise DataError(f"data.validation: {error}") from error
     trained = {own.source.digest(i) for i in range(len(own.source))}
@@ -139,12 +140,13 @@ class Samples:
         with torch.inference_mode():
             return torch.cat([self.run.features(part)[0] for part in x.split(FEW)]).double().cpu().numpy()
 
-    def frechet(self, backend: TorchBackend, request: Request) -> float:
-        """Fréchet distance of images drawn now, always of the same noise, to the real ones."""
+    def frechet(self, backend: TorchBackend, request: Request, told: Callable[..., Any]) -> float:
+        """Fréchet distance of images drawn now, always of the same noise, to the real ones, by what is `told` of these."""
 
         def draw(rows: Rows) -> np.ndarray:
             seeds = [self.run.cfg.train.seed + int(row) for row in rows]
-            return self.vectors(generate(backend, [self.captions[row] for row in rows], seeds, request))
+            given = told(backend, [self.real[row] for row in rows])
+            return self.vectors(generate(backend, [self.captions[row] for row in rows], seeds, request, given=given))
 
         drawn, seen = over(self.run.world, self.parts, draw), np.isfinite(self.features).all(1)
         return frechet(drawn, self.features[seen])
