@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import random
+import shutil
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from itertools import combinations
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,16 +16,19 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from runs import sha256
 from tensors import randomise
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinydiff import config, export
+from tinydiff import config, export, inspect
 from tinydiff.checkpoints.folder import Model
 from tinydiff.cost import costs
 from tinydiff.models import layers, modulation, residual, skips
 from tinydiff.networks import unet
 from tinydiff.networks.dit import DiT
 from tinydiff.networks.network import HIDDEN
+from tinydiff.schema import to_toml
+from tinydiff.training import loop, state
 
 CROSS = "CrossAttnDownBlock2D"
 TINY = {
@@ -40,7 +45,7 @@ Pair = tuple[tuple[str, Any], tuple[str, Any]]
 def options(kind: str) -> dict[str, list[Any]]:
     """The values of each setting that says what a network is made of: all names, both truths, or two numbers."""
     made = dict[str, list[Any]]()
-    for f in (f for f in fields(TINY[kind]) if f.metadata["own"]):
+    for f in (f for f in fields(TINY[kind]) if f.metadata["own"] and f.name != "exits"):  # which adds graphs
         if isinstance(f.default, bool):
             made[f.name] = [False, True]
         else:
@@ -175,3 +180,58 @@ def exports(built: Built) -> None:
         (answer,) = session.run(None, {name: x.numpy() for name, x in inputs.items()})
         wanted = built.net(**inputs)
         assert (torch.from_numpy(answer) - wanted).abs().max() <= 1e-4 * wanted.std()
+
+
+# ---- training -----------------------------------------------------------------------------------------------------------
+
+
+def told_text_alone(row: Row) -> bool:
+    """Whether images with captions are all that it takes to train it."""
+    return row.get("label", "none") == row.get("image", "none") == "none"
+
+
+def resumed() -> list[Any]:
+    """Two rows of each kind, of those with a batch norm first: it alone has buffers."""
+    taken = []
+    for kind in TINY:
+        rows = [row for row in covering(kind)[0] if told_text_alone(row)]
+        rows.sort(key=lambda row: row.get("norm") != "batch")
+        taken += [pytest.param(kind, row, id=f"{kind}-{i}") for i, row in enumerate(rows[:2])]
+    return taken
+
+
+@pytest.mark.parametrize(("kind", "row"), resumed())
+def test_a_resumed_run_ends_in_the_same_bits(kind, row, tiny_config, tmp_path, monkeypatch, capsys):
+    stages = {
+        name: replace(tiny_config.train.stage(name), steps=steps, sample_every=100)
+        for name, steps in {"autoencoder": 1, "denoiser": 6}.items()
+    }
+    train = replace(tiny_config.train, **stages, gradient_checkpointing=True)
+    network = {"denoiser": config.Denoiser(kind), kind: replace(TINY[kind], **row)}
+    cfg = replace(tiny_config, train=train, **network)
+    (tmp_path / "cfg.toml").write_text(to_toml(cfg))
+    whole = tmp_path / "whole"
+    loop.run(cfg, whole)
+    cut = Path(shutil.copytree(whole, tmp_path / "cut"))
+    shutil.rmtree(cut / "model")
+    for path in cut.glob("checkpoints/denoiser-*"):
+        shutil.rmtree(path)
+
+    def save_and_stop(path: Path, *more: object) -> None:
+        save(path, *more)
+        if path.name == "denoiser-00000003":
+            raise KeyboardInterrupt
+
+    save = state.save
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(state, "save", save_and_stop)
+        loop.run(cfg, cut)
+    loop.run(cfg, cut)
+    assert "denoiser: going on from step 3" in capsys.readouterr().err
+    paths = [[*run.glob("model/*/*"), *run.glob("checkpoints/denoiser-00000006/*.safetensors")] for run in (whole, cut)]
+    assert sha256(whole, paths[0]) == sha256(cut, paths[1]) and len(paths[0]) > 6
+    folder = cfg.denoiser_network.folder
+    told, asked = (inspect.inspect(str(path)) for path in (whole / "model", tmp_path / "cfg.toml"))
+    assert told["cost"]["networks"][folder]["parameters"] == asked["cost"]["networks"][folder]["parameters"] > 0
+    assert all(name in told["no_diffusers_pipeline"] for name in cfg.denoiser_network.unusual(cfg.network))
+    assert asked["config"][kind] == asdict(cfg.network)
