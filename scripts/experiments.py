@@ -145,6 +145,13 @@ def remembered(path: Path, computed: Callable[[], dict[str, Any]]) -> dict[str, 
     return json.loads(path.read_text())
 
 
+def scored(run: Path, data: str, count: int, *flags: str) -> dict[str, Any]:
+    """What `tinydiff evaluate` says of a run's model."""
+    command = [sys.executable, "-m", "tinydiff", "evaluate", str(run), "--data", data, "--count", str(count), "--json"]
+    output = subprocess.run([*command, *flags], check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    return json.loads(output)
+
+
 def trained(data: str, folder: Path, seed: int, name: str, minutes: float, count: int) -> dict[str, Any]:
     """The steps and scores of a variant."""
     run, changes = directory(folder, seed, name), VARIANTS[name]
@@ -156,20 +163,7 @@ def trained(data: str, folder: Path, seed: int, name: str, minutes: float, count
         from tinydiff.training import loop
 
         loop.run(settings(data, folder, seed, changes, steps), run)
-        path = "shapes" if data == "shapes" else "data/emoji/train"
-        command = [
-            sys.executable,
-            "-m",
-            "tinydiff",
-            "evaluate",
-            str(run),
-            "--data",
-            path,
-            "--count",
-            str(count),
-            "--json",
-        ]
-        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout)
+        return scored(run, "shapes" if data == "shapes" else "data/emoji/train", count)
 
     return remembered(run / "scores.json", scores) | own | {"steps": steps}
 
