@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -95,7 +96,7 @@ def run(
             if name == last:
                 break
         for task in publishers.values():
-            task.cfg = this.cfg
+            task.cfg = replace(task.cfg, train=this.cfg.train)  # of which later stages may have laid other steps
             put_right(this, task)
         this.claim.write()
         this.claim.left_out(this.data)
