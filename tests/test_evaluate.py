@@ -40,6 +40,8 @@ class Painter:
             levels=lambda sampler, steps, spacing: sampling_levels(SCHEDULES["flow"](10), steps, spacing),
             prediction="sample",
             told_guidance=False,
+            given={},
+            spared=frozenset(),
             zero_empty=False,
             latent_channels=3,
             in_channels=3,
@@ -283,6 +285,14 @@ def test_too_many_captions_and_impossible_sizes_are_refused(tmp_path: Path) -> N
         run(blank, "shapes", side=8)
     with pytest.raises(DataError, match="does not exist"):
         run(blank, tmp_path / "none", side=32)
+
+
+def test_a_model_that_is_always_told_a_class_is_not_evaluated(tmp_path: Path) -> None:
+    """Captions do not say which; nothing is drawn."""
+    painter = Painter({})
+    painter.description.given = {"class_labels": SimpleNamespace(of=SimpleNamespace(column="label"))}
+    with pytest.raises(UsageError, match=r"always told a class; train it with diffusion\.label_dropout above 0"):
+        run(painter, tmp_path)
 
 
 # ---- reconstruction, intervals, lines ------------------------------------------------------------------------------
