@@ -164,7 +164,7 @@ def test_contrastive_loss_aims_away_from_another_image(task_of):
     assert torch.equal(batch["target"], plain["target"]) and torch.equal(batch["sample"], plain["sample"])
     assert torch.equal(task.batch(3, range(2, 3))["other"], batch["other"][2:3])  # whoever computes which rows
     output = torch.randn_like(batch["target"], requires_grad=True)
-    task.players["denoiser"].network = lambda *_: output
+    task.players["denoiser"].network = lambda *_: (output, None, [])
     (gradient,) = torch.autograd.grad(task.loss("denoiser", batch)[0], output)
     aim = (batch["target"] - 0.25 * batch["other"]) / 0.75
     torch.testing.assert_close(gradient, 2 * 0.75 * (output.detach() - aim) / output.numel())
@@ -205,7 +205,7 @@ def test_a_model_with_it_says_that_diffusers_has_none(make_model, tiny_config):
     path = make_model(replace(tiny_config, unet=replace(tiny_config.unet, qk_norm=True)))
     source = Source(path)
     assert source.configs["unet"]["qk_norm"] is True
-    assert "queries and keys" in source.configs["model_index"]["_no_diffusers_pipeline"]
+    assert "has no qk_norm" in source.configs["model_index"]["_no_diffusers_pipeline"]
     names = {name for name in load_file(path / "unet" / WEIGHTS) if ".norm_q." in name or ".norm_k." in name}
     assert len(names) == 4 * len({name.partition(".attn")[0] for name in names}) > 0  # of two attentions a block
 

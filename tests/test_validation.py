@@ -84,7 +84,7 @@ def test_shapes_are_measured_on_others_than_are_trained_on(tmp_path):
 
 
 def test_no_more_shapes_are_drawn_than_a_folder_is_measured_on(run):
-    run.cfg = replace(run.cfg, data=replace(run.cfg.data, validation="shapes", samples=60_000))
+    run.data = Images(run.data.source, replace(run.cfg.data, validation="shapes", samples=60_000))
     held = held_out(run)
     assert held and len(held) == len(held.images.source) == validation.MOST
 
@@ -132,7 +132,7 @@ def test_copies_of_training_images_are_no_measure(run, image_folder, tmp_path):
         (mixed / f"copy-{name}.txt").write_text("a copy")
     assert run.held
     for path, count in ((mixed, 8), (image_folder, 0)):
-        run.cfg = replace(run.cfg, data=replace(run.cfg.data, validation=str(path)))
+        run.data = Images(run.data.source, replace(run.cfg.data, validation=str(path)))
         if count:
             assert held_out(run).digest == run.held.digest and len(run.held) == count
         else:

@@ -221,6 +221,8 @@ def configs(file: Header, parts: Mapping[str, Part], prediction: str | None = No
         tables["scheduler"] = _scheduler(file, prediction, kind)
     except (KeyError, ValueError, IndexError) as error:
         raise ModelError(f"{shown(file.path)}: incomplete, or not Stable Diffusion: {error}; {RESTORE}") from error
+    if (reads := tables["unet"]["in_channels"]) == 2 * tables["unet"]["out_channels"]:  # it is told unscaled latents
+        raise ModelError(f"{shown(file.path)}: in_channels {reads} is InstructPix2Pix's, not supported; {SUPPORTED}")
     return tables | {"model_index": _index(tables)}
 
 
