@@ -50,6 +50,8 @@ ROWS = {  # of images and machine -> keys
     "squares": (facts(), CPU, {"data.max_aspect_ratio": 1.0}),
     "wide": (facts(wide=2), CPU, {"data.max_aspect_ratio": 2.0, "data.bucket_step": 16}),
     "panoramas": (facts(wide=3), GPU, {"data.max_aspect_ratio": 3.0, "data.bucket_step": 32}),
+    "translations": (facts(each=40), CPU, {"data.max_captions": 1}),
+    "captions by several people": (facts(each=5), CPU, {"data.max_captions": 0}),
     "short captions": (facts(words=1), CPU, {"text_encoder.max_position_embeddings": 16}),
     "long captions": (facts(words=30), CPU, {"text_encoder.max_position_embeddings": 40}),
     "endless captions": (facts(words=200), CPU, {"text_encoder.max_position_embeddings": 77}),
@@ -62,6 +64,21 @@ def test_what_is_chosen(row):
     values = flat(chosen(of, on))
     assert {key: values[key] for key in wanted} == wanted
     assert values["train.time"] >= 1800
+
+
+def test_of_translations_the_first_alone_counts():
+    """Words that only the others have make no vocabulary, unless all of them are asked for."""
+    of = facts(each=1)
+    many = Facts(
+        of.count,
+        of.sizes,
+        [[*each, *(f"mot {i} {j}" for j in range(30))] for i, each in enumerate(of.captions)],
+        "",
+        [],
+    )
+    assert many.each == 31 and many.first(1).captions == of.captions and many.first(0).captions == many.captions
+    assert chosen(many).text_encoder == chosen(of).text_encoder
+    assert chosen(many, data__max_captions=0).data.max_captions == 0
 
 
 def test_captions_that_are_cut_are_counted():

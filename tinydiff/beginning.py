@@ -117,7 +117,10 @@ def of_images(what: Path, sets: Sequence[str], folder: Path) -> Beginning:
 
     made = choose(facts, machine(asked.train.device), dict(keys(given)), judge)
     sets = [*(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in made.values.items()), *sets]
-    return Beginning(loaded(None, sets), folder, made.reasons, facts)
+    cfg = loaded(None, sets)
+    if why := made.reasons.get("data.max_captions"):
+        note(f"data.max_captions={cfg.data.max_captions}: {why}")
+    return Beginning(cfg, folder, made.reasons, facts.first(cfg.data.max_captions))
 
 
 def drawing(run_dir: Path, cfg: config.Config) -> str:

@@ -14,6 +14,7 @@ from tinydiff.data.facts import Facts
 from tinydiff.progress import duration
 from tinydiff.text.tokenizer import CLIP_LENGTH, SMALLEST_VOCABULARY
 
+MANY = 16  # captions an image: more are the same in other languages
 GOOD = 26.0  # dB: an autoencoder is taken as it is that reconstructs images so well
 Reasons = dict[str, str]  # by key, why it has its value
 Judge = Callable[[int], float]  # dB of the shipped autoencoder on images of so many pixels
@@ -65,6 +66,9 @@ class Choices:
 def choose(facts: Facts, on: Machine, given: dict[str, Any], judge: Judge) -> Choices:
     """What a run on these images has, where `given` says nothing: whole keys with dots, and their values."""
     c = Choices(given)
+    if facts.each > MANY:
+        why = f"{facts.each:.0f} captions an image, as of translations: the first of each is read; 0 reads all"
+        facts = facts.first(c.take("data.max_captions", 1, why))
     hours = min(4, max(1, facts.count // 2000)) / 2
     if not any(value and key.endswith((".steps", "train.grow")) for key, value in given.items()):
         c.take("train.time", int(3600 * hours), f"{duration(3600 * hours)} for {facts.count} images; --time changes it")

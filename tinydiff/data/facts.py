@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -30,6 +30,10 @@ class Facts:
         looked = np.unique(np.linspace(0, len(source) - 1, min(MOST, len(source))).astype(int)).tolist()
         sizes = np.array([source.size(i) for i in looked]).reshape(-1, 2)
         return cls(len(source), sizes, [source.captions(i) for i in looked], source.report(), examples(source))
+
+    def first(self, count: int) -> Facts:
+        """The same with no more than so many captions of an image; 0 is all."""
+        return replace(self, captions=[each[: count or None] for each in self.captions])
 
     @property
     def texts(self) -> Iterator[str]:
