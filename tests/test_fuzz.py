@@ -203,7 +203,7 @@ def masked(path: Path) -> None:
 
 
 def captioned(path: Path) -> None:
-    source = open_source(config.load(None, [f"data.path={path}"]).data)
+    source = open_source(config.load(None, [f"data.path={path}", "data.max_bad_fraction=0.01"]).data)  # by default half
     for i in range(len(source)):
         assert source.image(i).ndim == 3 and source.captions(i) and source.weight(i) >= 0
         " ".join(source.captions(i)).encode()

@@ -179,7 +179,7 @@ class Descent(nn.Module):
         if self.add_embedding is None or text_embeds is None or time_ids is None:
             return time
         width = (self.add_embedding.linear_1.in_features - text_embeds.shape[1]) // time_ids.shape[1]
-        sizes = timestep_embedding(time_ids.flatten(), width).reshape(len(time_ids), -1)  # (B, 6 E)
+        sizes = timestep_embedding(time_ids.flatten(), width).reshape(-1, width * time_ids.shape[1])  # (B, 6 E)
         return time + self.add_embedding(torch.cat([text_embeds, sizes.to(text_embeds.dtype)], -1))
 
     def down(
