@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from tinydiff.errors import UsageError
 from tinydiff.files import read_json, shipped, shown
 from tinydiff.progress import Progress, note
 from tinydiff.report import read_captions
-from tinydiff.schema import set_key
+from tinydiff.schema import keys, set_key
 from tinydiff.stages import NONE, caption, trained
 from tinydiff.start import tables
 
@@ -134,12 +134,6 @@ def drawing(run_dir: Path, cfg: config.Config) -> str:
     }.get(cfg.train.adapter, f"{shlex.quote(cfg.train.base)} --control {name}:edges=IMAGE")
     published = any((run_dir / folder).is_dir() for folder in ("model", "adapter", "controlnet"))
     return f"tinydiff generate {shlex.quote(prompt)} -m {model}" if published else ""
-
-
-def keys(table: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key of nested tables with its value."""
-    for name, value in table.items():
-        yield from keys(value, f"{path}{name}.") if isinstance(value, dict) else [(path + name, value)]
 
 
 def shown_progress(label: str) -> Callable[[int, int], None]:

@@ -211,12 +211,13 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def flat(config: Any) -> dict[str, Any]:
     """Every key as `section.key`: value."""
+    return dict(keys(to_dict(config)))
 
-    def walk(table: dict[str, Any], path: str) -> Iterator[tuple[str, Any]]:
-        for name, value in table.items():
-            yield from walk(value, f"{path}{name}.") if isinstance(value, dict) else [(path + name, value)]
 
-    return dict(walk(to_dict(config), ""))
+def keys(table: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of nested tables as `section.key`, with its value."""
+    for name, value in table.items():
+        yield from keys(value, f"{path}{name}.") if isinstance(value, dict) else [(path + name, value)]
 
 
 def to_toml(config: Any, without: Collection[str] = (), reasons: Mapping[str, str] = MappingProxyType({})) -> str:
