@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import signal
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from forker import Forker
 
+from tinydiff import config
 from tinydiff.stages import STAGES
+from tinydiff.training import loop, state
 from tinydiff.training.metrics import TIMED
 
 # ---- what is learnt --------------------------------------------------------------------------------------------------
@@ -117,3 +121,20 @@ def finishes_alike(forker: Forker, run_dir: Path, reference: Path) -> None:
     assert forker.run(run_dir) == 0, said(run_dir)
     assert digests(run_dir) == digests(reference)
     assert [p for p in run_dir.rglob(".*") if p.name != ".lock"] == []
+
+
+def stopped_at(checkpoint: str, cfg: config.Config, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finished run without its model and its denoiser's checkpoints, trained again and interrupted once this one is saved."""
+    shutil.rmtree(run_dir / "model")
+    for path in run_dir.glob("checkpoints/denoiser-*"):
+        shutil.rmtree(path)
+    save = state.save
+
+    def save_and_stop(path: Path, *more: Any) -> None:
+        save(path, *more)
+        if path.name == checkpoint:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(state, "save", save_and_stop)
+        loop.run(cfg, run_dir)

@@ -16,7 +16,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from runs import sha256
+from runs import sha256, stopped_at
 from tensors import randomise
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,7 +28,7 @@ from tinydiff.networks import unet
 from tinydiff.networks.dit import DiT
 from tinydiff.networks.network import HIDDEN
 from tinydiff.schema import to_toml
-from tinydiff.training import loop, state
+from tinydiff.training import loop
 
 CROSS = "CrossAttnDownBlock2D"
 TINY = {
@@ -224,19 +224,7 @@ def test_a_resumed_run_ends_in_the_same_bits(kind, row, tiny_config, tmp_path, m
     whole = tmp_path / "whole"
     loop.run(cfg, whole)
     cut = Path(shutil.copytree(whole, tmp_path / "cut"))
-    shutil.rmtree(cut / "model")
-    for path in cut.glob("checkpoints/denoiser-*"):
-        shutil.rmtree(path)
-
-    def save_and_stop(path: Path, *more: object) -> None:
-        save(path, *more)
-        if path.name == "denoiser-00000003":
-            raise KeyboardInterrupt
-
-    save = state.save
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(state, "save", save_and_stop)
-        loop.run(cfg, cut)
+    stopped_at("denoiser-00000003", cfg, cut, monkeypatch)
     loop.run(cfg, cut)
     assert "denoiser: going on from step 3" in capsys.readouterr().err
     paths = [[*run.glob("model/*/*"), *run.glob("checkpoints/denoiser-00000006/*.safetensors")] for run in (whole, cut)]

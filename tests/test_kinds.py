@@ -21,7 +21,7 @@ from interpreters import run_without
 from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
 from published_dit import published_weights, reference
-from runs import sha256, untimed
+from runs import sha256, stopped_at, untimed
 from safetensors.torch import load_file, save_file
 from tensors import randomise
 from tokenizers import Tokenizer as BackendTokenizer
@@ -47,7 +47,7 @@ from tinydiff.precision import PRECISIONS
 from tinydiff.text.labels import Labels
 from tinydiff.text.prompts import parse
 from tinydiff.text.sentencepiece import SPACE, T5Tokenizer
-from tinydiff.training import loop, state
+from tinydiff.training import loop
 from tinydiff.verified import verify
 
 KINDS = {"unet+t5": ("unet", "t5"), "dit+clip": ("dit", "clip"), "dit+class": ("dit", "class"), "dit+t5": ("dit", "t5")}
@@ -174,19 +174,7 @@ def digests(run_dir: Path) -> dict[str, str]:
 @every_kind
 def test_an_interrupted_run_ends_in_the_same_bits(name, trained, config_of, tmp_path, monkeypatch, capsys):
     run_dir = Path(shutil.copytree(trained(name), tmp_path / "run"))
-    shutil.rmtree(run_dir / "model")
-    for path in run_dir.glob("checkpoints/denoiser-*"):
-        shutil.rmtree(path)
-
-    def save_and_stop(path: Path, *more: object) -> None:
-        save(path, *more)
-        if path.name == "denoiser-00000006":
-            raise KeyboardInterrupt
-
-    save = state.save
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(state, "save", save_and_stop)
-        loop.run(config_of(name), run_dir)
+    stopped_at("denoiser-00000006", config_of(name), run_dir, monkeypatch)
     assert sorted(p.name for p in run_dir.glob("checkpoints/denoiser-*")) == ["denoiser-00000003", "denoiser-00000006"]
     loop.run(config_of(name), run_dir)
     assert "denoiser: going on from step 6" in capsys.readouterr().err
